@@ -25,6 +25,7 @@ install: $(STAMP)  ## create .venv with everything in it; instant when settings.
 	@echo "ready: $(BIN)/lfpm --help"
 
 $(STAMP): settings.ini setup.py pyproject.toml $(STALE)
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here; install Python 3.10 or newer, or name one: make install PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v < (3, 10) and sys.exit("$(PYTHON) is Python %d.%d; lfpm_nb needs 3.10 or newer. Name another one: make install PYTHON=python3.12" % v)'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "$(PYTHON) cannot create virtual environments: its module ensurepip is missing." >&2; \
@@ -50,7 +51,8 @@ slow: install  ## the tests marked slow (minutes); none selected is no failure
 check: install  ## are notebooks and modules in step and clean, and outputs within the limits? Repairs what it can
 	@files() { git ls-files -co --exclude-standard -- nbs lfpm_nb | sort | xargs -r sha256sum; }; before=$$(files); \
 	$(BIN)/nbdev_export; $(BIN)/nbdev_clean; \
-	diff <(echo "$$before") <(files) || { echo "The files above were out of step or not clean; they are now: review and commit them." >&2; exit 1; }
+	changed=$$(comm -3 <(echo "$$before" | sort) <(files | sort) | awk '{print $$2}' | sort -u); \
+	[ -z "$$changed" ] || { printf 'These were out of step or not clean. They are in order now: review and commit them.\n%s\n' "$$changed" >&2; exit 1; }
 	$(BIN)/python -m pytest -q tests/test_repo.py
 
 clean:  ## remove bytecode, test caches and build leftovers; keeps .venv and your runs/
