@@ -37,8 +37,7 @@ $(STAMP): settings.ini setup.py pyproject.toml $(STALE)
 
 lab: install  ## the main run at laptop scale: table and figure in minutes; a repeat reuses what has not changed
 	$(BIN)/lfpm run main --preset lab
-	$(BIN)/lfpm table main --preset lab
-	@echo "figure: $$(ls -t "$${LFPM_RUNS:-runs}"/main/*/path.html | head -1)"
+	$(BIN)/lfpm table main  # the last line says where the figure lies
 
 test: install  ## every fast test: the library notebooks, then pytest
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
