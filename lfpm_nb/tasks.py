@@ -96,7 +96,7 @@ def _handwritten(name: str, seed, n_train: int, n_test: int, size: int) -> Task:
     train, test = (rows[pick_balanced(y[rows], n, generator("handwritten", seed, n))] for rows, n in ((train, n_train), (test, n_test)))
     return Task(name, list(FAMILIES["digits"].classes), list(HANDWRITTEN_TEMPLATES), x[train], y[train], x[test], y[test])
 
-# %% ../nbs/02_tasks.ipynb #96b6a9c2
+# %% ../nbs/02_tasks.ipynb #af180423
 _KEYS = ("images", "labels", "classes")
 
 
@@ -116,7 +116,7 @@ def read_npz(path: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         raise _bad(path, f"images are {x.dtype} {x.shape}", "expected uint8 (N, H, W, 3) or (N, H, W) with at least one image")
     if len(x) != len(y): raise _bad(path, f"{len(x)} images but {len(y)} labels", "give one label per image")
     if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= len(classes):
-        raise _bad(path, f"labels are {y.dtype} from {y.min()} to {y.max()}", f"expected whole numbers from 0 to {len(classes) - 1}, as there are {len(classes)} classes")
+        raise _bad(path, f"labels are {y.dtype} from {y.min()} to {y.max()}", f"expected whole numbers from 0 to {len(classes) - 1}, one a class")
     x = torch.from_numpy(x if x.ndim == 4 else x[..., None]).permute(0, 3, 1, 2)
     return x.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(y.astype(np.int64)), classes
 
@@ -161,7 +161,7 @@ def _member(path: Path, z: zipfile.ZipFile, name: str) -> io.BytesIO:
     except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as e:
         raise _bad(path, f"{name} cannot be unpacked ({e})", "pack it again, without a password") from e
 
-# %% ../nbs/02_tasks.ipynb #a36c2de8
+# %% ../nbs/02_tasks.ipynb #3549be99
 _IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 @dataclass
@@ -186,10 +186,8 @@ class Folder:
     def open(self, rows: torch.Tensor, size: int) -> torch.Tensor:
         "The images of the given rows as RGB (n, 3, size, size) uint8."
         names = [self.names[i] for i in rows.tolist()]
-        if not self.path.is_dir():
-            with zipfile.ZipFile(self.path) as z:
-                return _stack([_image(_member(self.path, z, n), self.path, n, size) for n in names])
-        return _stack([_image(self.path / n, self.path, n, size) for n in names])
+        if self.path.is_dir(): return _stack([_image(self.path / n, self.path, n, size) for n in names])
+        with zipfile.ZipFile(self.path) as z: return _stack([_image(_member(self.path, z, n), self.path, n, size) for n in names])
 
 # %% ../nbs/02_tasks.ipynb #27b309a2
 OWN_TEMPLATES = ("a photo of a {}", "a picture of a {}", "an image of a {}")
@@ -212,7 +210,7 @@ def _source(path: Path) -> tuple:
     f = Folder.of(path)
     return f.y, f.split, f.classes, f.open
 
-# %% ../nbs/02_tasks.ipynb #50a5bbdc
+# %% ../nbs/02_tasks.ipynb #1938a602
 def _halves(path: Path, seed, share: float) -> tuple[list[str], dict]:
     "Class names and, for train and test, (labels, rows, reader): as given by two files or two folders, else split by seed."
     parts = {s: _source(p) for s, p in _parts(path).items()}
@@ -220,7 +218,8 @@ def _halves(path: Path, seed, share: float) -> tuple[list[str], dict]:
     if len(parts) == 2:
         if parts["train"][2] != parts["test"][2]: raise _bad(path, "train and test name different classes", "use one list of classes in both")
         return classes, {s: (p[0], torch.arange(len(p[0])), p[3]) for s, p in parts.items()}
-    if "train" in split: return classes, {s: (y, torch.tensor([i for i, t in enumerate(split) if t == s]), read) for s in ("train", "test")}
+    if "train" in split:
+        return classes, {s: (y, torch.tensor([i for i, t in enumerate(split) if t == s]), read) for s in ("train", "test")}
     count = y.bincount(minlength=len(classes))
     few = int(count.argmin())
     if count[few] < 2:
@@ -262,7 +261,7 @@ def load_task(name: str, seed: int = 0, n_train: int = 2500, n_test: int = 1000,
     if name not in TASK_NAMES: return _own(name, own[name], seed, n_train, n_test, size)
     return (_handwritten if name == "handwritten" else _generated)(name, seed, n_train, n_test, size)
 
-# %% ../nbs/02_tasks.ipynb #a156ddf6
+# %% ../nbs/02_tasks.ipynb #eea45964
 SCENE_TEMPLATES = ("a photo of a {}", "a {}", "a large {}", "a {} on a plain background")
 
 def shadow_set(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
@@ -282,7 +281,7 @@ def pretrain_pool(n: int, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
     return torch.cat(images)[order], [captions[i] for i in order.tolist()]
 
 def prompt_corpus() -> list[str]:
-    "Every sentence that a zero-shot head of a built-in task, of the scenes or of your own images may read, the latter with an empty class name."
+    "Every sentence that a head of a built-in task or of the scenes may read, and the templates of your own images without a class."
     sets = [(f.classes, f.templates) for f in FAMILIES.values()]
     sets += [(FAMILIES["digits"].classes, HANDWRITTEN_TEMPLATES), (SCENE_CLASSES, SCENE_TEMPLATES), (("",), OWN_TEMPLATES)]
     return [t.format(c) for classes, templates in sets for c in classes for t in templates]
