@@ -6,15 +6,21 @@ from pathlib import Path
 
 # Set before torch or plotly are imported, and inherited by the kernels and commands that tests start.
 SCRATCH = Path(tempfile.mkdtemp(prefix="lfpm-tests-"))
-THREADS = min(2, os.cpu_count() or 1)
+THREADS = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 os.environ.update(LFPM_RUNS=str(SCRATCH / "runs"), LFPM_CACHE=str(SCRATCH / "cache"), LFPM_QUIET="1", LFPM_DEVICE="cpu",
                   OMP_NUM_THREADS=str(THREADS), PLOTLY_RENDERER="plotly_mimetype", MPLBACKEND="agg")
 os.environ.pop("LFPM_DATA", None)
 
+import functools
+import sys
+
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(THREADS)
+hypothesis.settings.register_profile("lfpm", deadline=None, max_examples=40, derandomize=True, database=None)
+hypothesis.settings.load_profile("lfpm")
 
 
 def pytest_unconfigure(config):
@@ -33,3 +39,64 @@ def dirs(tmp_path, monkeypatch):
     monkeypatch.setenv("LFPM_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("LFPM_CACHE", str(tmp_path / "cache"))
     return tmp_path
+
+
+@pytest.fixture
+def fp32(monkeypatch):
+    "No bf16: for comparisons that must be exact."
+    monkeypatch.setenv("LFPM_AMP", "0")
+
+
+def new_pico(name: str = "pico"):
+    "An untrained Clip, two blocks of width 64 on 32 x 32 images: like the shipped one in everything but size and skill."
+    from lfpm_nb.clip import build_clip, lab_config, new_card
+    from lfpm_nb.tasks import prompt_corpus
+    torch.manual_seed(0)
+    config = lab_config(width=64, layers=2, embed=32, text_width=64, text_layers=1)
+    clip = build_clip(new_card(name, config, prompt_corpus()))
+    clip.model.requires_grad_(False)
+    return clip
+
+
+@pytest.fixture(scope="session")
+def pico(): return new_pico()
+
+
+@pytest.fixture(scope="session")
+def lab():
+    "The shipped backbone."
+    from lfpm_nb.clip import load_clip
+    return load_clip()
+
+
+@functools.lru_cache(None)
+def small_task(name: str, n_train: int = 96, n_test: int = 48):
+    "A task small enough for a test; do not change its tensors."
+    from lfpm_nb.tasks import load_task
+    return load_task(name, seed=0, n_train=n_train, n_test=n_test)
+
+
+def near(clip, seed: int, size: float = 0.02) -> dict:
+    "theta_pre with noise: a stand-in for a fine-tuned tower."
+    g = torch.Generator().manual_seed(seed)
+    return {k: v + size * torch.randn(v.shape, generator=g) for k, v in clip.state().items()}
+
+
+def pixels(n: int, seed: int = 0, size: int = 32) -> torch.Tensor:
+    "uint8 noise (n, 3, size, size)."
+    return torch.randint(256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+@pytest.fixture
+def lfpm(monkeypatch, capsys):
+    "`lfpm('table', 'main')` -> (exit code, stdout, stderr) of the command, run in this process."
+    from lfpm_nb.cli import main
+
+    def call(*args: str):
+        monkeypatch.setattr(sys, "argv", ["lfpm", *args])
+        code = 0
+        try: main()
+        except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        io = capsys.readouterr()
+        return code, io.out, io.err
+    return call

@@ -1,0 +1,221 @@
+"""Stage II: the path loss, one backward pass for two gradients, the worst prompt, and the exact switches."""
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, strategies as st
+
+from conftest import near, pixels
+from lfpm_nb import antibackdoor as B
+from lfpm_nb.antibackdoor import Strengths, accumulate, path_loss, path_points, stage_one, step_loss, train_anti, worst_prompt
+from lfpm_nb.clip import Clip, encode, logits
+from lfpm_nb.core import generator
+from lfpm_nb.subspace import Shadow
+
+S = Strengths(rank=4, rho=.1, prompt_length=3, prompt_epochs=1, epochs=1, batch=16, lr=1e-3, points=5)
+
+
+@pytest.fixture(scope="module")
+def shadow(pico): return Shadow.of(pico, 64, 32, seed=0)
+
+
+@pytest.fixture(scope="module")
+def theta(pico): return near(pico, 1)
+
+
+@pytest.fixture(scope="module")
+def prompt(): return 0.3 * torch.randn(3, 64, generator=generator("p"))
+
+
+@pytest.fixture
+def step(pico, theta, shadow):
+    "Two different towers with gradients on, and a batch of normalised shadow images."
+    mm, anti = (pico.with_state(s).requires_grad_(True) for s in (theta, near(pico, 2)))
+    return mm, anti, pico.normalise(shadow.x[:8]), shadow.y[:8], shadow.W
+
+
+def grads(v): return [None if p.grad is None else p.grad.clone() for p in v.parameters()]
+def same(a, b): return all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
+
+
+# --- the path loss -----------------------------------------------------------------------------------------------------
+
+@given(st.integers(1, 20), st.data())
+def test_points_are_evenly_spaced_with_both_ends(n, data):
+    i, j = sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2)))
+    assert path_points(i / n, j / n, n) == [k / n for k in range(i, j + 1)]
+
+
+@given(st.integers(0, 999), st.lists(st.floats(0, 1), min_size=1, max_size=5), st.integers(1, 4))
+def test_path_loss_against_loops(seed, points, n):
+    g = generator("path", seed)
+    a, b, W, y = torch.randn(n, 6, generator=g), torch.randn(n, 6, generator=g), 5 * torch.randn(4, 6, generator=g), torch.randint(4, (n,), generator=g)
+    total = 0.
+    for s in points:
+        for i in range(n):
+            h = (1 - s) * a[i] + s * b[i]
+            total -= (W @ h / h.norm()).log_softmax(0)[y[i]].item()
+    assert path_loss(a, b, y, W, points).item() == pytest.approx(total / len(points) / n, rel=1e-3, abs=1e-4)
+
+
+def test_path_loss_at_the_ends_ignores_the_other_model():
+    a, b, y, W = torch.randn(3, 6), torch.randn(3, 6), torch.tensor([0, 1, 2]), torch.randn(4, 6)
+    assert torch.equal(path_loss(a, b, y, W, [1.]), path_loss(-a, b, y, W, [1.])) and torch.equal(path_loss(a, b, y, W, [0.]), path_loss(a, 2 - b, y, W, [0.]))
+
+
+# --- two gradients in one backward pass ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("gamma", [0., 0.5, 1., 2.])
+def test_accumulation_against_two_separate_passes(pico, step, prompt, fp32, gamma):
+    mm, anti, x, y, W = step
+    s, points = replace(S, B=False), path_points(*S.interval, S.points)
+    want = []
+    for model, other, order in ((anti, mm, lambda a, b: (b, a)), (mm, anti, lambda a, b: (a, b))):
+        loss = sum(path_loss(*order(encode(model, x, q), encode(other, x, q).detach()), y, W, points) for q in (None, prompt))
+        want.append(torch.autograd.grad(loss, list(model.parameters())))
+    step_loss(pico, mm, anti, x, y, W, prompt, s).backward()
+    accumulate(anti, mm, gamma)
+    assert all(torch.allclose(p.grad, a + gamma * m, atol=1e-5, rtol=1e-4) for p, a, m in zip(anti.parameters(), *want))
+    assert all(p.grad is None for p in mm.parameters()) and any(m.abs().max() > 1e-4 for m in want[1]), "the merged model's gradient is not trivial"
+
+
+def test_the_step_is_clean_plus_worst_prompt(pico, step, prompt, fp32):
+    mm, anti, x, y, W = step
+    points = path_points(*S.interval, S.points)
+    loss = lambda q: path_loss(encode(mm, x, q), encode(anti, x, q), y, W, points)
+    bad = worst_prompt(loss, prompt, S.rho)
+    for v in (mm, anti): v.zero_grad()
+    want = torch.autograd.grad(loss(None) + loss(bad), list(anti.parameters()))
+    got = step_loss(pico, mm, anti, x, y, W, prompt, S)
+    assert got.item() == pytest.approx((loss(None) + loss(bad)).item(), rel=1e-5) and loss(bad) > loss(prompt)
+    got.backward()
+    assert all(torch.allclose(p.grad, w, atol=1e-5, rtol=1e-4) for p, w in zip(anti.parameters(), want)), "the search for the prompt leaves no gradient behind"
+
+
+@given(st.integers(0, 999), st.floats(0, 2))
+def test_worst_prompt_is_a_step_of_rho_norms_uphill(seed, rho):
+    g = generator("worst", seed)
+    p, w = torch.randn(3, 5, generator=g), torch.randn(3, 5, generator=g)
+    before = p.clone()
+    q = worst_prompt(lambda v: (v * w).sum().sigmoid(), p, rho)
+    assert (q - p).norm().item() == pytest.approx(rho * p.norm().item(), rel=1e-3, abs=1e-5) and torch.equal(p, before) and not q.requires_grad
+    if rho > .01: assert F.cosine_similarity((q - p).flatten(), w.flatten(), dim=0) > .99
+
+
+# --- theta_mm, theta_pre and the prompt are inputs ------------------------------------------------------------------------
+
+def test_the_merged_model_never_changes(pico, theta, shadow, prompt, monkeypatch):
+    towers, before, pre, p = [], {k: v.clone() for k, v in theta.items()}, pico.state(), prompt.clone()
+    make = Clip.with_state
+    monkeypatch.setattr(Clip, "with_state", lambda self, s: towers.append(make(self, s)) or towers[-1])
+    end, log = train_anti(pico, theta, shadow, prompt, replace(S, epochs=2), 0, "x")
+    assert same(theta, before) and same(towers[0].state_dict(), before) and same(pico.state(), pre) and torch.equal(prompt, p)
+    assert not same(end, before) and end.keys() == before.keys() and {v.dtype for v in end.values()} == {torch.float32} and all(v == v for v in log)
+
+
+def test_start(pico, theta, shadow, prompt):
+    for start, state in (("merged", theta), ("pretrained", pico.state())):
+        assert same(train_anti(pico, theta, shadow, prompt, replace(S, lr=0., start=start), 0, "x")[0], state)
+
+
+def test_training_is_seeded_and_uses_no_held_out_image(pico, theta, shadow, prompt):
+    other = Shadow(torch.cat([shadow.train[0], 255 - shadow.check[0]]), torch.cat([shadow.train[1], shadow.check[1].flip(0)]), shadow.W, shadow.held)
+    one, again, seed = (train_anti(pico, theta, sh, prompt, S, s, "x")[0] for sh, s in ((shadow, 0), (other, 0), (shadow, 1)))
+    assert same(one, again) and not same(one, seed)
+
+
+def test_training_lowers_the_path_loss(pico, theta, shadow, prompt, fp32):
+    x, y = shadow.train
+    end, _ = train_anti(pico, theta, shadow, prompt, replace(S, epochs=4), 0, "x")
+    mm = pico.with_state(theta)
+    loss = lambda v: path_loss(encode(mm, pico.normalise(x)), encode(v, pico.normalise(x)), y, shadow.W, path_points(*S.interval, S.points)).item()
+    assert loss(pico.with_state(end)) < loss(mm)
+
+
+def test_a_loss_that_is_not_finite_stops(pico, theta, shadow):
+    with pytest.raises(FloatingPointError, match="LFPM: the loss is nan at step 0; lower lr"):
+        train_anti(pico, theta, shadow, torch.full((3, 64), float("nan")), S, 0, "LFPM")
+
+
+# --- A, B, C -----------------------------------------------------------------------------------------------------------
+
+class Absent(torch.nn.Module):
+    def forward(self, *_): raise AssertionError("the merged model was asked")
+    _embeds = forward
+
+
+@pytest.mark.parametrize("with_b", [True, False])
+def test_c_off_leaves_the_merged_model_out(pico, step, prompt, fp32, with_b):
+    _, anti, x, y, W = step
+    s = replace(S, C=False, B=with_b)
+    got = step_loss(pico, Absent(), anti, x, y, W, prompt, s)
+    own = lambda q: F.cross_entropy(logits(encode(anti, x, q), W), y)
+    assert got.item() == pytest.approx((own(None) + own(worst_prompt(own, prompt, s.rho) if with_b else prompt)).item(), rel=1e-5)
+
+
+def test_c_off_ignores_gamma_interval_and_points(pico, theta, shadow, prompt):
+    ends = [train_anti(pico, theta, shadow, prompt, replace(S, C=False, **k), 0, "x")[0] for k in ({}, dict(gamma=7.), dict(interval=(0., .5)), dict(points=2))]
+    assert all(same(ends[0], e) for e in ends[1:])
+
+
+def test_c_on_uses_gamma_and_interval(pico, theta, shadow, prompt):
+    s = replace(S, epochs=2, start="pretrained")
+    ends = [train_anti(pico, theta, shadow, prompt, replace(s, **k), 0, "x")[0] for k in ({}, dict(gamma=0.), dict(interval=(0., 1.)), dict(C=False))]
+    assert not any(same(a, b) for i, a in enumerate(ends) for b in ends[:i])
+
+
+def test_b_off_leaves_the_prompt(pico, step, prompt, fp32, monkeypatch):
+    mm, anti, x, y, W = step
+    near_zero = step_loss(pico, mm, anti, x, y, W, prompt, replace(S, rho=0.))
+    monkeypatch.setattr(B, "worst_prompt", None)                       # calling it would fail
+    got = step_loss(pico, mm, anti, x, y, W, prompt, replace(S, B=False))
+    want = sum(path_loss(encode(mm, x, q), encode(anti, x, q), y, W, path_points(*S.interval, S.points)) for q in (None, prompt))
+    assert torch.equal(got, near_zero) and got.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_b_off_ignores_rho_and_b_on_does_not(pico, theta, shadow, prompt):
+    off, off2, on = (train_anti(pico, theta, shadow, prompt, replace(S, **k), 0, "x")[0] for k in (dict(B=False), dict(B=False, rho=9.), dict(rho=.5)))
+    assert same(off, off2) and not same(off, on)
+
+
+def test_a_off_makes_no_subspace(pico, theta, shadow, monkeypatch):
+    with_a, log = stage_one(pico, theta, shadow, S, 0)
+    assert with_a.keys() == {"p", "U"} and with_a["U"].shape == (32, 4) and with_a["p"].shape == (3, 64) and log["subspace"]
+    given_U, mine = [], B.mine_prompt
+    monkeypatch.setattr(B, "mine_prompt", lambda clip, visual, shadow, U, *a, **k: given_U.append(U) or mine(clip, visual, shadow, U, *a, **k))
+    monkeypatch.setattr(B, "learn_subspace", None)                     # calling it would fail
+    without, log = stage_one(pico, theta, shadow, replace(S, A=False), 0)
+    assert without.keys() == {"p"} and given_U == [None] and not log.get("subspace") and not torch.equal(without["p"], with_a["p"])
+    other, _ = stage_one(pico, theta, shadow, replace(S, A=False, rank=8), 0)
+    assert torch.equal(without["p"], other["p"]), "the rank does not matter with A off"
+
+
+def test_stage_one_is_seeded_and_asks_the_merged_model(pico, theta, shadow):
+    one, again, other = (stage_one(pico, t, shadow, S, 0)[0] for t in (theta, theta, near(pico, 2, .1)))
+    assert torch.equal(one["U"], again["U"]) and torch.equal(one["p"], again["p"]) and not torch.equal(one["U"], other["U"]) and not torch.equal(one["p"], other["p"])
+
+
+def test_strengths_by_rule_are_taken_from_what_was_tried(pico, theta, shadow):
+    mined, log = stage_one(pico, theta, shadow, replace(S, rank="rule", rho="rule"), 0)
+    again, log2 = stage_one(pico, theta, shadow, replace(S, rank="rule", rho="rule"), 0)
+    assert log == log2 and torch.equal(mined["p"], again["p"])
+    assert log["rank"] in log["ranks_tried"] and mined["U"].shape == (32, log["rank"]) and log["rho"] in log["rhos_tried"] and log["rho"] > 0
+    assert all(0 <= a <= 1 for pair in log["ranks_tried"].values() for a in pair) and all(0 <= a <= 1 for a in log["rhos_tried"].values())
+    fixed, given = stage_one(pico, theta, shadow, replace(S, rank=log["rank"], rho=.7), 0)
+    assert torch.equal(fixed["U"], mined["U"]) and torch.equal(fixed["p"], mined["p"]) and (given["rank"], given["rho"]) == (log["rank"], .7)
+
+
+def test_the_rules_are_judged_on_held_out_images_by_clean_models(pico, theta, shadow):
+    "rho: what theta_pre bears, whatever the merged model is; and training images have no say in it."
+    p = 0.3 * torch.randn(3, 64, generator=generator("p"))
+    other = Shadow(torch.cat([255 - shadow.train[0], shadow.check[0]]), torch.cat([shadow.train[1].flip(0), shadow.check[1]]), shadow.W, shadow.held)
+    assert B.choose_rho(pico, shadow, p) == B.choose_rho(pico, other, p)
+    assert all(v.grad is None and not v.requires_grad for v in pico.visual.parameters())
+
+
+def test_strengths_are_checked():
+    assert Strengths(interval=[.2, .4]).interval == (.2, .4) and Strengths(interval=(0, 0)).interval == (0, 0)
+    for bad in ((-.1, .5), (.5, 1.1), (.8, .2)):
+        with pytest.raises(ValueError, match="expected 0 <= a <= b <= 1"): Strengths(interval=bad)
+    with pytest.raises(ValueError, match="start is 'mergd'; expected 'merged' or 'pretrained'"): Strengths(start="mergd")

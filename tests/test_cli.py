@@ -1,0 +1,135 @@
+"""The `lfpm` command: what it prints, what it refuses, and its exit codes."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lfpm_nb import cli, experiment as E
+from lfpm_nb.attack import attacks
+from lfpm_nb.clip import data_cards
+from lfpm_nb.defend import defences
+from lfpm_nb.experiment import parameters, settings_of
+from lfpm_nb.merge import merges
+from test_experiment import fake
+
+
+@pytest.fixture
+def runs(dirs): return dirs / "runs"
+
+
+def test_doctor(lfpm, dirs):
+    code, out, err = lfpm("doctor")
+    lines = dict(l.split(None, 1) for l in out.splitlines() if " " in l)
+    assert code == 0 and err == "" and {"python", "torch", "open_clip", "lfpm_nb", "device", "threads", "backbones", "runs", "cache"} <= lines.keys()
+    assert lines["runs"].strip() == str(dirs / "runs") and lines["cache"].strip() == str(dirs / "cache") and all(b in lines["backbones"] for b in data_cards())
+    assert "nothing is missing" in out
+
+
+def test_doctor_says_what_is_missing_and_how_to_get_it(lfpm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    monkeypatch.setattr(cli, "data_cards", dict)
+    code, out, _ = lfpm("doctor")
+    assert code == 0 and "pip install ipywidgets" in out and "nothing is missing" not in out and "lfpm run pretrain" in out
+
+
+def test_methods_lists_all_three_kinds_with_their_needs(lfpm):
+    code, out, _ = lfpm("methods")
+    assert code == 0
+    for reg in (merges, attacks, defences):
+        assert f"{reg.kind}s" in out.splitlines()
+        for name, m in reg.items():
+            line = next(l for l in out.splitlines() if l.split()[:1] == [name])
+            assert m["long"] in line and all(n in line for n in m["needs"] or ["weights only"]) and m["source"] in line
+
+
+@pytest.mark.parametrize("preset", ["lab", "tiny"])
+def test_dry_run_prints_every_parameter_and_runs_nothing(lfpm, dirs, monkeypatch, preset):
+    monkeypatch.setattr(cli, "run_notebook", lambda *a, **k: pytest.fail("it ran"))
+    code, out, err = lfpm("run", "main", "--preset", preset, "-p", "scale=0.35", "--seed", "5", "--dry-run")
+    want, helps = settings_of("main", preset, {"scale": "0.35"}, 5), parameters("main")
+    assert code == 0 and err == "" and not (dirs / "runs").exists()
+    lines = {l.split()[0]: l for l in out.splitlines()}
+    assert list(lines) == list(want)
+    for k, line in lines.items(): assert json.dumps(want[k]) in line and helps[k][1] in line
+    assert '0.35' in lines["scale"] and lines["seed"].split()[1] == "5"
+
+
+def test_run_passes_everything_on(lfpm, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "run_notebook", lambda *a: seen.append(a) or Path("out"))
+    assert lfpm("run", "main", "--preset", "tiny", "-p", "lam=0.5", "-p", "target_class=stop=1", "--seed", "3", "--force")[:2] == (0, "results in out\n")
+    assert seen == [("main", "tiny", {"lam": "0.5", "target_class": "stop=1"}, 3, True)]
+
+
+@pytest.mark.parametrize("error, code", [(ValueError("no"), 2), (FileNotFoundError("no"), 2), (PermissionError("no"), 2), (RuntimeError("no"), 1)])
+def test_errors_become_one_line_and_an_exit_code(lfpm, monkeypatch, error, code):
+    def fails(*a): raise error
+    monkeypatch.setattr(cli, "run_notebook", fails)
+    assert lfpm("run", "main") == (code, "", "lfpm: no\n")
+
+
+def test_ctrl_c_says_that_nothing_is_lost(lfpm, monkeypatch):
+    def stopped(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, "run_notebook", stopped)
+    code, out, err = lfpm("run", "main")
+    assert code == 130 and out == "" and "stopped; finished stages are kept, so the same command continues" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["table", "--help"], ["doctor", "--help"], ["methods", "--help"]])
+def test_help_teaches(args):
+    result = CliRunner().invoke(cli.app, args)
+    assert result.exit_code == 0
+    words = re.sub(r"\s+", " ", result.output)
+    need = {"run": ("--preset", "key=value", "--seed", "--dry-run", "--force", "tiny", "main"), "table": ("--preset", "--json", "mean ± std"),
+            "--help": ("doctor", "methods", "run", "table", "lfpm run main --preset tiny")}.get(args[0], ("Usage",))
+    assert all(w.lower() in words.lower() for w in need), words
+
+
+# --- table -------------------------------------------------------------------------------------------------------------
+
+KEYS = {"method", "CA", "ASR_T", "ASR_N", "path_ASR", "n_seeds"}
+
+
+def test_table_json_is_nothing_but_json(lfpm, runs):
+    for seed in (0, 1): fake(runs, f"s{seed}", {"TA": 70 + seed, "LFPM": 69}, seed=seed)
+    fake(runs, "other", {"TA": 1}, config="bbbb", age=900)
+    code, out, err = lfpm("table", "main", "--json")
+    rows = json.loads(out)
+    assert code == 0 and [r["method"] for r in rows] == ["TA", "LFPM"] and all(KEYS <= r.keys() for r in rows)
+    assert rows[0]["CA"] == 70.5 and rows[0]["n_seeds"] == 2 and rows[0]["ASR_T"] is None and "1 finished runs of other configurations" in err
+
+
+def test_table_prints_markdown_and_where_the_figure_is(lfpm, runs):
+    out = fake(runs, "s0", {"TA": 70}, seed=0)
+    code, text, err = lfpm("table", "main")
+    assert code == 0 and err == "" and text.splitlines()[0].startswith("| method |") and "| TA | 70.0 |" in text and text.rstrip().endswith(str(out / "path.html"))
+    assert len({l.count("|") for l in text.splitlines() if l.startswith("|")}) == 1
+
+
+def test_table_of_another_preset(lfpm, runs):
+    fake(runs, "t", {"TA": 5}, preset="tiny")
+    assert lfpm("table", "main")[0] == 2 and "5.0" in lfpm("table", "main", "--preset", "tiny")[1]
+
+
+def test_table_without_runs(lfpm, dirs):
+    code, out, err = lfpm("table", "main", "--json")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "no finished run of main" in err and "lfpm run main" in err
+
+
+def test_table_refuses_unknown_names(lfpm, dirs):
+    assert "unknown run 'mian'; did you mean 'main'" in lfpm("table", "mian")[2]
+    assert "did you mean 'tiny'" in lfpm("table", "main", "--preset", "tinny")[2]
+
+
+# --- as a program --------------------------------------------------------------------------------------------------------
+
+def test_the_command_itself(dirs):
+    "One process from the shell: the installed entry point, an error without a traceback."
+    code = "import sys; from lfpm_nb.cli import main; sys.argv = ['lfpm', 'run', 'mian']; main()"
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert r.returncode == 2 and r.stdout == "" and r.stderr.strip().splitlines()[-1] == "lfpm: unknown run 'mian'; did you mean 'main'?" and "Traceback" not in r.stderr

@@ -1,0 +1,290 @@
+"""Hashes, seeds, files, registries, progress and cached stages."""
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from lfpm_nb import core
+from lfpm_nb.core import (Progress, Registry, Stages, check_same, choose, code_hash, content_hash, load_state, save_state, stable_seed,
+                          write_json, writing)
+
+STATE = {"a": torch.arange(6.).reshape(2, 3), "b": torch.tensor([1, 2]), "c": torch.zeros(3, dtype=torch.float16)}
+
+# --- content hash ------------------------------------------------------------------------------------------------------
+
+leaf = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5) | st.binary(max_size=5)
+nested = st.recursive(leaf, lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=3), x, max_size=4), max_leaves=12)
+
+
+@given(st.dictionaries(st.text(max_size=4) | st.integers(0, 9), nested, max_size=6), st.randoms())
+def test_hash_ignores_the_order_of_keys(d, rng):
+    keys = list(d); rng.shuffle(keys)
+    assert content_hash(d) == content_hash({k: d[k] for k in keys})
+
+
+def test_hash_ignores_the_order_of_keys_that_print_alike():
+    assert content_hash({1: "x", "1": "y"}) == content_hash({"1": "y", 1: "x"}) != content_hash({"1": "x", 1: "y"})
+
+
+@given(st.lists(nested, min_size=1, max_size=5), st.data())
+def test_hash_sees_every_change(things, data):
+    i = data.draw(st.integers(0, len(things) - 1))
+    other = data.draw(nested.filter(lambda v: repr(v) != repr(things[i])))
+    changed = [*things[:i], other, *things[i + 1:]]
+    assert content_hash(things) != content_hash(changed)
+    assert content_hash({"k": things}) != content_hash({"k": changed}) and content_hash(things) != content_hash(*things, "x")
+
+
+@given(st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=6), st.integers(0, 5))
+def test_hash_sees_every_element_shape_and_kind_of_a_tensor(values, i):
+    t = torch.tensor(values)
+    u = t.clone(); u[i % len(values)] += 1
+    assert content_hash(t) == content_hash(t.clone()) != content_hash(u)
+    assert len({content_hash(x) for x in (t, t[None], t[:, None], t.double(), t.half(), t.tolist())}) == 6
+
+
+def test_hash_takes_views_empty_tensors_and_all_kinds():
+    m = torch.arange(6.).reshape(2, 3)
+    assert content_hash(m.t()) == content_hash(m.t().contiguous()) != content_hash(m)
+    kinds = [torch.zeros(2, dtype=d) for d in (torch.bool, torch.uint8, torch.bfloat16, torch.int64)] + [torch.zeros(0), torch.zeros(())]
+    assert len({content_hash(k) for k in kinds}) == len(kinds)
+
+
+def test_hash_of_dataclasses_and_refusal_of_the_rest():
+    @dataclass
+    class A: x: int
+    @dataclass
+    class B: x: int
+    assert content_hash(A(1)) == content_hash(A(1)) and len({content_hash(v) for v in (A(1), A(2), B(1))}) == 3
+    with pytest.raises(TypeError, match="cannot hash a function"): content_hash(lambda: 0)
+    assert len(content_hash(1, n=20)) == 20
+
+
+def test_the_same_in_another_process():
+    code = ("import torch; from pathlib import Path; from lfpm_nb.core import code_hash, content_hash, generator, stable_seed; print(stable_seed('a', 1, None), content_hash({'x': [1, torch.ones(2)], 'y': Path('p')}), code_hash('path'), "
+            "torch.rand(2, generator=generator('z')).tolist())")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "77"}, check=True).stdout
+    here = (stable_seed("a", 1, None), content_hash({"y": Path("p"), "x": [1, torch.ones(2)]}), code_hash("path"), torch.rand(2, generator=core.generator("z")).tolist())
+    assert out.split(None, 3)[:3] == [str(v) for v in here[:3]] and out.split(None, 3)[3].strip() == str(here[3])
+
+
+@given(st.lists(st.text(max_size=4) | st.integers(), min_size=1, max_size=3), st.lists(st.text(max_size=4) | st.integers(), min_size=1, max_size=3))
+def test_seeds_differ_whenever_names_differ(a, b):
+    assert 0 <= stable_seed(*a) < 2 ** 63 and (stable_seed(*a) == stable_seed(*b)) == (a == b)
+
+
+@pytest.mark.parametrize("spelling", ["from lfpm_nb.{} import x", "from .{} import x", "from .{} import (x,\n    y)"])
+def test_code_hash_follows_imports(tmp_path, monkeypatch, spelling):
+    for m, of in dict(leaf="", mid="leaf", top="mid", apart="").items():
+        (tmp_path / f"{m}.py").write_text((spelling.format(of) if of else "x = 1") + "\n")
+    monkeypatch.setattr(core, "__file__", str(tmp_path / "core.py"))
+    before = {m: code_hash(m) for m in ("top", "mid", "apart")}
+    (tmp_path / "leaf.py").write_text("x = 2\n")
+    assert code_hash("top") != before["top"] and code_hash("mid") != before["mid"] and code_hash("apart") == before["apart"]
+
+
+def test_code_hash_of_every_module_sees_a_change_in_core(tmp_path, monkeypatch):
+    package = Path(core.__file__).parent
+    modules = [p.stem for p in package.glob("*.py") if p.stem[0] != "_"]
+    before = {m: code_hash(m) for m in modules}
+    for m in modules: (tmp_path / f"{m}.py").write_text((package / f"{m}.py").read_text() + "# changed\n" * (m == "core"))
+    monkeypatch.setattr(core, "__file__", str(tmp_path / "core.py"))
+    assert len(modules) > 10 and [m for m in modules if code_hash(m) == before[m]] == []
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "sub" / "f.txt"
+    with pytest.raises(error):
+        with writing(path) as tmp: tmp.write_text("half"); raise error
+    assert list(path.parent.iterdir()) == []
+    write_json(path, {"a": 1})
+    with pytest.raises(error):
+        with writing(path) as tmp: tmp.write_text("half"); raise error
+    assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in path.parent.iterdir()] == ["f.txt"]
+
+
+def test_state_round_trip(tmp_path):
+    save_state(tmp_path / "m.safetensors", {**STATE, "a": STATE["a"].t()}, poisoned=True, seed=3)
+    back, meta = load_state(tmp_path / "m.safetensors")
+    assert meta == {"poisoned": "True", "seed": "3"} and torch.equal(back["a"], STATE["a"].t())
+    assert {k: v.dtype for k, v in back.items()} == {k: v.dtype for k, v in STATE.items()}
+
+
+def test_load_refuses_a_missing_file(tmp_path):
+    for p in (tmp_path / "no.safetensors", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"no checkpoint at {p}; give the path"): load_state(p)
+
+
+def test_load_refuses_damaged_files(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_state(path, STATE)
+    whole = path.read_bytes()
+    for broken in (b"", b"junk", whole[:40], whole[:-4], b"\xff" * 8 + whole[8:]):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="is damaged or not a safetensors file"): load_state(path)
+    (tmp_path / "m.pt").write_bytes(whole[:40])
+    with pytest.raises(ValueError, match="damaged or holds pickled objects"): load_state(tmp_path / "m.pt")
+
+
+class Bomb:
+    "Unpickling it would create the file `path`."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return (Path.touch, (self.path,))
+
+
+def test_load_never_unpickles(tmp_path):
+    torch.save({"w": Bomb(tmp_path / "boom")}, tmp_path / "bomb.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    for name in ("bomb.pt", "module.pt"):
+        with pytest.raises(ValueError, match="pickled objects, which could run code"): load_state(tmp_path / name)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_load_takes_a_plain_pt_and_refuses_other_contents(tmp_path):
+    torch.save(STATE, tmp_path / "m.pt")
+    back, meta = load_state(tmp_path / "m.pt")
+    assert meta == {} and all(torch.equal(back[k], v) for k, v in STATE.items())
+    for bad, kind in [({"w": torch.ones(1), "epoch": 3}, "dict"), ({"model": STATE}, "dict"), ([torch.ones(1)], "list"), (torch.ones(1), "Tensor")]:
+        torch.save(bad, tmp_path / "bad.pt")
+        with pytest.raises(ValueError, match=f"holds a {kind}, expected a flat state dict"): load_state(tmp_path / "bad.pt")
+
+
+# --- checks before mixing ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("a"), "a only in the first"), (lambda s: s.update(z=torch.ones(1)), "z only in the second"),
+    (lambda s: s.update(a=torch.ones(3, 2)), r"a: \(2, 3\) vs \(3, 2\)"), (lambda s: s.update(a=STATE["a"].long()), "a: torch.float32 vs torch.int64"),
+    (lambda s: s.update(a=torch.full((2, 3), float("nan"))), r"1 tensors hold NaN or infinity \(first: a\)"),
+    (lambda s: s.update(c=torch.tensor([0, float("inf"), 0]).half()), r"\(first: c\)")])
+def test_check_same_names_the_difference(change, message):
+    other = {k: v.clone() for k, v in STATE.items()}
+    check_same(STATE, other)
+    change(other)
+    with pytest.raises(ValueError, match=message) as e: check_same(STATE, other, "these two")
+    assert "these two" in str(e.value)
+
+
+def test_check_same_is_short_and_allows_other_float_kinds():
+    with pytest.raises(ValueError, match="differ in 26 places") as e: check_same({c: torch.ones(1) for c in "abcdefghijklmnopqrstuvwxyz"}, {})
+    assert len(str(e.value)) < 250 and all(f"{c} only in the first" in str(e.value) for c in "abc")
+    check_same(STATE, {k: v.half() if v.is_floating_point() else v for k, v in STATE.items()})
+
+
+# --- names -------------------------------------------------------------------------------------------------------------
+
+@given(st.sampled_from(["letters", "signs", "textures", "handwritten"]), st.integers(0, 20))
+def test_choose_suggests_the_word_with_one_letter_lost(word, i):
+    i %= len(word)
+    with pytest.raises(ValueError, match=f"did you mean '{word}'"): choose(word[:i] + word[i + 1:], ["letters", "signs", "textures", "handwritten"], "task")
+
+
+def test_choose_is_blind_to_case_and_lists_what_there_is():
+    assert choose("SIGNS", ["signs"], "task") == "signs"
+    with pytest.raises(ValueError, match="unknown task 'qqqq'; known: signs, land"): choose("qqqq", ["signs", "land"], "task")
+
+
+def test_registry():
+    reg = Registry("merge")
+    @reg.register("TA", long="Task Arithmetic", needs=("pretrained",), source="there")
+    def ta(x, scale=1., *, side=2): return x * scale + side
+    assert reg("task ARITHMETIC", 3, scale=2) == reg("ta", 3, scale=2) == 8 and ta(1) == 3
+    assert reg["TA"] == dict(f=ta, long="Task Arithmetic", needs=("pretrained",), source="there")
+    assert reg.accepts("ta", dict(x=0, scale=5, lam=1)) == dict(scale=5)
+    with pytest.raises(ValueError, match="unknown merge 'taa'; did you mean 'TA'"): reg("taa", 1)
+
+
+def test_method_adds_methods_and_properties():
+    class A: pass
+    calls = []
+    @core.method(A)
+    def f(self, x): return x + 1
+    @core.method(A, once=True)
+    def g(self): calls.append(1); return 5
+    a = A()
+    assert a.f(1) == 2 and a.g == a.g == 5 and calls == [1] and f.__qualname__.endswith("A.f")
+
+
+# --- progress ----------------------------------------------------------------------------------------------------------
+
+def test_progress_says_what_how_far_and_note(capsys, monkeypatch):
+    monkeypatch.delenv("LFPM_QUIET"); monkeypatch.delenv("LFPM_LIVE", raising=False)
+    bar = Progress(range(3), "count sheep")
+    for i in bar: bar.note = f"loss {i}"
+    err = capsys.readouterr().err
+    assert "count sheep: 3/3" in err and "loss 2" in err and err.count("\n") == 1          # a log gets one line
+    monkeypatch.setenv("LFPM_LIVE", "1")
+    assert list(Progress(iter("ab"), "live", total=2, every=0)) == ["a", "b"]
+    err = capsys.readouterr().err
+    assert "live: 1/2" in err and "s left" in err and "\r" in err and err.endswith("\n")
+    monkeypatch.setenv("LFPM_QUIET", "1")
+    assert list(Progress([1], "quiet")) == [1] and capsys.readouterr().err == ""
+
+
+# --- stages ------------------------------------------------------------------------------------------------------------
+
+def computing(calls, x=1., record=None):
+    def compute():
+        calls.append(x)
+        return {"x": torch.tensor([x])}, record or {"acc": (1, 2)}
+    return compute
+
+
+def test_a_stage_is_computed_once_per_key(tmp_path):
+    calls, stages = [], Stages(tmp_path)
+    first, again = stages("s", ("k", 1), computing(calls)), stages("s", ("k", 1), computing(calls, 9.))
+    assert calls == [1.] and torch.equal(first[0]["x"], again[0]["x"]) and first[1] == again[1] == {"acc": [1, 2], "seconds": first[1]["seconds"]}
+    assert stages("s", ("k", 2), computing(calls, 3.))[0]["x"].item() == 3 and stages("t", ("k", 1), computing(calls, 4.))[0]["x"].item() == 4
+    assert Stages(tmp_path)("s", ("k", 1), computing(calls, 9.))[0]["x"].item() == 1
+    assert [(n, r) for n, _, r in stages.log] == [("s", False), ("s", True), ("s", False), ("t", False)]
+
+
+def test_a_stage_depends_on_threads_and_device(tmp_path, monkeypatch):
+    calls, stages = [], Stages(tmp_path)
+    stages("s", ("k",), computing(calls))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    stages("s", ("k",), computing(calls, 2.))
+    monkeypatch.setenv("LFPM_DEVICE", "meta")
+    stages("s", ("k",), computing(calls, 3.))
+    assert calls == [1., 2., 3.]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_stage_leaves_nothing_and_runs_again(tmp_path, error):
+    calls, stages = [], Stages(tmp_path)
+    def dies(): raise error
+    with pytest.raises(error): stages("s", ("k",), dies)
+    assert list(tmp_path.rglob("*.*")) == [] and stages.log == []
+    assert stages("s", ("k",), computing(calls))[0]["x"].item() == 1 and calls == [1.]
+
+
+def test_force_computes_each_stage_once_more(tmp_path, monkeypatch):
+    calls = []
+    Stages(tmp_path)("s", ("k",), computing(calls, 1.))
+    stages = Stages(tmp_path, force=True)
+    for _ in range(3): stages("s", ("k",), computing(calls, 2.))
+    assert calls == [1., 2.] and Stages(tmp_path)("s", ("k",), computing(calls, 3.))[0]["x"].item() == 2
+    monkeypatch.setenv("LFPM_FORCE", "1")
+    assert Stages(tmp_path).force and not Stages(tmp_path, force=False).force
+
+
+def test_poisoned_stages_say_so(tmp_path):
+    Stages(tmp_path)("s", ("k",), computing([]), poisoned=True)
+    Stages(tmp_path)("s", ("k",), computing([]))
+    marks = {p.name.endswith("-poisoned.safetensors"): load_state(p)[1]["poisoned"] for p in (tmp_path / "s").iterdir()}
+    assert marks == {True: "True", False: "False"}
+
+
+def test_a_damaged_stage_is_refused_by_name(tmp_path):
+    Stages(tmp_path)("s", ("k",), computing([]))
+    path, = (tmp_path / "s").iterdir()
+    path.write_bytes(path.read_bytes()[:30])
+    with pytest.raises(ValueError, match=f"{path} is damaged"): Stages(tmp_path)("s", ("k",), computing([]))

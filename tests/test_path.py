@@ -1,0 +1,115 @@
+"""Everything between two models: exact ends, the integral, and rows along the path."""
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from conftest import near, pixels, small_task
+from lfpm_nb.attack import Trigger
+from lfpm_nb.clip import encode
+from lfpm_nb.measure import Suite, measure
+from lfpm_nb.path import Path, curve, grid, integrate, lerp, lerp_, measure_path
+
+floats = st.lists(st.floats(-2. ** 99, 2. ** 99, width=32), min_size=3, max_size=3)
+values = st.lists(st.floats(0, 100), min_size=2, max_size=21)
+
+# --- mixing ------------------------------------------------------------------------------------------------------------
+
+@given(floats, floats, st.floats(0, 1))
+def test_lerp_is_its_formula_with_exact_ends(u, v, lam):
+    a, b = ({"w": torch.tensor(x), "n": torch.tensor(n)} for n, x in enumerate((u, v)))
+    got = lerp(a, b, lam)
+    want = (1 - lam) * a["w"].double() + lam * b["w"].double()
+    assert torch.allclose(got["w"].double(), want, rtol=1e-5, atol=float(max(map(abs, u + v))) * 1e-6) and got["n"] == 0
+    assert torch.equal(lerp(a, b, 0.)["w"], a["w"]) and torch.equal(lerp(a, b, 1.)["w"], b["w"])
+    assert torch.equal(a["w"], torch.tensor(u)) and torch.equal(b["w"], torch.tensor(v))
+
+
+def test_ends_are_bit_equal_for_a_real_tower(pico):
+    a, b = near(pico, 1), near(pico, 2, 1.)
+    assert all(torch.equal(lerp(a, b, 0.)[k], a[k]) and torch.equal(lerp(a, b, 1.)[k], b[k]) for k in a)
+    assert any(not torch.equal(lerp(a, b, .5)[k], a[k]) for k in a)
+
+
+def test_lerp_in_place_allocates_nothing():
+    a, b = {"w": torch.ones(4)}, {"w": torch.zeros(4)}
+    out = {"w": torch.empty(4)}
+    where = out["w"].data_ptr()
+    assert lerp_(out, a, b, .25) is out and out["w"].data_ptr() == where and out["w"].tolist() == [.75] * 4
+
+
+@pytest.mark.parametrize("lam", [-1e-9, 1.0001, 5, float("nan"), float("inf")])
+def test_lam_outside_is_refused(lam):
+    a = {"w": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"expected a number in \[0, 1\]"): lerp(a, a, lam)
+
+
+def test_ends_of_other_architectures_are_refused(pico):
+    a = near(pico, 1)
+    for bad, message in (({k: v for k, v in a.items() if k != "proj"}, "proj only in the first"), ({**a, "proj": torch.ones(2, 2)}, "the two ends of the path differ"),
+                         ({**a, "proj": a["proj"] * float("nan")}, "NaN")):
+        for make in (lambda: lerp(a, bad, .5), lambda: Path(pico, a, bad)):
+            with pytest.raises(ValueError, match=message): make()
+
+
+# --- one tower for the whole path ----------------------------------------------------------------------------------------
+
+def test_path_tower_is_the_model_at_every_point(pico):
+    a, b, x = near(pico, 1), near(pico, 2), pico.normalise(pixels(4))
+    path = Path(pico, a, b)
+    alone = lambda s: encode(pico.with_state(s), x)
+    for lam in (0.5, 1., 0., 0.3, 0., 1.):                              # in any order, ends included after others
+        tower = path.at(lam)
+        assert tower is path.visual and torch.equal(encode(tower, x), alone({0.: a, 1.: b}.get(lam) or lerp(a, b, lam))), lam
+        assert all(torch.equal(v, lerp(a, b, lam)[k]) for k, v in tower.state_dict().items())
+    assert not any(p.requires_grad for p in tower.parameters()) and not tower.training
+
+
+def test_path_leaves_its_ends_and_the_backbone(pico):
+    a, b = near(pico, 1), near(pico, 2)
+    before = [{k: v.clone() for k, v in m.items()} for m in (a, b, pico.state())]
+    path = Path(pico, a, b)
+    for lam in (0., .7, 1., .2): path.at(lam)
+    for m, old in zip((a, b, pico.state()), before): assert all(torch.equal(m[k], v) for k, v in old.items())
+
+
+# --- the integral ------------------------------------------------------------------------------------------------------
+
+def piecewise(v, lam):
+    "Integral of the polygon through v over [0, lam], summed segment by segment, over lam."
+    h, total = 1 / (len(v) - 1), 0.
+    for i in range(len(v) - 1):
+        w = min(max(lam - i * h, 0), h)
+        total += w * (v[i] + v[i] + (v[i + 1] - v[i]) * w / h) / 2
+    return total / lam
+
+
+@given(values, st.floats(0.01, 1))
+def test_integral_against_segments(v, lam):
+    assert integrate(v, lam) == pytest.approx(piecewise(v, lam), abs=1e-6) and min(v) - 1e-9 <= integrate(v, lam) <= max(v) + 1e-9
+
+
+@given(values)
+def test_whole_integral_is_the_trapezoid_rule(v):
+    assert integrate(v) == pytest.approx(np.trapezoid(v, dx=1 / (len(v) - 1)), abs=1e-9) and integrate(v, 0) == v[0]
+
+
+def test_grid():
+    assert grid(2) == [0, 1] and grid(21)[10] == .5 and grid(21)[0] == 0 and grid(21)[-1] == 1 and len(grid(21)) == 21
+
+
+# --- rows along the path -------------------------------------------------------------------------------------------------
+
+def test_rows_along_a_path(pico):
+    tasks = [small_task("signs"), small_task("textures")]
+    suite = Suite.of(pico, tasks, "signs", 1, Trigger(torch.rand(3, 6, 6)))
+    a, b = near(pico, 1, .1), near(pico, 2, .1)
+    rows = measure_path(pico, a, b, suite.first(20), n=3)
+    assert {r["lam"] for r in rows} == {0, .5, 1}
+    for lam, state in ((0, a), (.5, lerp(a, b, .5)), (1, b)):
+        want = measure(pico, pico.with_state(state), suite.first(20), floors=False)
+        assert [{k: v for k, v in r.items() if k != "lam"} for r in rows if r["lam"] == lam] == want
+    n = {(r["task"], r["metric"]): r["n"] for r in rows}
+    assert n["textures", "CA"] == 20 and n["signs", "CA"] == 48 and n["signs", "ASR_T"] == int((tasks[0].test_y != 1).sum())
+    lams, ca = curve(list(reversed(rows)), "CA")
+    assert lams == [0, .5, 1] and ca == [next(r["value"] for r in rows if r["lam"] == l and r["task"] == "average" and r["metric"] == "CA") for l in lams]

@@ -1,0 +1,153 @@
+"""The main run from end to end, as `lfpm run main` does it; interrupted and started again."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from lfpm_nb.cli import app
+from lfpm_nb.experiment import run_notebook, settings_of
+from typer.testing import CliRunner
+
+ROWS = ["individual (clean)", "individual", "TA (clean)", "TA", "fine-tuning", "LFPM", "LFPM (clean)"]
+SMALL = dict(tasks="letters,signs,textures", n_train=96, n_test=48, n_target=90, trigger_steps=3, shadow_n=96, held=64, lam_n=3, path_n=24)
+GIVEN = {k: str(v) for k, v in SMALL.items()}
+FILES = ["metrics.parquet", "notebook.ipynb", "params.json", "path.html", "path.png", "status.json"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "$LFPM_RUNS and $LFPM_CACHE of this module's run."
+    root = tmp_path_factory.mktemp("main")
+    with pytest.MonkeyPatch.context() as m:
+        for k, v in dict(LFPM_RUNS=root / "runs", LFPM_CACHE=root / "cache", LFPM_FORCE=0, LFPM_LIVE=0).items(): m.setenv(k, str(v))
+        yield root
+
+
+@pytest.fixture(scope="module")
+def out(home): return run_notebook("main", "tiny", GIVEN)
+
+
+def test_files_and_status(out, home):
+    assert sorted(p.name for p in out.iterdir()) == FILES and out.parent == (home / "runs" / "main").resolve()
+    s = json.loads((out / "status.json").read_text())
+    assert (s["state"], s["preset"], s["seed"]) == ("done", "tiny", 0) and s["config"] in out.name and s["seconds"] > 0
+    assert all((out / "status.json").stat().st_mtime_ns >= p.stat().st_mtime_ns for p in out.iterdir()), "written last"
+    assert (out / "path.png").read_bytes()[:4] == b"\x89PNG" and (out / "path.html").stat().st_size > 1e6
+
+
+def test_params_are_what_was_asked_and_what_it_ran_on(out):
+    p = json.loads((out / "params.json").read_text())
+    want = settings_of("main", "tiny", GIVEN)
+    assert p["params"] == {k: v for k, v in want.items() if k != "out_dir"}
+    assert p["versions"]["threads"] == int(os.environ["OMP_NUM_THREADS"]) and p["versions"]["device"] == "cpu"
+    assert {s["name"] for s in p["stages"]} >= {"tune-letters", "tune-signs", "tune-textures", "attack-badmerging", "stage1", "defend-LFPM", "defend-fine-tuning", "measure", "path"}
+
+
+def test_the_notebook_shows_its_results_and_holds_no_widgets(out):
+    nb = json.loads((out / "notebook.ipynb").read_text())
+    assert "widgets" not in nb["metadata"] and (out / "notebook.ipynb").stat().st_size < 400_000
+    outputs = [o for c in nb["cells"] for o in c.get("outputs", [])]
+    text = json.dumps(outputs)
+    assert not any(o["output_type"] == "error" for o in outputs) and "image/png" in text and "LFPM (clean)" in text
+
+
+def test_metrics_are_complete(out):
+    df = pd.read_parquet(out / "metrics.parquet")
+    tasks = [*SMALL["tasks"].split(","), "average"]
+    for m in ROWS:
+        ca = df[(df.method == m) & (df.kind == "model") & (df.metric == "CA")]
+        assert ca.task.tolist() == tasks and ca.value.between(0, 100).all() and ca.n.tolist() == [48, 90, 48, 186]
+    for m in ("fine-tuning", "LFPM", "LFPM (clean)"):
+        path = df[(df.method == m) & (df.kind == "path") & (df.task == "average") & (df.metric == "ASR_T")]
+        assert sorted(path.lam) == [0, .5, 1]
+        at0 = path[path.lam == 0].value.item()
+        own = df[(df.method == ("TA (clean)" if "clean" in m else "TA")) & (df.kind == "model") & (df.task == "average") & (df.metric == "ASR_T")].value.item()
+        assert at0 == own, "the path starts at the merged model"
+
+
+def test_the_tables_rows(out, home):
+    r = CliRunner().invoke(app, ["table", "main", "--preset", "tiny", "--json"])
+    rows = {row["method"]: row for row in json.loads(r.stdout)}
+    assert list(rows) == ROWS and all(row["n_seeds"] == 1 and 0 <= row["CA"] <= 100 for row in rows.values())
+    for m, row in rows.items(): assert (row["path_ASR"] is not None) == (row["lam"] is not None) == (m in ("fine-tuning", "LFPM", "LFPM (clean)"))
+    assert str(out) in CliRunner().invoke(app, ["table", "main", "--preset", "tiny"]).stdout
+
+
+def test_again_is_instant(out):
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    t0 = time.time()
+    assert run_notebook("main", "tiny", GIVEN) == out and time.time() - t0 < 3
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
+
+
+# --- interrupted (slow) ----------------------------------------------------------------------------------------------------
+
+def start(root: Path) -> subprocess.Popen:
+    "`lfpm run main --preset tiny …` in a session of its own, results and stages under `root`."
+    env = os.environ | dict(LFPM_RUNS=str(root / "runs"), LFPM_CACHE=str(root / "cache"), LFPM_FORCE="0")
+    args = [a for k, v in GIVEN.items() for a in ("-p", f"{k}={v}")]
+    code = "import sys; from lfpm_nb.cli import main; main()"
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / "log.txt", "a") as log:
+        return subprocess.Popen([sys.executable, "-c", code, "run", "main", "--preset", "tiny", *args], env=env, start_new_session=True, stdout=log, stderr=log)
+
+
+def stages(root: Path) -> int: return len(list((root / "cache").rglob("*.safetensors")))
+
+
+def wait_for_stages(p: subprocess.Popen, root: Path, n: int):
+    t0 = time.time()
+    while stages(root) < n:
+        assert p.poll() is None and time.time() - t0 < 400, (root / "log.txt").read_text()
+        time.sleep(0.05)
+
+
+def kill(p: subprocess.Popen):
+    "The command and its kernel, at once and without warning."
+    family = [psutil.Process(p.pid), *psutil.Process(p.pid).children(recursive=True)]
+    for q in family: q.kill()
+    psutil.wait_procs(family, timeout=20); p.wait()
+
+
+def metrics(root: Path) -> pd.DataFrame:
+    "All rows but times."
+    folder, = (root / "runs" / "main").iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == FILES and json.loads((folder / "status.json").read_text())["state"] == "done"
+    df = pd.read_parquet(folder / "metrics.parquet")
+    return df[df.metric != "seconds"].reset_index(drop=True)
+
+
+@pytest.mark.slow
+def test_killed_at_several_stages_it_ends_with_the_same_numbers(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    p = start(whole)
+    assert p.wait(500) == 0, (whole / "log.txt").read_text()
+    total = stages(whole)
+    for at in sorted({1 + os.getpid() % 3, total // 2, total - 2}):
+        p = start(broken)
+        wait_for_stages(p, broken, at)
+        kill(p)
+        assert not list(broken.rglob("status.json")) and not list(broken.rglob("metrics.parquet")), f"killed after {at} of {total} stages, yet there is a result"
+    kept = {f: f.stat().st_mtime_ns for f in (broken / "cache").rglob("*.safetensors")}
+    assert start(broken).wait(500) == 0, (broken / "log.txt").read_text()
+    assert all(f.stat().st_mtime_ns == t for f, t in kept.items()), "finished stages were not computed again"
+    pd.testing.assert_frame_equal(metrics(broken), metrics(whole), check_exact=True)
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_results_folder_and_no_process(tmp_path):
+    p = start(tmp_path)
+    wait_for_stages(p, tmp_path, 2)
+    family = psutil.Process(p.pid).children(recursive=True)
+    p.send_signal(signal.SIGINT)
+    assert p.wait(60) == 130, (tmp_path / "log.txt").read_text()
+    assert not list((tmp_path / "runs").rglob("*.*")) and not list((tmp_path / "runs" / "main").iterdir()) and stages(tmp_path) >= 2
+    assert "lfpm: stopped; finished stages are kept" in (tmp_path / "log.txt").read_text()
+    assert not psutil.wait_procs(family, timeout=20)[1], "the kernel is still running"
