@@ -147,7 +147,7 @@ class Stage2:
         torch.nn.utils.clip_grad_norm_(self.anti.parameters(), 1.0); self.opt.step()
 
     def lfpm(self):
-        loss = step_loss(self.clip, self.mm, self.anti, self.x, self.y, self.W, self.p, self.s)
+        loss = step_loss(self.mm, self.anti, self.x, self.y, self.W, self.p, self.s)
         self.opt.zero_grad(); loss.backward(); accumulate(self.anti, self.mm, self.s.gamma)
         self.update()
 

@@ -13,7 +13,7 @@ from lfpm_nb.clip import Clip, encode, logits
 from lfpm_nb.core import generator
 from lfpm_nb.subspace import Shadow
 
-S = Strengths(rank=4, rho=.1, prompt_length=3, prompt_epochs=1, epochs=1, batch=16, lr=1e-3, points=5)
+S = Strengths(A=True, rank=4, rho=.1, prompt_length=3, prompt_steps=2, semantic=(1., 3.), epochs=1, batch=16, lr=1e-3, points=5)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,11 @@ def theta(pico): return near(pico, 1)
 
 
 @pytest.fixture(scope="module")
-def prompt(): return 0.3 * torch.randn(3, 64, generator=generator("p"))
+def prompts(): return 0.3 * torch.randn(2, 3, 64, generator=generator("p"))
+
+
+@pytest.fixture(scope="module")
+def prompt(prompts): return prompts[0]
 
 
 @pytest.fixture
@@ -74,7 +78,7 @@ def test_accumulation_against_two_separate_passes(pico, step, prompt, fp32, gamm
     for model, other, order in ((anti, mm, lambda a, b: (b, a)), (mm, anti, lambda a, b: (a, b))):
         loss = sum(path_loss(*order(encode(model, x, q), encode(other, x, q).detach()), y, W, points) for q in (None, prompt))
         want.append(torch.autograd.grad(loss, list(model.parameters())))
-    step_loss(pico, mm, anti, x, y, W, prompt, s).backward()
+    step_loss(mm, anti, x, y, W, prompt, s).backward()
     accumulate(anti, mm, gamma)
     assert all(torch.allclose(p.grad, a + gamma * m, atol=1e-5, rtol=1e-4) for p, a, m in zip(anti.parameters(), *want))
     assert all(p.grad is None for p in mm.parameters()) and any(m.abs().max() > 1e-4 for m in want[1]), "the merged model's gradient is not trivial"
@@ -87,7 +91,7 @@ def test_the_step_is_clean_plus_worst_prompt(pico, step, prompt, fp32):
     bad = worst_prompt(loss, prompt, S.rho)
     for v in (mm, anti): v.zero_grad()
     want = torch.autograd.grad(loss(None) + loss(bad), list(anti.parameters()))
-    got = step_loss(pico, mm, anti, x, y, W, prompt, S)
+    got = step_loss(mm, anti, x, y, W, prompt, S)
     assert got.item() == pytest.approx((loss(None) + loss(bad)).item(), rel=1e-5) and loss(bad) > loss(prompt)
     got.backward()
     assert all(torch.allclose(p.grad, w, atol=1e-5, rtol=1e-4) for p, w in zip(anti.parameters(), want)), "the search for the prompt leaves no gradient behind"
@@ -105,37 +109,44 @@ def test_worst_prompt_is_a_step_of_rho_norms_uphill(seed, rho):
 
 # --- theta_mm, theta_pre and the prompt are inputs ------------------------------------------------------------------------
 
-def test_the_merged_model_never_changes(pico, theta, shadow, prompt, monkeypatch):
-    towers, before, pre, p = [], {k: v.clone() for k, v in theta.items()}, pico.state(), prompt.clone()
+def test_the_merged_model_never_changes(pico, theta, shadow, prompts, monkeypatch):
+    towers, before, pre, p = [], {k: v.clone() for k, v in theta.items()}, pico.state(), prompts.clone()
     make = Clip.with_state
     monkeypatch.setattr(Clip, "with_state", lambda self, s: towers.append(make(self, s)) or towers[-1])
-    end, log = train_anti(pico, theta, shadow, prompt, replace(S, epochs=2), 0, "x")
-    assert same(theta, before) and same(towers[0].state_dict(), before) and same(pico.state(), pre) and torch.equal(prompt, p)
+    end, log = train_anti(pico, theta, shadow, prompts, replace(S, epochs=2), 0, "x")
+    assert same(theta, before) and same(towers[0].state_dict(), before) and same(pico.state(), pre) and torch.equal(prompts, p)
     assert not same(end, before) and end.keys() == before.keys() and {v.dtype for v in end.values()} == {torch.float32} and all(v == v for v in log)
 
 
-def test_start(pico, theta, shadow, prompt):
+def test_start(pico, theta, shadow, prompts):
     for start, state in (("merged", theta), ("pretrained", pico.state())):
-        assert same(train_anti(pico, theta, shadow, prompt, replace(S, lr=0., start=start), 0, "x")[0], state)
+        assert same(train_anti(pico, theta, shadow, prompts, replace(S, lr=0., start=start), 0, "x")[0], state)
 
 
-def test_training_is_seeded_and_uses_no_held_out_image(pico, theta, shadow, prompt):
+def test_training_is_seeded_and_uses_no_held_out_image(pico, theta, shadow, prompts):
     other = Shadow(torch.cat([shadow.train[0], 255 - shadow.check[0]]), torch.cat([shadow.train[1], shadow.check[1].flip(0)]), shadow.W, shadow.held)
-    one, again, seed = (train_anti(pico, theta, sh, prompt, S, s, "x")[0] for sh, s in ((shadow, 0), (other, 0), (shadow, 1)))
+    one, again, seed = (train_anti(pico, theta, sh, prompts, S, s, "x")[0] for sh, s in ((shadow, 0), (other, 0), (shadow, 1)))
     assert same(one, again) and not same(one, seed)
 
 
-def test_training_lowers_the_path_loss(pico, theta, shadow, prompt, fp32):
+def test_training_lowers_the_path_loss(pico, theta, shadow, prompts, fp32):
     x, y = shadow.train
-    end, _ = train_anti(pico, theta, shadow, prompt, replace(S, epochs=4), 0, "x")
+    end, _ = train_anti(pico, theta, shadow, prompts, replace(S, epochs=4), 0, "x")
     mm = pico.with_state(theta)
     loss = lambda v: path_loss(encode(mm, pico.normalise(x)), encode(v, pico.normalise(x)), y, shadow.W, path_points(*S.interval, S.points)).item()
     assert loss(pico.with_state(end)) < loss(mm)
 
 
+def test_steps_take_the_prompts_in_turn(pico, theta, shadow, prompts, monkeypatch):
+    seen, real = [], B.step_loss
+    monkeypatch.setattr(B, "step_loss", lambda mm, anti, x, y, W, p, s: seen.append(p) or real(mm, anti, x, y, W, p, s))
+    train_anti(pico, theta, shadow, prompts, S, 0, "x")
+    assert len(seen) == 4 and all(torch.equal(p, prompts[k % 2]) for k, p in enumerate(seen))
+
+
 def test_a_loss_that_is_not_finite_stops(pico, theta, shadow):
     with pytest.raises(FloatingPointError, match="LFPM: the loss is nan at step 0; lower lr"):
-        train_anti(pico, theta, shadow, torch.full((3, 64), float("nan")), S, 0, "LFPM")
+        train_anti(pico, theta, shadow, torch.full((1, 3, 64), float("nan")), S, 0, "LFPM")
 
 
 # --- A, B, C -----------------------------------------------------------------------------------------------------------
@@ -149,44 +160,44 @@ class Absent(torch.nn.Module):
 def test_c_off_leaves_the_merged_model_out(pico, step, prompt, fp32, with_b):
     _, anti, x, y, W = step
     s = replace(S, C=False, B=with_b)
-    got = step_loss(pico, Absent(), anti, x, y, W, prompt, s)
+    got = step_loss(Absent(), anti, x, y, W, prompt, s)
     own = lambda q: F.cross_entropy(logits(encode(anti, x, q), W), y)
     assert got.item() == pytest.approx((own(None) + own(worst_prompt(own, prompt, s.rho) if with_b else prompt)).item(), rel=1e-5)
 
 
-def test_c_off_ignores_gamma_interval_and_points(pico, theta, shadow, prompt):
-    ends = [train_anti(pico, theta, shadow, prompt, replace(S, C=False, **k), 0, "x")[0] for k in ({}, dict(gamma=7.), dict(interval=(0., .5)), dict(points=2))]
+def test_c_off_ignores_gamma_interval_and_points(pico, theta, shadow, prompts):
+    ends = [train_anti(pico, theta, shadow, prompts, replace(S, C=False, **k), 0, "x")[0] for k in ({}, dict(gamma=7.), dict(interval=(0., .5)), dict(points=2))]
     assert all(same(ends[0], e) for e in ends[1:])
 
 
-def test_c_on_uses_gamma_and_interval(pico, theta, shadow, prompt):
+def test_c_on_uses_gamma_and_interval(pico, theta, shadow, prompts):
     s = replace(S, epochs=2, start="pretrained")
-    ends = [train_anti(pico, theta, shadow, prompt, replace(s, **k), 0, "x")[0] for k in ({}, dict(gamma=0.), dict(interval=(0., 1.)), dict(C=False))]
+    ends = [train_anti(pico, theta, shadow, prompts, replace(s, **k), 0, "x")[0] for k in ({}, dict(gamma=0.), dict(interval=(0., 1.)), dict(C=False))]
     assert not any(same(a, b) for i, a in enumerate(ends) for b in ends[:i])
 
 
 def test_b_off_leaves_the_prompt(pico, step, prompt, fp32, monkeypatch):
     mm, anti, x, y, W = step
-    near_zero = step_loss(pico, mm, anti, x, y, W, prompt, replace(S, rho=0.))
+    near_zero = step_loss(mm, anti, x, y, W, prompt, replace(S, rho=0.))
     monkeypatch.setattr(B, "worst_prompt", None)                       # calling it would fail
-    got = step_loss(pico, mm, anti, x, y, W, prompt, replace(S, B=False))
+    got = step_loss(mm, anti, x, y, W, prompt, replace(S, B=False))
     want = sum(path_loss(encode(mm, x, q), encode(anti, x, q), y, W, path_points(*S.interval, S.points)) for q in (None, prompt))
     assert torch.equal(got, near_zero) and got.item() == pytest.approx(want.item(), rel=1e-5)
 
 
-def test_b_off_ignores_rho_and_b_on_does_not(pico, theta, shadow, prompt):
-    off, off2, on = (train_anti(pico, theta, shadow, prompt, replace(S, **k), 0, "x")[0] for k in (dict(B=False), dict(B=False, rho=9.), dict(rho=.5)))
+def test_b_off_ignores_rho_and_b_on_does_not(pico, theta, shadow, prompts):
+    off, off2, on = (train_anti(pico, theta, shadow, prompts, replace(S, **k), 0, "x")[0] for k in (dict(B=False), dict(B=False, rho=9.), dict(rho=.5)))
     assert same(off, off2) and not same(off, on)
 
 
 def test_a_off_makes_no_subspace(pico, theta, shadow, monkeypatch):
     with_a, log = stage_one(pico, theta, shadow, S, 0)
-    assert with_a.keys() == {"p", "U"} and with_a["U"].shape == (32, 4) and with_a["p"].shape == (3, 64) and log["subspace"]
+    assert with_a.keys() == {"p", "U"} and with_a["U"].shape == (32, 4) and with_a["p"].shape == (2, 3, 64) and log["subspace"]
     given_U, mine = [], B.mine_prompt
     monkeypatch.setattr(B, "mine_prompt", lambda clip, visual, shadow, U, *a, **k: given_U.append(U) or mine(clip, visual, shadow, U, *a, **k))
     monkeypatch.setattr(B, "learn_subspace", None)                     # calling it would fail
     without, log = stage_one(pico, theta, shadow, replace(S, A=False), 0)
-    assert without.keys() == {"p"} and given_U == [None] and not log.get("subspace") and not torch.equal(without["p"], with_a["p"])
+    assert without.keys() == {"p"} and given_U == [None, None] and not log.get("subspace") and not torch.equal(without["p"], with_a["p"])
     other, _ = stage_one(pico, theta, shadow, replace(S, A=False, rank=8), 0)
     assert torch.equal(without["p"], other["p"]), "the rank does not matter with A off"
 
@@ -206,11 +217,10 @@ def test_strengths_by_rule_are_taken_from_what_was_tried(pico, theta, shadow):
     assert torch.equal(fixed["U"], mined["U"]) and torch.equal(fixed["p"], mined["p"]) and (given["rank"], given["rho"]) == (log["rank"], .7)
 
 
-def test_the_rules_are_judged_on_held_out_images_by_clean_models(pico, theta, shadow):
+def test_the_rules_are_judged_on_held_out_images_by_clean_models(pico, theta, shadow, prompts):
     "rho: what theta_pre bears, whatever the merged model is; and training images have no say in it."
-    p = 0.3 * torch.randn(3, 64, generator=generator("p"))
     other = Shadow(torch.cat([255 - shadow.train[0], shadow.check[0]]), torch.cat([shadow.train[1].flip(0), shadow.check[1]]), shadow.W, shadow.held)
-    assert B.choose_rho(pico, shadow, p) == B.choose_rho(pico, other, p)
+    assert B.choose_rho(pico, shadow, prompts) == B.choose_rho(pico, other, prompts)
     assert all(v.grad is None and not v.requires_grad for v in pico.visual.parameters())
 
 

@@ -16,7 +16,7 @@ from lfpm_nb.experiment import Lab, MainParams
 from lfpm_nb.path import lerp
 from lfpm_nb.subspace import Shadow
 
-S = Strengths(rank=4, rho=.1, prompt_length=3, prompt_epochs=1, epochs=1, batch=16, lr=1e-3, points=4)
+S = Strengths(rank=4, rho=.1, prompt_length=3, prompt_steps=2, semantic=(1., 3.), epochs=1, batch=16, lr=1e-3, points=4)
 METHODS = pytest.mark.parametrize("method", sorted(defences))
 
 
@@ -88,7 +88,7 @@ def test_no_defence_is_given_anything_about_the_attack():
     assert not {"Trigger", "Target", "Suite", "load_task", "attack", "measure"} & names, "the defence's modules do not import the attack or the tests"
 
 
-TINY = dict(n_train=48, n_test=24, n_target=36, epochs=1, batch=32, trigger_steps=2, shadow_n=64, held=64, prompt_epochs=1, anti_epochs=1, anti_batch=32)
+TINY = dict(n_train=48, n_test=24, n_target=36, epochs=1, batch=32, trigger_steps=2, shadow_n=64, held=64, A=True, prompt_steps=2, semantic=[1., 3.], anti_epochs=1, anti_batch=32)
 EVALUATORS = [{}, dict(target_class="stop"), dict(target="flags", target_class="Japan"), dict(adversary="land"), dict(side=4, attack="badnets"), dict(n_target=20, path_n=8, lam_n=3)]
 
 

@@ -46,7 +46,8 @@ def test_settings_are_defaults_then_preset_then_given_then_seed():
 
 
 def test_spellings_of_the_same_settings_are_the_same():
-    one, two = (settings_of("main", "tiny", dict(attack=a, defences=d, lam=l)) for a, d, l in (("badmerging", "LFPM", "0.5"), ("BadMerging (off-task)", "lfpm", "0.50")))
+    one, two = (settings_of("main", "tiny", dict(attack=a, defences=d, lam=l, semantic=c)) for a, d, l, c in (
+        ("badmerging", "LFPM", "0.5", "1,2"), ("BadMerging (off-task)", "lfpm", "0.50", "1.0,2.0")))
     assert config_hash("main", one) == config_hash("main", two)
 
 
@@ -102,7 +103,7 @@ def refused(lfpm, dirs, monkeypatch):
     (("-p", "target_class=yeld"), "did you mean 'yield'"), (("-p", "target=handwritten", "-p", "target_class=eleventy"), "unknown class of handwritten 'eleventy'"),
     (("-p", "backbone=lfpm-lob"), "did you mean 'lfpm-lab'"), (("-p", "lamm=1"), "did you mean 'lam'"), (("-p", "lam"), "is not key=value"), (("-p", "seed=x"), "is not a int"),
     (("-p", "n_train=0"), "n_train"), (("-p", "side=33"), "side"), (("-p", "lam_n=1"), "lam_n"), (("-p", "held=0"), "held"),
-    (("-p", "rank=many"), "rank"), (("-p", "rho=much"), "rho")])
+    (("-p", "rank=many"), "rank"), (("-p", "semantic=much"), "semantic"), (("-p", "semantic="), "semantic"), (("-p", "rho=much"), "rho")])
 def test_bad_parameters(refused, args, message): assert message in refused(*args)
 
 
@@ -177,7 +178,7 @@ def test_a_full_disk(refused, monkeypatch):
 
 # --- the lab: what is computed again, and what not -------------------------------------------------------------------------------
 
-TINY = dict(tasks=["letters", "signs"], n_train=48, n_test=24, n_target=36, epochs=1, batch=32, trigger_steps=2, shadow_n=64, held=32, rank=4, rho=.1, prompt_epochs=1,
+TINY = dict(tasks=["letters", "signs"], n_train=48, n_test=24, n_target=36, epochs=1, batch=32, trigger_steps=2, shadow_n=64, held=32, rank=4, rho=.1, prompt_steps=2, semantic=[1., 3.],
             anti_epochs=1, anti_batch=32, lam_n=3, path_n=8)
 
 
@@ -347,7 +348,7 @@ def test_configurations_differ_in_all_but_seed_and_folder(monkeypatch):
     s = settings_of("main", "tiny")
     one = config_hash("main", s)
     assert one == config_hash("main", {**s, "seed": 7, "out_dir": "x"}) and len(one) == 8
-    others = [config_hash("main", {**s, k: v}) for k, v in (("scale", .31), ("lam", "0.5"), ("tasks", s["tasks"][::-1]), ("A", False))]
+    others = [config_hash("main", {**s, k: v}) for k, v in (("scale", .31), ("lam", "0.5"), ("tasks", s["tasks"][::-1]), ("A", not s["A"]))]
     monkeypatch.setattr(E, "versions", lambda: dict(threads=99))
     others.append(config_hash("main", s))
     assert len({one, *others}) == 6

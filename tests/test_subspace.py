@@ -77,19 +77,21 @@ def test_split_is_seeded_and_blind_to_the_length_of_features():
 
 # --- the prompt --------------------------------------------------------------------------------------------------------
 
-@given(st.integers(0, 99))
-def test_mining_loss_against_loops_and_its_bounds(seed):
+@pytest.mark.parametrize("partition", [True, False])
+@given(seed=st.integers(0, 99))
+def test_mining_loss_against_loops_and_its_bounds(seed, partition):
     g = generator("mine", seed)
-    U, (r, h, p) = basis(5, 2, seed).float(), (torch.randn(4, 5, generator=g) for _ in range(3))
+    ref, ref_p, h, h_p = (torch.randn(4, 5, generator=g) for _ in range(4))
+    U = basis(5, 2, seed).float() if partition else None
+    P, Q = (U @ U.T, torch.eye(5) - U @ U.T) if partition else (torch.eye(5), torch.eye(5))
     unit = lambda v: [x / x.norm() for x in v]
-    P, Q = U @ U.T, torch.eye(5) - U @ U.T
-    mean = sum(P @ x for x in unit(p)) / 4
-    want = [sum((Q @ (a - b)).square().sum() for a, b in zip(unit(r), unit(p))) / 4, sum((P @ (a - b)).square().sum() for a, b in zip(unit(h), unit(p))) / 4,
-            sum((P @ b - mean).square().sum() for b in unit(p)) / 4]
-    total, got = mining_loss(U, r, h, p, c1=.5, c2=2.)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want)) and torch.allclose(total, want[0] - .5 * want[1] + 2 * want[2], atol=1e-5)
-    assert all(0 <= t <= 4 for t in got), "squared distances of parts of unit vectors"
-    assert torch.allclose(total, mining_loss(U, 3 * r, h, 5 * p, c1=.5, c2=2.)[0], atol=1e-5)
+    mean = sum(P @ x for x in unit(h_p)) / 4
+    want = [sum((Q @ (a - b)).square().sum() for a, b in zip(unit(ref), unit(ref_p))) / 4, sum((P @ (a - b)).square().sum() for a, b in zip(unit(h), unit(h_p))) / 4,
+            sum((P @ b - mean).square().sum() for b in unit(h_p)) / 4]
+    total, got = mining_loss(U, ref, ref_p, h, h_p, 2.)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want)) and torch.allclose(total, 2 * want[0] - want[1] + want[2], atol=1e-5)
+    assert all(0 <= t <= 4 + 1e-5 for t in got), "squared distances of parts of unit vectors"
+    assert torch.allclose(total, mining_loss(U, 3 * ref, 2 * ref_p, h, 5 * h_p, 2.)[0], atol=1e-5)
 
 
 @given(st.floats(1e-3, 10), st.integers(0, 99))
@@ -111,19 +113,20 @@ def test_token_norm_is_the_mean_after_ln_pre(pico):
 def test_mined_prompt_stays_within_its_bound(pico, shadow, bound):
     visual = pico.with_state(near(pico, 1))
     U = basis(32, 4, 0).float()
-    p, log = mine_prompt(pico, visual, shadow, U, length=5, epochs=3, batch=32, lr=.5, bound=bound)
+    p, log = mine_prompt(pico, visual, shadow, U, 1., length=5, steps=9, batch=32, lr=.5, bound=bound)
     limit = bound * token_norm(pico, shadow.train[0][:256])
     assert p.shape == (5, 64) and (p.norm(dim=-1) <= limit * (1 + 1e-5)).all() and p.norm(dim=-1).max() > 0.9 * limit, "a large step meets the bound"
     assert log and all(len(t) == 3 for t in log) and all(w.grad is None for w in visual.parameters())
 
 
-def test_mining_lowers_its_own_loss(pico, shadow, fp32):
+@pytest.mark.parametrize("U", [basis(32, 4, 0).float(), None], ids=["U", "no U"])
+def test_mining_lowers_its_own_loss(pico, shadow, fp32, U):
     visual, x = pico.with_state(near(pico, 1)), shadow.train[0]
-    U = basis(32, 4, 0).float()
-    loss = lambda p: mining_loss(U, features(pico, pico.visual, x), features(pico, visual, x), features(pico, visual, x, p))[0].item()
+    f = lambda v, p: features(pico, v, x, p)
+    loss = lambda p: mining_loss(U, f(pico.visual, None), f(pico.visual, p), f(visual, None), f(visual, p), 1.)[0].item()
     first = 0.02 * torch.randn(5, 64, generator=generator("prompt", 0))
-    p, _ = mine_prompt(pico, visual, shadow, U, length=5, epochs=3, batch=16, seed=0)
-    again, _ = mine_prompt(pico, visual, shadow, U, length=5, epochs=3, batch=16, seed=0)
+    p, log = mine_prompt(pico, visual, shadow, U, 1., length=5, steps=20, batch=16, seed=0)
+    again, _ = mine_prompt(pico, visual, shadow, U, 1., length=5, steps=20, batch=16, seed=0)
     assert loss(p) < loss(first) and torch.equal(p, again)
 
 
@@ -140,4 +143,4 @@ def test_shadow_parts_are_disjoint_and_complete(shadow, pico):
 def test_nothing_trains_on_held_out_images(pico, shadow):
     other = Shadow(torch.cat([shadow.train[0], 255 - shadow.check[0]]), torch.cat([shadow.train[1], shadow.check[1].flip(0)]), shadow.W, shadow.held)
     visual, U = pico.with_state(near(pico, 1)), basis(32, 4, 0).float()
-    assert torch.equal(*(mine_prompt(pico, visual, s, U, length=2, epochs=1, batch=32)[0] for s in (shadow, other)))
+    assert torch.equal(*(mine_prompt(pico, visual, s, U, 1., length=2, steps=4, batch=32)[0] for s in (shadow, other)))
