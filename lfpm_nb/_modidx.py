@@ -111,6 +111,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'lfpm_nb.experiment.MainParams.strengths': ( 'experiment.html#mainparams.strengths',
                                                                                  'lfpm_nb/experiment.py'),
                                     'lfpm_nb.experiment.MainParams.tune': ('experiment.html#mainparams.tune', 'lfpm_nb/experiment.py'),
+                                    'lfpm_nb.experiment.check_inputs': ('experiment.html#check_inputs', 'lfpm_nb/experiment.py'),
                                     'lfpm_nb.experiment.check_writable': ('experiment.html#check_writable', 'lfpm_nb/experiment.py'),
                                     'lfpm_nb.experiment.config_hash': ('experiment.html#config_hash', 'lfpm_nb/experiment.py'),
                                     'lfpm_nb.experiment.contributor': ('experiment.html#contributor', 'lfpm_nb/experiment.py'),

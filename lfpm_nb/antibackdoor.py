@@ -33,34 +33,36 @@ def worst_prompt(loss_of_prompt, p: torch.Tensor, rho: float) -> torch.Tensor:
     g, = torch.autograd.grad(loss_of_prompt(q), q)
     return (q + rho * q.norm() * g / (g.norm() + 1e-12)).detach()
 
-# %% ../nbs/09_antibackdoor.ipynb #169e5c07
+# %% ../nbs/09_antibackdoor.ipynb #57922acd
 @dataclass
 class Strengths:
     "Stage I and II settings (LFPM App. D; what the paper leaves open is listed under re-implementation choices)."
     rank: int | str = "rule"    # r, a number or choose_rank
     prompt_length: int = 10     # given
-    prompt_epochs: int = 2
+    semantic: tuple = (1.0, 2.0, 4.0)  # c0 of Eq 16: one prompt is mined for each, Stage II takes them in turn
+    prompt_steps: int = 60
     prompt_bound: float = 1.0   # in ordinary token norms
     rho: float | str = "rule"   # in prompt norms, a number or choose_rho
     gamma: float = 1.0
     interval: tuple = (0.5, 1.0)
     points: int = 10
-    epochs: int = 4
+    epochs: int = 2
     batch: int = 64
     lr: float = 5e-4
     weight_decay: float = 0.001
     start: str = "merged"       # or "pretrained"
-    A: bool = True
+    A: bool = False             # see notebook subspace: the partition hides what a trigger does
     B: bool = True
     C: bool = True
 
     def __post_init__(self):
-        a, b = self.interval = tuple(self.interval)
+        self.semantic, self.interval = tuple(self.semantic), tuple(self.interval)
+        a, b = self.interval
         if not 0 <= a <= b <= 1: raise ValueError(f"interval is {self.interval}; expected 0 <= a <= b <= 1")
         if self.start not in ("merged", "pretrained"): raise ValueError(f"start is {self.start!r}; expected 'merged' or 'pretrained'")
 
-# %% ../nbs/09_antibackdoor.ipynb #49abf762
-def step_loss(clip: Clip, mm, anti, x, y, W, p, s: Strengths) -> torch.Tensor:
+# %% ../nbs/09_antibackdoor.ipynb #35f61eec
+def step_loss(mm, anti, x, y, W, p, s: Strengths) -> torch.Tensor:
     """Clean plus adversarial path loss of one batch of normalised images (LFPM Eq 19, 20, 26). With C off the merged model takes no part."""
     points = path_points(*s.interval, s.points) if s.C else [1.0]
     def loss(q):
@@ -81,9 +83,9 @@ def accumulate(anti, mm, gamma: float) -> None:
         if m.grad is not None and gamma: a.grad.add_(m.grad, alpha=gamma)
         m.grad = None
 
-# %% ../nbs/09_antibackdoor.ipynb #e01f8b4a
-def train_anti(clip: Clip, theta_mm: dict, shadow: Shadow, p: torch.Tensor, s: Strengths, seed: int, name: str) -> tuple[dict, list]:
-    "theta_anti's state dict and the loss log (one mean per tenth) after Stage II (LFPM Alg. B.3)."
+# %% ../nbs/09_antibackdoor.ipynb #a13e02c5
+def train_anti(clip: Clip, theta_mm: dict, shadow: Shadow, prompts: torch.Tensor, s: Strengths, seed: int, name: str) -> tuple[dict, list]:
+    "theta_anti's state dict and the loss log (one mean per tenth) after Stage II (LFPM Alg. B.3); step k uses prompt k modulo their number."
     x, y = shadow.train
     mm = clip.with_state(theta_mm).requires_grad_(True)
     anti = clip.with_state(theta_mm if s.start == "merged" else clip.state()).requires_grad_(True)
@@ -92,7 +94,7 @@ def train_anti(clip: Clip, theta_mm: dict, shadow: Shadow, p: torch.Tensor, s: S
     bar = Progress(steps, name)
     for k, i in enumerate(bar):
         for g in opt.param_groups: g["lr"] = lr_at(k, len(steps), s.lr, 10)
-        loss = step_loss(clip, mm, anti, clip.normalise(x[i].to(dev)), y[i].to(dev), shadow.W, p, s)
+        loss = step_loss(mm, anti, clip.normalise(x[i].to(dev)), y[i].to(dev), shadow.W, prompts[k % len(prompts)], s)
         if not loss.isfinite(): raise FloatingPointError(f"{name}: the loss is {loss.item()} at step {k}; lower lr (now {s.lr})")
         opt.zero_grad(); loss.backward(); accumulate(anti, mm, s.gamma if s.C else 0.0)
         torch.nn.utils.clip_grad_norm_(anti.parameters(), 1.0); opt.step()
@@ -119,28 +121,30 @@ def choose_rank(h: torch.Tensor, y: torch.Tensor, held_h: torch.Tensor, held_y: 
     keep = [r for r, (clean, _) in tried.items() if clean >= 0.98 * right(unit)]
     return max(keep, default=d // 32), tried
 
-# %% ../nbs/09_antibackdoor.ipynb #996e0d61
-def choose_rho(clip: Clip, shadow: Shadow, p: torch.Tensor, steps=(0.05, 0.1, 0.2, 0.3, 0.5, 1.0)) -> tuple[float, dict]:
-    """(rho, {rho: accuracy}): the largest step of the prompt under which theta_pre keeps 90 % of its prompted held-out accuracy;
-    the smallest if none does."""
+# %% ../nbs/09_antibackdoor.ipynb #641ecce3
+def choose_rho(clip: Clip, shadow: Shadow, prompts: torch.Tensor, steps=(0.05, 0.1, 0.2, 0.3, 0.5, 1.0)) -> tuple[float, dict]:
+    """(rho, {rho: accuracy}): the largest step of the prompts (k, length, width) under which theta_pre keeps, on average over them, 90 % of
+    its prompted held-out accuracy; the smallest if none does."""
     x, y = shadow.check
     xs, ys = clip.normalise(x.to(device())), y.to(device())
     def loss(q):
         with amp(): h = encode(clip.visual, xs, q)
         return F.cross_entropy(logits(h, shadow.W), ys)
-    tried = {rho: accuracy(clip, clip.visual, shadow, worst_prompt(loss, p, rho)) for rho in steps}
-    keep = [rho for rho, a in tried.items() if a >= 0.9 * accuracy(clip, clip.visual, shadow, p)]
+    mean = lambda rho: sum(accuracy(clip, clip.visual, shadow, worst_prompt(loss, p, rho)) for p in prompts) / len(prompts)
+    tried = {rho: mean(rho) for rho in steps}
+    keep = [rho for rho, a in tried.items() if a >= 0.9 * mean(0.0)]
     return max(keep, default=steps[0]), tried
 
-# %% ../nbs/09_antibackdoor.ipynb #8e06eed7
+# %% ../nbs/09_antibackdoor.ipynb #93e29549
 def stage_one(clip: Clip, theta_mm: dict, shadow: Shadow, s: Strengths, seed: int) -> tuple[dict, dict]:
-    "({'p': prompt, 'U': basis (absent with A off)}, log with the rank and rho in use) of Stage I on the merged model (LFPM Alg. B.2)."
+    "({'p': prompts (k, length, width), 'U': basis (absent with A off)}, log with the rank and rho in use) of Stage I on the merged model (LFPM Alg. B.2)."
     visual, U, log = clip.with_state(theta_mm), None, dict(rank=s.rank, rho=s.rho)
     if s.A:
         h, y = features(clip, visual, shadow.train[0]), shadow.train[1]
         if s.rank == "rule":
             log["rank"], log["ranks_tried"] = choose_rank(h, y, features(clip, visual, shadow.check[0]), shadow.check[1], shadow.W, seed)
         U, log["subspace"] = learn_subspace(h, y, shadow.W, log["rank"], seed=seed)
-    p, log["prompt"] = mine_prompt(clip, visual, shadow, U, s.prompt_length, s.prompt_epochs, s.batch, bound=s.prompt_bound, seed=seed)
+    mined = [mine_prompt(clip, visual, shadow, U, c0, s.prompt_length, s.prompt_steps, s.batch, bound=s.prompt_bound, seed=seed) for c0 in s.semantic]
+    p, log["prompt"] = torch.stack([q for q, _ in mined]), [terms for _, terms in mined]
     if s.rho == "rule": log["rho"], log["rhos_tried"] = choose_rho(clip, shadow, p)
     return {"p": p} | ({"U": U} if s.A else {}), log

@@ -15,7 +15,7 @@ from .attack import attacks
 from .defend import defences
 from .experiment import (load_runs, parameters, run_notebook, settings_of, table, to_markdown)
 
-# %% ../nbs/13_cli.ipynb #f5a5dd52
+# %% ../nbs/13_cli.ipynb #e90d58e2
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Backdoors in CLIP model merging, and LFPM against them. Start with: lfpm run main --preset tiny")
 
@@ -25,7 +25,6 @@ def main() -> None:
     try: app()
     except (ValueError, FileNotFoundError, OSError) as e: sys.exit(_say(e, 2))
     except RuntimeError as e: sys.exit(_say(e, 1))
-    except KeyboardInterrupt: sys.exit(_say("stopped; finished stages are kept, so the same command continues", 130))
 
 
 def _say(e, code: int) -> int:
@@ -54,7 +53,7 @@ def methods():
         for name, m in reg.items():
             print(f"  {name:12s} {m['long']:32s} needs: {', '.join(m['needs']) or 'weights only':44s} {m['source']}")
 
-# %% ../nbs/13_cli.ipynb #a1941d24
+# %% ../nbs/13_cli.ipynb #4d67ff29
 @app.command()
 def run(name: str = typer.Argument(..., help="a run notebook: main, pretrain"),
         preset: str = typer.Option("lab", help="a named set of parameters: tiny (a minute), lab (minutes)"),
@@ -70,7 +69,8 @@ def run(name: str = typer.Argument(..., help="a run notebook: main, pretrain"),
         s = settings_of(name, preset, given, seed)
         for k, (_, text) in parameters(name).items(): print(f"{k:15s} {json.dumps(s[k]):38s} {text}")
         return
-    out = run_notebook(name, preset, given, seed, force)
+    try: out = run_notebook(name, preset, given, seed, force)
+    except KeyboardInterrupt: raise typer.Exit(_say("stopped; finished stages are kept, so the same command continues", 130)) from None
     print(f"results in {out}")
 
 # %% ../nbs/13_cli.ipynb #dea1e222

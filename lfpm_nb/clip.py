@@ -202,14 +202,17 @@ def new_card(name: str, config: dict, captions: list[str], **extra) -> dict:
     config = {**config, "text_cfg": {**config["text_cfg"], "vocab_size": size}}
     return dict(name=name, config=config, quick_gelu=False, mean=[0.5] * 3, std=[0.25] * 3, vocab=ids, **extra)
 
-# %% ../nbs/03_clip.ipynb #637a9036
+# %% ../nbs/03_clip.ipynb #3e10ea84
 class _Resume:
     "Model, optimiser, step and losses in one tensors-only file, written by rename; loading it runs no code."
     def __init__(self, path): self.path = Path(path)
     def load(self, model, opt) -> tuple[int, list]:
         if not self.path.exists(): return 0, []
-        s = torch.load(self.path, weights_only=True)
-        model.load_state_dict(s["model"]); opt.load_state_dict(s["opt"])
+        try:
+            s = torch.load(self.path, weights_only=True)
+            model.load_state_dict(s["model"]); opt.load_state_dict(s["opt"])
+        except Exception as e:
+            raise ValueError(f"{self.path} is damaged or of another model ({type(e).__name__}); delete it to start again") from None
         return s["step"], s["losses"]
     def save(self, model, opt, step, losses):
         with writing(self.path) as tmp:

@@ -106,9 +106,9 @@ def method(cls, once: bool = False):
         return m
     return add
 
-# %% ../nbs/00_core.ipynb #ef51438c
+# %% ../nbs/00_core.ipynb #487e94a5
 def content_hash(*things, n: int = 12) -> str:
-    "Hex digest (n digits) of nested dicts, lists, tensors, arrays, dataclasses and plain values, by content."
+    "Hex digest (n digits) of nested dicts, lists, tensors, dataclasses and plain values, by content."
     h = hashlib.blake2b(digest_size=20)
     def eat(x):
         if isinstance(x, torch.Tensor):
@@ -116,7 +116,7 @@ def content_hash(*things, n: int = 12) -> str:
             h.update(f"T{t.dtype}{tuple(t.shape)}".encode()); h.update(t.reshape(-1).view(torch.uint8).numpy())
         elif isinstance(x, dict):
             h.update(f"D{len(x)}".encode())
-            for k in sorted(x, key=str): h.update(f"K{k!r}".encode()); eat(x[k])
+            for k in sorted(x, key=repr): h.update(f"K{k!r}".encode()); eat(x[k])
         elif isinstance(x, (list, tuple)):
             h.update(f"L{len(x)}".encode())
             for v in x: eat(v)
@@ -126,7 +126,7 @@ def content_hash(*things, n: int = 12) -> str:
     for x in things: eat(x)
     return h.hexdigest()[:n]
 
-# %% ../nbs/00_core.ipynb #d76a8c34
+# %% ../nbs/00_core.ipynb #daf43e51
 def code_hash(module: str) -> str:
     "Hash of a library module's source and of every library module it imports, directly or not."
     seen, todo = {}, [module]
@@ -134,7 +134,7 @@ def code_hash(module: str) -> str:
         m = todo.pop()
         if m in seen: continue
         seen[m] = (Path(__file__).parent / f"{m}.py").read_text()
-        todo += re.findall(r"^from lfpm_nb\.(\w+) import", seen[m], re.M)
+        todo += re.findall(r"^from (?:lfpm_nb)?\.(\w+) import", seen[m], re.M)
     return content_hash(seen)
 
 # %% ../nbs/00_core.ipynb #397d22a8

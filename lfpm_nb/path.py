@@ -70,16 +70,16 @@ def curve(rows: list[dict], metric: str) -> tuple[list, list]:
     of = sorted((r["lam"], r["value"]) for r in rows if r["task"] == "average" and r["metric"] == metric)
     return [l for l, _ in of], [v for _, v in of]
 
-# %% ../nbs/10_path.ipynb #add5919a
-def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, p: torch.Tensor, n: int = 21) -> dict:
-    """The λ of n grid points whose model has the least held-out shadow loss, clean plus prompted (ties go to the smaller λ).
-    {'lam', 'curve': [{lam, clean, prompted, accuracy}]}; losses are mean cross-entropies."""
+# %% ../nbs/10_path.ipynb #6c3cc37a
+def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: torch.Tensor, n: int = 21) -> dict:
+    """The smallest λ of n grid points whose model has won 95 % of the path's greatest fall in held-out prompted loss.
+    {'lam', 'curve': [{lam, clean, prompted}]}: mean cross-entropies, the prompted one averaged over prompts (k, length, width)."""
     x, y = shadow.check
     path, points = Path(clip, theta_mm, end), []
     for lam in grid(n):
         visual = path.at(lam)
-        z = {k: logits(features(clip, visual, x, q), shadow.W).cpu() for k, q in (("clean", None), ("prompted", p))}
-        loss = {k: F.cross_entropy(v, y).item() for k, v in z.items()}
-        points.append(dict(lam=lam, **loss, accuracy=(z["clean"].argmax(1) == y).float().mean().item()))
-    best = min(points, key=lambda c: c["clean"] + c["prompted"])
-    return dict(lam=best["lam"], curve=points)
+        loss = lambda q: F.cross_entropy(logits(features(clip, visual, x, q), shadow.W).cpu(), y).item()
+        points.append(dict(lam=lam, clean=loss(None), prompted=sum(map(loss, prompts)) / len(prompts)))
+    start, least = points[0]["prompted"], min(c["prompted"] for c in points)
+    enough = next(c for c in points if c["prompted"] <= start - 0.95 * (start - least))
+    return dict(lam=enough["lam"], curve=points)

@@ -60,15 +60,16 @@ def learn_subspace(h: torch.Tensor, y: torch.Tensor, W: torch.Tensor, r: int, be
         if (s + 1) % max(1, len(h) // batch) == 0: log.append([sum(v) / len(v) for v in zip(*per)]); per = []
     return U.detach(), log
 
-# %% ../nbs/08_subspace.ipynb #12b261a5
-def mining_loss(U: torch.Tensor, h_ref: torch.Tensor, h: torch.Tensor, h_p: torch.Tensor, c1: float = 1.0, c2: float = 1.0) -> tuple:
-    "(semantic, separation, compactness) of LFPM Eq 16 and their sum; h_ref theta_pre's, h and h_p theta_mm's without and with prompt, (N, d)."
-    h_ref, h, h_p = (F.normalize(v.float(), dim=-1) for v in (h_ref, h, h_p))
-    a, a_p = p_adv(U, h), p_adv(U, h_p)
-    semantic = (p_clean(U, h_ref) - p_clean(U, h_p)).square().sum(-1).mean()
-    separation = (a - a_p).square().sum(-1).mean()
+# %% ../nbs/08_subspace.ipynb #518d9742
+def mining_loss(U: torch.Tensor | None, ref: torch.Tensor, ref_p: torch.Tensor, h: torch.Tensor, h_p: torch.Tensor, c0: float = 1.0) -> tuple:
+    """c0 semantic - separation + compactness, and the three terms (LFPM Eq 16). `ref`, `ref_p`: theta_pre's features without and with the
+    prompt, `h`, `h_p`: theta_mm's; all (N, d). U = None: no partition, both projections are the identity."""
+    ref, ref_p, h, h_p = (F.normalize(v.float(), dim=-1) for v in (ref, ref_p, h, h_p))
+    semantic = p_clean(U, ref_p - ref).square().sum(-1).mean()
+    separation = p_adv(U, h_p - h).square().sum(-1).mean()
+    a_p = p_adv(U, h_p)
     compact = (a_p - a_p.mean(0)).square().sum(-1).mean()
-    return semantic - c1 * separation + c2 * compact, (semantic, separation, compact)
+    return c0 * semantic - separation + compact, (semantic, separation, compact)
 
 # %% ../nbs/08_subspace.ipynb #f7c73a09
 @torch.no_grad()
@@ -81,24 +82,25 @@ def clip_rows(p: torch.Tensor, limit: float) -> torch.Tensor:
     "p with every row (token) shortened to norm <= limit."
     return p * (limit / p.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp(max=1)
 
-# %% ../nbs/08_subspace.ipynb #4afccba3
-def mine_prompt(clip: Clip, visual, shadow: Shadow, U: torch.Tensor, length: int = 10, epochs: int = 2, batch: int = 64, lr: float = 0.05,
-                weight_decay: float = 0.001, bound: float = 1.0, seed: int = 0) -> tuple[torch.Tensor, list]:
+# %% ../nbs/08_subspace.ipynb #5fae0c70
+def mine_prompt(clip: Clip, visual, shadow: Shadow, U: torch.Tensor | None, c0: float, length: int = 10, steps: int = 60, batch: int = 64,
+                lr: float = 0.1, weight_decay: float = 0.001, bound: float = 1.0, seed: int = 0) -> tuple[torch.Tensor, list]:
     """One shared prompt (length, width) for theta_mm's tower `visual`, and the log of the three terms per tenth (LFPM Eq 16).
     AdamW, gradient norm 1, rows bounded by `bound` ordinary token norms."""
     x, dev = shadow.train[0], device()
-    limit = bound * token_norm(clip, x[:256])
-    h_ref, h_mm = features(clip, clip.visual, x), features(clip, visual, x)
+    limit, log = bound * token_norm(clip, x[:256]), []
     p = (0.02 * torch.randn(length, visual.conv1.out_channels, generator=generator("prompt", seed))).to(dev).requires_grad_(True)
-    opt, log, steps = optimiser([p], lr, weight_decay), [], list(batches(len(x), batch, epochs, "prompt", seed))
-    bar = Progress(steps, "mine prompt")
+    opt, epochs = optimiser([p], lr, weight_decay), 1 + steps * batch // len(x)
+    bar = Progress(list(batches(len(x), batch, epochs, "prompt", seed))[:steps], f"mine prompt, c0 = {c0:g}")
     for s, i in enumerate(bar):
-        with amp(): h_p = encode(visual, clip.normalise(x[i].to(dev)), p)
-        loss, terms = mining_loss(U, h_ref[i], h_mm[i], h_p)
+        xb = clip.normalise(x[i].to(dev))
+        with amp():
+            with torch.no_grad(): ref, h = encode(clip.visual, xb), encode(visual, xb)
+            ref_p, h_p = encode(clip.visual, xb, p), encode(visual, xb, p)
+        loss, terms = mining_loss(U, ref, ref_p, h, h_p, c0)
         opt.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_([p], 1.0); opt.step()
         with torch.no_grad(): p.copy_(clip_rows(p, limit))
-        terms = [t.item() for t in terms]
-        bar.note = "semantic %.3f separation %.3f compact %.3f" % tuple(terms)
-        if s % max(1, len(steps) // 10) == 0: log.append(terms)
-    return p.detach(), log
+        log.append([t.item() for t in terms])
+        bar.note = "semantic %.3f separation %.3f compact %.3f" % tuple(log[-1])
+    return p.detach(), log[::max(1, steps // 10)]
