@@ -70,9 +70,9 @@ def curve(rows: list[dict], metric: str) -> tuple[list, list]:
     of = sorted((r["lam"], r["value"]) for r in rows if r["task"] == "average" and r["metric"] == metric)
     return [l for l, _ in of], [v for _, v in of]
 
-# %% ../nbs/10_path.ipynb #6c3cc37a
+# %% ../nbs/10_path.ipynb #01b130b3
 def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: torch.Tensor, n: int = 21) -> dict:
-    """The smallest λ of n grid points whose model has won 95 % of the path's greatest fall in held-out prompted loss.
+    """The smallest λ of n grid points whose model has won 99 % of the path's greatest fall in held-out prompted loss.
     {'lam', 'curve': [{lam, clean, prompted}]}: mean cross-entropies, the prompted one averaged over prompts (k, length, width)."""
     x, y = shadow.check
     path, points = Path(clip, theta_mm, end), []
@@ -81,5 +81,5 @@ def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: t
         loss = lambda q: F.cross_entropy(logits(features(clip, visual, x, q), shadow.W).cpu(), y).item()
         points.append(dict(lam=lam, clean=loss(None), prompted=sum(map(loss, prompts)) / len(prompts)))
     start, least = points[0]["prompted"], min(c["prompted"] for c in points)
-    enough = next(c for c in points if c["prompted"] <= start - 0.95 * (start - least))
+    enough = next(c for c in points if c["prompted"] <= start - 0.99 * (start - least))
     return dict(lam=enough["lam"], curve=points)
