@@ -70,9 +70,9 @@ def curve(rows: list[dict], metric: str) -> tuple[list, list]:
     of = sorted((r["lam"], r["value"]) for r in rows if r["task"] == "average" and r["metric"] == metric)
     return [l for l, _ in of], [v for _, v in of]
 
-# %% ../nbs/10_path.ipynb #01b130b3
+# %% ../nbs/10_path.ipynb #09746170
 def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: torch.Tensor, n: int = 21) -> dict:
-    """The smallest λ of n grid points whose model has won 99 % of the path's greatest fall in held-out prompted loss.
+    """The first λ of n grid points from which the next step lowers the held-out prompted loss by less than 1 nat per unit of λ; 1 if none.
     {'lam', 'curve': [{lam, clean, prompted}]}: mean cross-entropies, the prompted one averaged over prompts (k, length, width)."""
     x, y = shadow.check
     path, points = Path(clip, theta_mm, end), []
@@ -80,6 +80,5 @@ def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: t
         visual = path.at(lam)
         loss = lambda q: F.cross_entropy(logits(features(clip, visual, x, q), shadow.W).cpu(), y).item()
         points.append(dict(lam=lam, clean=loss(None), prompted=sum(map(loss, prompts)) / len(prompts)))
-    start, least = points[0]["prompted"], min(c["prompted"] for c in points)
-    enough = next(c for c in points if c["prompted"] <= start - 0.99 * (start - least))
-    return dict(lam=enough["lam"], curve=points)
+    knee = (here for here, on in zip(points, points[1:]) if here["prompted"] - on["prompted"] < on["lam"] - here["lam"])
+    return dict(lam=next(knee, points[-1])["lam"], curve=points)
