@@ -96,7 +96,8 @@ def start(root: Path) -> subprocess.Popen:
     code = "import sys; from lfpm_nb.cli import main; main()"
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "log.txt", "a") as log:
-        return subprocess.Popen([sys.executable, "-c", code, "run", "main", "--preset", "tiny", *args], env=env, start_new_session=True, stdout=log, stderr=log)
+        return subprocess.Popen([sys.executable, "-c", code, "run", "main", "--preset", "tiny", *args], env=env, start_new_session=True, stdout=log, stderr=log,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))       # a runner in the background may ignore it
 
 
 def stages(root: Path) -> int: return len(list((root / "cache").rglob("*.safetensors")))
