@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['proj_path', 'runs_dir', 'cache_dir', 'device', 'amp', 'versions', 'stable_seed', 'generator', 'choose', 'Registry',
            'method', 'content_hash', 'code_hash', 'writing', 'write_json', 'save_state', 'load_state', 'check_same',
-           'Progress', 'Stages']
+           'Progress', 'Diverged', 'Stages']
 
 # %% ../nbs/00_core.ipynb #67452ddc
 import contextlib, difflib, functools, hashlib, importlib, inspect, json, os, platform, re, sys, tempfile, time
@@ -212,7 +212,12 @@ class Progress:
             print(f"{self.name}: {done}/{self.total}, {tail}{'  ' + self.note if self.note else ''}    ",
                   end="\r" if live and done < self.total else "\n", file=sys.stderr, flush=True)
 
-# %% ../nbs/00_core.ipynb #ace19642
+# %% ../nbs/00_core.ipynb #e742953c
+class Diverged(FloatingPointError):
+    "An optimisation met NaN or infinity; `state` holds the last good weights."
+    def __init__(self, message: str, state: dict): super().__init__(message); self.state = state
+
+# %% ../nbs/00_core.ipynb #e0500578
 class Stages:
     """Content-addressed cache of stage results under `root`; `log` keeps (name, seconds, reused) of this process.
     `force` (default: `$LFPM_FORCE`) computes each stage once more, but only once."""
@@ -230,7 +235,11 @@ class Stages:
             record = json.loads(meta["record"])
             self.log.append((name, record["seconds"], True))
             return tensors, record
-        tensors, record = compute()
+        try: tensors, record = compute()
+        except Diverged as e:
+            last = path.with_name(f"{path.stem}-diverged.safetensors")
+            save_state(last, e.state, poisoned=poisoned)
+            raise Diverged(f"{e}. The last good weights are in {last}", e.state) from None
         record = {**record, "seconds": round(time.time() - t0, 3)}
         save_state(path, tensors, record=json.dumps(record), poisoned=poisoned)
         self.fresh.add(path)
