@@ -6,19 +6,20 @@
 __all__ = ['Tokenizer', 'Clip', 'data_cards', 'data_card', 'build_clip', 'load_clip', 'encode', 'features', 'zero_shot_head',
            'logits', 'clip_loss', 'PretrainConfig', 'lr_at', 'lab_config', 'new_card', 'pretrain', 'ship_clip']
 
-# %% ../nbs/03_clip.ipynb #13450bf0
+# %% ../nbs/03_clip.ipynb #11c03e1a
 import copy, hashlib, json, logging, math, tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-import open_clip
 import torch
 import torch.nn.functional as F
 from .core import (Progress, amp, check_same, choose, device, generator, load_state, proj_path, save_state, write_json, writing)
 
-# %% ../nbs/03_clip.ipynb #1cd69576
+# %% ../nbs/03_clip.ipynb #c525ee6b
 @lru_cache(None)
-def _bpe() -> open_clip.SimpleTokenizer: return open_clip.SimpleTokenizer()
+def _bpe():
+    import open_clip                      # half of this kit's start-up time, and most commands need no model
+    return open_clip.SimpleTokenizer()
 
 
 class Tokenizer:
@@ -87,7 +88,7 @@ class Clip:
         x = x.float() / 255 if x.dtype == torch.uint8 else x
         return (x - mean) / std
 
-# %% ../nbs/03_clip.ipynb #2e19a392
+# %% ../nbs/03_clip.ipynb #6c403b5f
 def data_cards() -> dict[str, Path]:
     "{backbone: path of its JSON card} of the shipped backbones."
     return {p.name.removesuffix(".card.json"): p for p in sorted(proj_path("data").glob("*.card.json"))}
@@ -100,6 +101,7 @@ def data_card(name: str) -> dict:
 
 def build_clip(card: dict) -> Clip:
     "An untrained `Clip` from a card (open_clip registers the config, so `open_clip.create_model(card['name'])` works too)."
+    import open_clip
     with tempfile.TemporaryDirectory() as d:
         path = Path(d) / f"{card['name']}.json"
         path.write_text(json.dumps(card["config"]))

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['proj_path', 'runs_dir', 'cache_dir', 'device', 'amp', 'versions', 'stable_seed', 'generator', 'choose', 'Registry',
            'method', 'content_hash', 'code_hash', 'writing', 'write_json', 'save_state', 'load_state', 'check_same',
-           'Progress', 'Diverged', 'Stages']
+           'Progress', 'Peak', 'Diverged', 'Stages']
 
-# %% ../nbs/00_core.ipynb #67452ddc
+# %% ../nbs/00_core.ipynb #c9e95ad9
 import contextlib, difflib, functools, hashlib, importlib, inspect, json, os, platform, re, sys, tempfile, time
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
+from importlib import metadata
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,7 @@ def cache_dir() -> Path:
     "Where finished stages are kept: `$LFPM_CACHE`, default `<runs>/cache`."
     return Path(os.environ.get("LFPM_CACHE", runs_dir() / "cache"))
 
-# %% ../nbs/00_core.ipynb #90519403
+# %% ../nbs/00_core.ipynb #15a220eb
 def device() -> torch.device:
     "`$LFPM_DEVICE` if set, else CUDA when present, else CPU."
     return torch.device(os.environ.get("LFPM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -44,7 +45,8 @@ def amp(dev: torch.device | str | None = None):
 
 def versions() -> dict:
     "What a result depends on besides its parameters: library versions, device, threads."
-    mods = {m: getattr(importlib.import_module(m), "__version__", "?") for m in ("torch", "open_clip", "lfpm_nb")}
+    packages = dict(torch="torch", open_clip="open_clip_torch", lfpm_nb="lfpm_nb")
+    mods = {m: metadata.version(p) for m, p in packages.items()}       # asked without importing: open_clip takes seconds
     dev = device()
     name = torch.cuda.get_device_name(dev) if dev.type == "cuda" else platform.processor() or platform.machine()
     return dict(python=platform.python_version(), **mods, device=dev.type, device_name=name, threads=torch.get_num_threads())
@@ -212,12 +214,33 @@ class Progress:
             print(f"{self.name}: {done}/{self.total}, {tail}{'  ' + self.note if self.note else ''}    ",
                   end="\r" if live and done < self.total else "\n", file=sys.stderr, flush=True)
 
+# %% ../nbs/00_core.ipynb #f5588553
+class Peak:
+    """`with Peak() as peak: …`, then `peak.mb`: the most memory held inside above what was held before, in MB. On a GPU the allocator's
+    count, on Linux the process's resident memory (granularity: pages), None elsewhere."""
+    def __enter__(self):
+        self.cuda, self.mb = device().type == "cuda", None
+        if self.cuda: torch.cuda.reset_peak_memory_stats(); self.start = torch.cuda.memory_allocated()
+        elif sys.platform == "linux": self.start = self._resident("VmRSS"); self._reset()
+        return self
+
+    def _resident(self, what: str) -> int:
+        return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    def _reset(self):
+        try: Path("/proc/self/clear_refs").write_text("5")            # the kernel forgets its high-water mark
+        except OSError: self.start = None
+
+    def __exit__(self, *_):
+        if self.cuda: self.mb = (torch.cuda.max_memory_allocated() - self.start) / 2**20
+        elif getattr(self, "start", None): self.mb = max(0, self._resident("VmHWM") - self.start) / 2**20
+
 # %% ../nbs/00_core.ipynb #e742953c
 class Diverged(FloatingPointError):
     "An optimisation met NaN or infinity; `state` holds the last good weights."
     def __init__(self, message: str, state: dict): super().__init__(message); self.state = state
 
-# %% ../nbs/00_core.ipynb #e0500578
+# %% ../nbs/00_core.ipynb #0927f741
 class Stages:
     """Content-addressed cache of stage results under `root`; `log` keeps (name, seconds, reused) of this process.
     `force` (default: `$LFPM_FORCE`) computes each stage once more, but only once."""
@@ -235,12 +258,13 @@ class Stages:
             record = json.loads(meta["record"])
             self.log.append((name, record["seconds"], True))
             return tensors, record
-        try: tensors, record = compute()
+        try:
+            with Peak() as peak: tensors, record = compute()
         except Diverged as e:
             last = path.with_name(f"{path.stem}-diverged.safetensors")
             save_state(last, e.state, poisoned=poisoned)
             raise Diverged(f"{e}. The last good weights are in {last}", e.state) from None
-        record = {**record, "seconds": round(time.time() - t0, 3)}
+        record = {**record, "seconds": round(time.time() - t0, 3), "peak_mb": peak.mb}
         save_state(path, tensors, record=json.dumps(record), poisoned=poisoned)
         self.fresh.add(path)
         self.log.append((name, record["seconds"], False))

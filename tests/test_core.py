@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from lfpm_nb import core
-from lfpm_nb.core import (Progress, Registry, Stages, check_same, choose, code_hash, content_hash, load_state, save_state, stable_seed,
+from lfpm_nb.core import (Diverged, Peak, Progress, Registry, Stages, check_same, choose, code_hash, content_hash, load_state, save_state, stable_seed,
                           write_json, writing)
 
 STATE = {"a": torch.arange(6.).reshape(2, 3), "b": torch.tensor([1, 2]), "c": torch.zeros(3, dtype=torch.float16)}
@@ -241,10 +241,27 @@ def computing(calls, x=1., record=None):
 def test_a_stage_is_computed_once_per_key(tmp_path):
     calls, stages = [], Stages(tmp_path)
     first, again = stages("s", ("k", 1), computing(calls)), stages("s", ("k", 1), computing(calls, 9.))
-    assert calls == [1.] and torch.equal(first[0]["x"], again[0]["x"]) and first[1] == again[1] == {"acc": [1, 2], "seconds": first[1]["seconds"]}
+    assert calls == [1.] and torch.equal(first[0]["x"], again[0]["x"]) and first[1] == again[1] == {"acc": [1, 2], **{k: first[1][k] for k in ("seconds", "peak_mb")}}
     assert stages("s", ("k", 2), computing(calls, 3.))[0]["x"].item() == 3 and stages("t", ("k", 1), computing(calls, 4.))[0]["x"].item() == 4
     assert Stages(tmp_path)("s", ("k", 1), computing(calls, 9.))[0]["x"].item() == 1
     assert [(n, r) for n, _, r in stages.log] == [("s", False), ("s", True), ("s", False), ("t", False)]
+
+
+def test_peak_counts_what_was_held_even_if_it_is_gone():
+    with Peak() as peak:
+        big = torch.ones(100 * 2**18)                    # 100 MB
+        del big
+    with Peak() as small: torch.ones(8)
+    assert sys.platform != "linux" or (peak.mb > 80 and small.mb < 20)
+
+
+def test_a_diverged_stage_keeps_the_last_good_weights(tmp_path):
+    def compute(): raise Diverged("demo, step 3: the loss is nan", {"w": torch.ones(2)})
+    with pytest.raises(Diverged, match="step 3.*last good weights are in") as e: Stages(tmp_path)("s", ("k",), compute, poisoned=True)
+    kept, = (tmp_path / "s").iterdir()
+    state, meta = load_state(kept)
+    assert str(kept) in str(e.value) and "poisoned" in kept.name and meta["poisoned"] == "True" and state["w"].tolist() == [1, 1]
+    assert Stages(tmp_path)("s", ("k",), lambda: ({"w": torch.zeros(1)}, {}))[0]["w"].item() == 0      # it is no result
 
 
 def test_a_stage_depends_on_threads_and_device(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from hypothesis import given, strategies as st
 
 from conftest import near, small_task
 from lfpm_nb.clip import encode, logits, zero_shot_head
+from lfpm_nb.core import Diverged
 from lfpm_nb.tune import TuneConfig, batches, clean_loss, finetune, fit, norm, task_vector
 
 QUICK = TuneConfig(epochs=1, batch=32)
@@ -59,8 +60,23 @@ def test_finetuning_learns(pico):
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(pico):
-    with pytest.raises(FloatingPointError, match="on fire: the loss is nan at step 0; lower lr .now 0.0003."):
+    with pytest.raises(Diverged, match="on fire, step 0: the loss is nan at lr .*; lower lr") as e:
         fit(pico, pico.state(), 32, lambda v, i: v.proj.sum() * float("nan"), QUICK, (), "on fire")
+    assert all(torch.equal(v, e.value.state[k]) for k, v in pico.state().items()), "the weights before the step"
+
+
+def test_a_gradient_that_is_not_finite_stops_too(pico):
+    endless = lambda v, i: (v.proj.sum() * 0).sqrt()                  # 0 with an infinite slope
+    with pytest.raises(Diverged, match="the gradient norm is"): fit(pico, pico.state(), 32, endless, QUICK, (), "on fire")
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_lora_moves_only_attention_by_matrices_of_its_rank(pico, rank):
+    t = small_task("textures")
+    tuned = finetune(pico, t, replace(QUICK, lora=rank, lr=1e-2))
+    moved = {k: tuned[k] - v for k, v in pico.state().items() if not torch.equal(tuned[k], v)}
+    assert moved and all(k.endswith("in_proj_weight") for k in moved) and tuned.keys() == pico.state().keys()
+    assert all(torch.linalg.matrix_rank(third, rtol=1e-4) <= rank for m in moved.values() for third in m.chunk(3))
 
 
 def test_fit_gives_the_loss_every_batch_in_order(pico):
