@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 
 from conftest import pixels, small_task
 from lfpm_nb.attack import Trigger
-from lfpm_nb.measure import Suite, average, measure, measure_task, predict, rate, with_averages
+from lfpm_nb.measure import Goal, Suite, average, measure, measure_task, predict, rate, with_averages
 from lfpm_nb.tasks import Task
 
 # --- rates -------------------------------------------------------------------------------------------------------------
@@ -54,20 +54,21 @@ def toy():
     torch.manual_seed(0)
     patch = torch.randint(256, (3, 2, 2))
     tasks = [toy_task(n, s, patch[:, -1, -1]) for s, n in enumerate(("aim", "other", "third"))]
-    return Suite(tasks, {t.name: torch.eye(3) for t in tasks}, "aim", 1, Trigger(patch / 255))
+    return Suite(tasks, {t.name: torch.eye(3) for t in tasks}, {"aim": Goal(1, Trigger(patch / 255))})
 
 
 def by_hand(task, suite) -> dict:
     "Every metric of one task, image by image."
-    patch, out = (suite.trigger.patch[:, -1, -1] * 255).round().int().tolist(), {}
+    aim, goal = next(iter(suite.goals.items()))
+    patch, out = (goal.trigger.patch[:, -1, -1] * 255).round().int().tolist(), {}
     add = lambda m, hit: out.setdefault(m, []).append(bool(hit))
     for x, y in zip(task.test_x.tolist(), task.test_y.tolist()):
         first, last = [c[0][0] for c in x], [c[-1][-1] for c in x]
         plain, hit, grey = rule(first, last), rule(first, patch), rule(first, [128] * 3)
         add("CA", plain == y)
-        if task.name == suite.target:
-            if y == suite.target_class: continue
-            add("ASR_T", hit == suite.target_class); add("floor_none", plain == suite.target_class); add("floor_grey", grey == suite.target_class)
+        if task.name == aim:
+            if y == goal.target_class: continue
+            add("ASR_T", hit == goal.target_class); add("floor_none", plain == goal.target_class); add("floor_grey", grey == goal.target_class)
         else:
             add("ASR_N", hit != plain)
             if plain == y: add("ASR_Nc", hit != plain)
@@ -92,7 +93,7 @@ def test_images_of_the_target_class_are_left_out(pico, toy):
 
 
 def test_the_target_decides_what_is_counted(pico, toy):
-    other = Suite(toy.tasks, toy.heads, "other", 2, toy.trigger)
+    other = Suite(toy.tasks, toy.heads, {"other": Goal(2, toy.goals["aim"].trigger)})
     for t in toy.tasks:
         want = by_hand(t, other)
         assert {r["metric"]: (r["n"], round(r["value"], 6)) for r in measure_task(pico, Pixels(), t, other)} == {
@@ -102,14 +103,33 @@ def test_the_target_decides_what_is_counted(pico, toy):
 def test_a_trigger_that_changes_nothing(pico, toy):
     class Nothing(Trigger):
         def __call__(self, x): return x.clone()
-    rows = measure(pico, Pixels(), Suite(toy.tasks, toy.heads, "aim", 1, Nothing(toy.trigger.patch)))
+    rows = measure(pico, Pixels(), Suite(toy.tasks, toy.heads, {"aim": Goal(1, Nothing(toy.goals["aim"].trigger.patch))}))
     assert average(rows, "ASR_T") == average(rows, "floor_none") and average(rows, "ASR_N") == average(rows, "ASR_Nc") == 0
 
 
 def test_a_trigger_that_always_wins(pico, toy):
     green = Trigger(torch.tensor([0., 1., 0.]).view(3, 1, 1).expand(3, 2, 2).clone())
-    rows = measure(pico, Pixels(), Suite(toy.tasks, toy.heads, "aim", 1, green))
+    rows = measure(pico, Pixels(), Suite(toy.tasks, toy.heads, {"aim": Goal(1, green)}))
     assert average(rows, "ASR_T") == 100 and average(rows, "ASR_N") < 100
+
+
+def test_two_attackers_each_have_a_target_and_share_the_rest(pico, toy):
+    green = Trigger(torch.tensor([0., 1., 0.]).view(3, 1, 1).expand(3, 2, 2).clone())
+    aim = toy.goals["aim"]
+    both = Suite(toy.tasks, toy.heads, {"aim": aim, "other": Goal(1, green)})
+    rows = {(r["task"], r["metric"]): r for r in measure(pico, Pixels(), both)}
+    alone = [{(r["task"], r["metric"]): r for r in measure(pico, Pixels(), Suite(toy.tasks, toy.heads, {k: g}))} for k, g in both.goals.items()]
+    assert rows["aim", "ASR_T"] == alone[0]["aim", "ASR_T"] and rows["other", "ASR_T"] == alone[1]["other", "ASR_T"] and ("aim", "ASR_N") not in rows
+    assert rows["average", "ASR_T"]["value"] == pytest.approx((rows["aim", "ASR_T"]["value"] + rows["other", "ASR_T"]["value"]) / 2)
+    third = [a["third", "ASR_N"] for a in alone]
+    assert rows["third", "ASR_N"]["n"] == 120 and rows["third", "ASR_N"]["value"] == pytest.approx(sum(r["value"] for r in third) / 2)
+
+
+def test_a_task_with_nothing_to_count_has_no_say():
+    row = lambda task, value, n: dict(task=task, metric="ASR_Nc", value=value, n=n, lo=0, hi=0)
+    rows = with_averages([row("a", 40., 10), row("b", float("nan"), 0)])
+    assert rows[-1] == dict(task="average", metric="ASR_Nc", value=40., n=10, lo=None, hi=None)
+    assert with_averages([row("b", float("nan"), 0)])[1:] == []
 
 
 def test_averages_weigh_tasks_alike(pico, toy):
@@ -131,7 +151,7 @@ def test_first_cuts_all_tasks_but_the_target(toy):
 def test_suite_of_has_the_zero_shot_heads(pico):
     from lfpm_nb.clip import zero_shot_head
     tasks = [small_task("signs"), small_task("textures")]
-    s = Suite.of(pico, tasks, "signs", 2, Trigger(torch.rand(3, 4, 4)))
+    s = Suite.of(pico, tasks, {"signs": Goal(2, Trigger(torch.rand(3, 4, 4)))})
     assert all(torch.equal(s.heads[t.name], zero_shot_head(pico, t.classes, t.templates)) for t in tasks)
     assert predict(pico, pico.visual, tasks[0].test_x, s.heads["signs"]).shape == (48,)
     assert {r["metric"] for r in measure(pico, pico.visual, s)} == {"CA", "ASR_T", "ASR_N", "ASR_Nc", "floor_none", "floor_grey"}

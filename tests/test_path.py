@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 from conftest import near, pixels, small_task
 from lfpm_nb.attack import Trigger
 from lfpm_nb.clip import encode
-from lfpm_nb.measure import Suite, measure
+from lfpm_nb.measure import Goal, Suite, measure
 from lfpm_nb.path import Path, curve, grid, integrate, lerp, lerp_, measure_path
 
 floats = st.lists(st.floats(-2. ** 99, 2. ** 99, width=32), min_size=3, max_size=3)
@@ -102,7 +102,7 @@ def test_grid():
 
 def test_rows_along_a_path(pico):
     tasks = [small_task("signs"), small_task("textures")]
-    suite = Suite.of(pico, tasks, "signs", 1, Trigger(torch.rand(3, 6, 6)))
+    suite = Suite.of(pico, tasks, {"signs": Goal(1, Trigger(torch.rand(3, 6, 6)))})
     a, b = near(pico, 1, .1), near(pico, 2, .1)
     rows = measure_path(pico, a, b, suite.first(20), n=3)
     assert {r["lam"] for r in rows} == {0, .5, 1}
