@@ -35,13 +35,13 @@ def worst_prompt(loss_of_prompt, p: torch.Tensor, rho: float) -> torch.Tensor:
     g, = torch.autograd.grad(loss_of_prompt(q), q)
     return (q + rho * q.norm() * g / (g.norm() + 1e-12)).detach()
 
-# %% ../nbs/13_antibackdoor.ipynb #529be749
+# %% ../nbs/13_antibackdoor.ipynb #03493f54
 @dataclass
 class Strengths:
     "Stage I and II settings (LFPM App. D; what the paper leaves open is listed under re-implementation choices)."
     rank: int | str = "rule"    # r, a number or choose_rank
     prompt_length: int = 10     # given
-    semantic: tuple = (1.0, 2.0, 4.0)  # c0 of Eq 16: one prompt is mined for each, Stage II takes them in turn
+    semantic: tuple = (2.0, 2.0, 2.0)  # c0 of Eq 16: one prompt from its own random start is mined for each, Stage II takes them in turn
     prompt_steps: int = 60
     prompt_bound: float = 1.0   # in ordinary token norms
     rho: float | str = "rule"   # in prompt norms, a number or choose_rho
@@ -169,7 +169,7 @@ def choose_rho(clip: Clip, shadow: Shadow, prompts: torch.Tensor, steps=(0.05, 0
     keep = [rho for rho, a in tried.items() if a >= 0.9 * mean(0.0)]
     return max(keep, default=steps[0]), tried
 
-# %% ../nbs/13_antibackdoor.ipynb #93e29549
+# %% ../nbs/13_antibackdoor.ipynb #6021a0a4
 def stage_one(clip: Clip, theta_mm: dict, shadow: Shadow, s: Strengths, seed: int) -> tuple[dict, dict]:
     "({'p': prompts (k, length, width), 'U': basis (absent with A off)}, log with the rank and rho in use) of Stage I on the merged model (LFPM Alg. B.2)."
     visual, U, log = clip.with_state(theta_mm), None, dict(rank=s.rank, rho=s.rho)
@@ -178,7 +178,8 @@ def stage_one(clip: Clip, theta_mm: dict, shadow: Shadow, s: Strengths, seed: in
         if s.rank == "rule":
             log["rank"], log["ranks_tried"] = choose_rank(h, y, features(clip, visual, shadow.check[0]), shadow.check[1], shadow.W, seed)
         U, log["subspace"] = learn_subspace(h, y, shadow.W, log["rank"], seed=seed)
-    mined = [mine_prompt(clip, visual, shadow, U, c0, s.prompt_length, s.prompt_steps, s.batch, bound=s.prompt_bound, seed=seed) for c0 in s.semantic]
+    mined = [mine_prompt(clip, visual, shadow, U, c0, s.prompt_length, s.prompt_steps, s.batch, bound=s.prompt_bound, seed=(seed, k))
+             for k, c0 in enumerate(s.semantic)]
     p, log["prompt"] = torch.stack([q for q, _ in mined]), [terms for _, terms in mined]
     if s.rho == "rule": log["rho"], log["rhos_tried"] = choose_rho(clip, shadow, p)
     return {"p": p} | ({"U": U} if s.A else {}), log

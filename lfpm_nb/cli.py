@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['app', 'main', 'doctor', 'methods', 'run', 'table_']
 
-# %% ../nbs/18_cli.ipynb #32614df8
+# %% ../nbs/18_cli.ipynb #b377baac
 import json, sys
 import typer
 from .core import cache_dir, runs_dir, versions
 from .clip import data_cards
 from .merge import merges
 from .attack import attacks
-from .defend import defences
+from .defend import defences, knobs
 from .experiment import (load_runs, parameters, run_notebook, settings_of, table, to_markdown)
 
 # %% ../nbs/18_cli.ipynb #e90d58e2
@@ -44,14 +44,15 @@ def doctor():
         except ImportError: missing.append(f"{module} is missing ({why}): pip install {module}")
     print("\n".join(missing) or "nothing is missing")
 
-# %% ../nbs/18_cli.ipynb #1a9f3bc9
+# %% ../nbs/18_cli.ipynb #37a19f08
 @app.command()
 def methods():
-    "Every merge, attack and defence: short name, long name, what it needs, where it comes from."
+    "Every merge, attack and defence: short name, long name, what it needs, where it comes from; a defence's strength and the values its rule tries."
     for reg in (merges, attacks, defences):
         print(f"{reg.kind}s")
         for name, m in reg.items():
-            print(f"  {name:12s} {m['long']:32s} needs: {', '.join(m['needs']) or 'weights only':44s} {m['source']}")
+            print(f"  {name:17s} {m['long']:46s} needs: {', '.join(m['needs']) or 'weights only':44s} {m['source']}".rstrip())
+            if name in knobs: print(f"  {'':17s} strength: {knobs[name].name}, {', '.join(f'{v:g}' for v in knobs[name].grid)} (default {knobs[name].default:g})")
 
 # %% ../nbs/18_cli.ipynb #4d67ff29
 @app.command()
@@ -73,17 +74,18 @@ def run(name: str = typer.Argument(..., help="a run notebook: main, pretrain"),
     except KeyboardInterrupt: raise typer.Exit(_say("stopped; finished stages are kept, so the same command continues", 130)) from None
     print(f"results in {out}")
 
-# %% ../nbs/18_cli.ipynb #dea1e222
+# %% ../nbs/18_cli.ipynb #ec4c86cb
 @app.command("table")
 def table_(name: str = typer.Argument("main", help="a run, e.g. main"),
            preset: str = typer.Option("lab", help="only runs of this preset"),
+           config: str = typer.Option(None, help="another configuration than the newest (its 8 digits end the folder's name)"),
            as_json: bool = typer.Option(False, "--json", help="nothing but JSON on stdout, rates in percent")):
     "Mean ± std over the seeds of the newest configuration; other configurations are never mixed in."
-    df, info = load_runs(name, preset)
+    df, info = load_runs(name, preset, config)
     t = table(df)
     if as_json:
         print(t.to_json(orient="records", double_precision=4))
     else:
         print(to_markdown(t))
         print(f"\nconfiguration {info['config']}, figure: {info['folders'][-1] / 'path.html'}")
-    if info["others"]: print(f"({info['others']} finished runs of other configurations are not in this table)", file=sys.stderr)
+    if info["others"]: print(f"({info['others']} finished runs of other configurations are not in this table: {', '.join(info['known'])})", file=sys.stderr)

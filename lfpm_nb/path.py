@@ -70,9 +70,9 @@ def curve(rows: list[dict], metric: str) -> tuple[list, list]:
     of = sorted((r["lam"], r["value"]) for r in rows if r["task"] == "average" and r["metric"] == metric)
     return [l for l, _ in of], [v for _, v in of]
 
-# %% ../nbs/14_path.ipynb #09746170
-def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: torch.Tensor, n: int = 21) -> dict:
-    """The first λ of n grid points from which the next step lowers the held-out prompted loss by less than 1 nat per unit of λ; 1 if none.
+# %% ../nbs/14_path.ipynb #f7524382
+def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: torch.Tensor, n: int = 21, least: float = 0.5) -> dict:
+    """The first λ of n grid points from which the next step lowers the held-out prompted loss by less than `least` nats per unit of λ; 1 if none.
     {'lam', 'curve': [{lam, clean, prompted}]}: mean cross-entropies, the prompted one averaged over prompts (k, length, width)."""
     x, y = shadow.check
     path, points = Path(clip, theta_mm, end), []
@@ -80,5 +80,5 @@ def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: t
         visual = path.at(lam)
         loss = lambda q: F.cross_entropy(logits(features(clip, visual, x, q), shadow.W).cpu(), y).item()
         points.append(dict(lam=lam, clean=loss(None), prompted=sum(map(loss, prompts)) / len(prompts)))
-    knee = (here for here, on in zip(points, points[1:]) if here["prompted"] - on["prompted"] < on["lam"] - here["lam"])
+    knee = (here for here, on in zip(points, points[1:]) if here["prompted"] - on["prompted"] < least * (on["lam"] - here["lam"]))
     return dict(lam=next(knee, points[-1])["lam"], curve=points)

@@ -25,7 +25,36 @@ def test_main_params_are_the_notebooks_parameters():
     own = {f.name: getattr(MainParams(), f.name) for f in fields(MainParams)}
     cell = {k: v for k, (v, _) in parameters("main").items() if k != "out_dir"}
     assert list(own) == list(cell), "names and order"
-    assert own == cell and {k: type(v) for k, v in own.items()} == {k: type(v) for k, v in cell.items()}, "defaults and their types"
+    assert own == cell and {k: type(v) for k, v in own.items()} == {k: type(v) for k, v in cell.items()}, "checking leaves the defaults as they are"
+    one, two = MainParams(), MainParams()
+    one.tasks.append("digits"); one.options["TA"] = {}
+    assert two.tasks == MainParams().tasks and two.options == {}, "no two share a list"
+
+
+def test_all_names_every_method():
+    P = MainParams(merges=["all"], defences=["all"], clean_defences=[])
+    assert P.merges == list(E.merges) and P.defences == list(E.defences) and P.clean_defences == []
+
+
+def test_several_attackers():
+    P = MainParams(adversary="letters, land", target="signs,flags", target_class="yield,Japan")
+    assert [(a.adversary, a.target, a.target_class) for a in P.attackers] == [("letters", "signs", "yield"), ("land", "flags", "Japan")]
+
+
+def test_stage_one_reads_no_other_strength_than_its_key_holds(pico):
+    "A setting that Stage I reads but its cache key lacks would give stale prompts."
+    from lfpm_nb.antibackdoor import Strengths, stage_one
+    from lfpm_nb.subspace import Shadow
+    read = set()
+    class Seen(Strengths):
+        def __getattribute__(self, k):
+            if k in type(self).__dataclass_fields__: read.add(k)
+            return super().__getattribute__(k)
+    for A in (True, False):
+        s = Seen(rank="rule", rho="rule", prompt_steps=1, semantic=(1.,), A=A)
+        read.clear()
+        stage_one(pico, pico.state(), Shadow.of(pico, 64, 32, 0), s, 0)
+        assert read <= set(E.STAGE_ONE) and {"rho", "semantic", "A"} <= read
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -73,7 +102,11 @@ def test_parse_says_what_was_expected(text, default, kind):
     ("main", "tiny", {"target_class": "yeld"}, "did you mean 'yield'"), ("main", "tiny", {"tasks": "letters,signs,letters"}, "lists a task twice"),
     ("main", "tiny", {"lam": "1.2"}, r"expected 'rule' or a number in \[0, 1\]"), ("main", "tiny", {"lam": "-1"}, r"\[0, 1\]"), ("main", "tiny", {"lam": "nan"}, r"\[0, 1\]"),
     ("main", "tiny", {"lam": "often"}, r"expected 'rule' or a number in \[0, 1\]"), ("main", "tiny", {"path_from": "0.9", "path_to": "0.2"}, "0 <= a <= b <= 1"),
-    ("main", "tiny", {"start": "here"}, "expected 'merged' or 'pretrained'")])
+    ("main", "tiny", {"start": "here"}, "expected 'merged' or 'pretrained'"), ("main", "tiny", {"strength": "much"}, "strength is 'much'"), ("main", "tiny", {"strength": "-1"}, "learning-rate factor"),
+    ("main", "tiny", {"options": '{"TIES": {"densty": 0.1}}'}, "unknown option of TIES 'densty'; did you mean 'density'"),
+    ("main", "tiny", {"options": '{"TEIS": {}}'}, "did you mean 'TIES'"), ("main", "tiny", {"options": "[1]"}, "is not a dict"),
+    ("main", "tiny", {"adversary": "letters,land"}, "as many of each"),
+    ("main", "tiny", {"adversary": "letters,letters", "target": "signs,flags", "target_class": "yield,Japan"}, "names 'letters' twice")])
 def test_bad_settings_are_refused_with_a_hint(name, preset, given, message):
     with pytest.raises(ValueError, match=message): settings_of(name, preset, given)
 
@@ -186,8 +219,8 @@ def everything(lab) -> list:
     "All of the main run for the first merge and LFPM."
     for poisoned in (True, False):
         lab.measured(f"individual{'' if poisoned else ' (clean)'}", lab.models(poisoned))
-        lab.measured(f"TA{'' if poisoned else ' (clean)'}", lab.merged("TA", poisoned))
-    lab.defend_and_measure("TA", "LFPM", lab.merged("TA"), True)
+        lab.measured(f"TA{'' if poisoned else ' (clean)'}", lab.merged("TA", poisoned)[0])
+    lab.defend_and_measure("TA", "LFPM", lab.merged("TA")[0], True)
     return lab.rows
 
 
@@ -217,8 +250,8 @@ TRAINED = {"tune-letters", "tune-signs", "attack-badmerging"}
 
 
 @pytest.mark.parametrize("change, new", [
-    (dict(lam_n=4), {"path"}), (dict(path_n=9), {"path"}), (dict(scale=.4), {"measure", "stage1", "defend-LFPM", "path"}), (dict(gamma=.5), {"stage1", "defend-LFPM", "measure", "path"}),
-    (dict(alpha=4.), {"attack-badmerging", "measure", "stage1", "defend-LFPM", "path"})])
+    (dict(lam_n=4), {"path"}), (dict(path_n=9), {"path"}), (dict(scale=.4), {"merge-TA", "measure", "stage1", "defend-LFPM", "path"}), (dict(gamma=.5), {"defend-LFPM", "measure", "path"}),
+    (dict(alpha=4.), {"attack-badmerging", "merge-TA", "measure", "stage1", "defend-LFPM", "path"}), (dict(options={"TA": {"scale": .4}}), {"merge-TA", "measure", "stage1", "defend-LFPM", "path"})])
 def test_only_what_depends_on_a_setting_is_computed_again(tiny_lab, change, new):
     got = again(tiny_lab, **change)
     assert got <= new and (got & {"path", "defend-LFPM"}), got
@@ -235,7 +268,7 @@ def test_another_lam_does_not_train_again(tiny_lab):
 def test_a_seed_changes_data_training_trigger_and_shadow(tiny_lab):
     other = Lab(MainParams(**TINY, seed=1), Stages(tiny_lab.stages.root))
     assert all(not torch.equal(other.tasks[n].train_x, t.train_x) and not torch.equal(other.tasks[n].test_x, t.test_x) for n, t in tiny_lab.tasks.items())
-    assert not torch.equal(other.shadow.x, tiny_lab.shadow.x) and not torch.equal(other.poisoned[1].patch, tiny_lab.poisoned[1].patch)
+    assert not torch.equal(other.shadow.x, tiny_lab.shadow.x) and not torch.equal(other.poisoned["letters"][1].patch, tiny_lab.poisoned["letters"][1].patch)
     assert other._pre == tiny_lab._pre, "only the backbone is fixed"
 
 
@@ -266,6 +299,7 @@ def test_saved_files(tiny_lab, tmp_path):
     p = json.loads((tmp_path / "out" / "params.json").read_text())
     assert p["params"] == json.loads(json.dumps(asdict(tiny_lab.P))) and {"torch", "python", "lfpm_nb", "device", "threads"} <= p["versions"].keys()
     assert p["backbone"] == "0" * 64 and {"hash", "time"} <= p.keys()
+    assert {"lam", "lam_rule", "strength", "knob", "passes", "seconds", "peak_mb"} <= p["defences"]["LFPM"].keys()
     assert {s["name"] for s in p["stages"]} >= TRAINED and all(s["seconds"] >= 0 for s in p["stages"])
     html = (tmp_path / "out" / "path.html").read_text()
     assert "LFPM" in html and "TA (clean), same trigger" in html and not any(f'src="http{s}:' in html for s in ("", "s")), "it needs no network"
@@ -315,6 +349,9 @@ def test_table_never_mixes_presets_or_configurations(runs):
     df, info = load_runs("main", "lab")
     assert table(df).CA.tolist() == [30] and table(df).n_seeds.tolist() == [1] and (info["config"], info["others"]) == ("aaaa", 1)
     assert table(load_runs("main", "tiny")[0]).CA.tolist() == [20]
+    df, info = load_runs("main", "lab", "bbbb")
+    assert table(df).CA.tolist() == [10] and info["known"] == ["aaaa"]
+    with pytest.raises(ValueError, match="unknown configuration of main 'bbba'; did you mean 'bbbb'"): load_runs("main", "lab", "bbba")
     os.utime(runs / "main" / "old" / "status.json")                      # now the newest
     df, info = load_runs("main", "lab")
     assert table(df).CA.tolist() == [10] and info["config"] == "bbbb"
@@ -361,6 +398,17 @@ def test_another_backbone_file_is_another_configuration(own_data):
     with torch.no_grad(): clip.visual.proj.add_(.1)
     ship_clip(clip, own_data.parent, steps=1)
     assert config_hash("main", s) != one, "new weights under the old name must not be taken for a finished run"
+
+
+def test_other_pictures_of_ones_own_are_another_configuration(tmp_path):
+    s = settings_of("main", "tiny")
+    s["tasks"] = s["tasks"] + [str(tmp_path / "mine")]
+    (tmp_path / "mine" / "cat").mkdir(parents=True)
+    (tmp_path / "mine" / "cat" / "1.png").write_bytes(b"a")
+    one = config_hash("main", s)
+    assert one == config_hash("main", s)
+    (tmp_path / "mine" / "cat" / "1.png").write_bytes(b"other")
+    assert config_hash("main", s) != one
 
 
 def test_a_finished_run_is_reused_without_starting_anything(runs, monkeypatch):

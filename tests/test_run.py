@@ -15,7 +15,7 @@ from lfpm_nb.cli import app
 from lfpm_nb.experiment import run_notebook, settings_of
 from typer.testing import CliRunner
 
-ROWS = ["individual (clean)", "individual", "TA (clean)", "TA", "fine-tuning", "LFPM", "LFPM (clean)"]
+ROWS = ["individual (clean)", "individual", "letters alone, poisoned", "TA (clean)", "TA", "fine-tuning", "LFPM", "LFPM (clean)"]
 SMALL = dict(tasks="letters,signs,textures", n_train=96, n_test=48, n_target=90, trigger_steps=3, shadow_n=96, held=64, lam_n=3, path_n=24)
 GIVEN = {k: str(v) for k, v in SMALL.items()}
 FILES = ["metrics.parquet", "notebook.ipynb", "params.json", "path.html", "path.png", "status.json"]
