@@ -242,7 +242,7 @@ def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
     log = {**first, **r["log"], "seconds": first["seconds"] + r["seconds"], "peak_mb": peak}
     return lerp(theta, end, lam), Defended(end, lam, rule, log, r["strength"])
 
-# %% ../nbs/17_experiment.ipynb #fbbdea93
+# %% ../nbs/17_experiment.ipynb #877497a5
 @method(Lab, once=True)
 def suite(self) -> Suite:
     "Tests, heads, and each attacker's goal."
@@ -260,17 +260,17 @@ def measured(self, row: str, models: dict, **summary) -> list[dict]:
         return {}, dict(rows=with_averages(rows))
     rows = self.stages("measure", (code_hash("measure"), self._pre, each, self.suite), compute)[1]["rows"]
     self.rows += [dict(method=row, kind="model", lam=float("nan"), **r) for r in rows]
-    self.summarise(row, **summary)
+    self.summarise(row, summary)
     return rows
 
 
 @method(Lab)
-def summarise(self, row: str, n: int = 1, lam: float = float("nan"), **values) -> None:
+def summarise(self, row: str, values: dict, n: int = 1, lam: float = float("nan")) -> None:
     "One row a value that describes a whole method: seconds, peak memory, λ, path integrals; None is left out."
     self.rows += [dict(method=row, kind="summary", task="average", metric=m, lam=lam, value=float(v), n=n, lo=None, hi=None)
                   for m, v in values.items() if v is not None]
 
-# %% ../nbs/17_experiment.ipynb #6f1802d0
+# %% ../nbs/17_experiment.ipynb #4f5dbffd
 @method(Lab)
 def walked(self, row: str, theta: dict, d: Defended) -> list[dict]:
     "Rows along the path from a merged model to a defence's λ = 1 model, and its summaries, under the name `row`."
@@ -279,7 +279,8 @@ def walked(self, row: str, theta: dict, d: Defended) -> list[dict]:
     rows = self.stages("path", key, lambda: ({}, dict(rows=measure_path(self.clip, theta, d.end, few, n, f"path of {row}"))))[1]["rows"]
     asr, n_t = curve(rows, "ASR_T")[1], next(r["n"] for r in rows if r["task"] == "average" and r["metric"] == "ASR_T")
     self.rows += [dict(method=row, kind="path", **r) for r in rows]
-    self.summarise(row, n_t, d.lam, path_ASR=integrate(asr), path_ASR_chosen=integrate(asr, d.lam), CA_end=curve(rows, "CA")[1][-1], ASR_end=asr[-1], lam=d.lam)
+    values = dict(path_ASR=integrate(asr), path_ASR_chosen=integrate(asr, d.lam), CA_end=curve(rows, "CA")[1][-1], ASR_end=asr[-1], lam=d.lam)
+    self.summarise(row, values, n_t, d.lam)
     return rows
 
 
