@@ -166,7 +166,7 @@ def home(registry, name: str) -> str:
     "The library module that holds a registered method: its code is part of a stage's key."
     return registry[name]["f"].__module__.removeprefix("lfpm_nb.")
 
-# %% ../nbs/17_experiment.ipynb #7ab856c5
+# %% ../nbs/17_experiment.ipynb #bb2c59e5
 @method(Lab)
 def contributor(self, name: str, again: int = 0) -> dict:
     "The clean fine-tuned state dict of one task; `again` > 0: a twin from another training seed."
@@ -179,7 +179,7 @@ def contributor(self, name: str, again: int = 0) -> dict:
 def poisoned(self) -> dict[str, tuple[dict, Trigger, dict]]:
     "{adversary: (state dict, trigger, record of what he can measure himself)}."
     P = self.P
-    options = attacks.accepts(P.attack, {k: self.settings[k] for k in ("side", "trigger_steps", "r_min", "alpha")}) | P.options.get(P.attack, {})
+    options = attacks.accepts(P.attack, {k: self.settings[k] for k in ("side", "trigger_steps")}) | P.options.get(P.attack, {})
     def one(a: Attacker):
         task, target = self.tasks[a.adversary], Target.of(self.tasks[a.target], a.target_class, seed=P.seed)
         key = (code_hash(home(attacks, P.attack)), self._pre, replace(task, test_x=None, test_y=None), target, P.attack, P.tune, P.seed, options)
