@@ -23,6 +23,14 @@ seeds = st.integers(0, 10 ** 6)
 def same(a, b, tol=1e-5): return a.keys() == b.keys() and all(torch.allclose(a[k].double(), b[k].double(), atol=tol) for k in a)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    "The toy's tensors are too small to share out."
+    n = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
 @pytest.fixture
 def data(fp32): return parity.data()
 
