@@ -73,7 +73,7 @@ def fisher(base: dict, models: list[dict], data: Unlabelled | None = None, examp
         return sum(w_t * m[k].to(b) for w_t, m in zip(w, models)) / sum(w)
     return each(base, one)
 
-# %% ../nbs/07_adaptive.ipynb #045ed71e
+# %% ../nbs/07_adaptive.ipynb #b38c27d5
 def mixed_values(m: torch.nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
     "What enters `out_proj` of self-attention without mask: the heads' mixed values (N, L, d) for inputs x (N, L, d)."
     q, k, v = F.linear(x, m.in_proj_weight, m.in_proj_bias).unflatten(-1, (3, m.num_heads, m.head_dim)).permute(2, 0, 3, 1, 4)
@@ -85,8 +85,8 @@ def grams(data: Unlabelled, state: dict, t: int, examples: int, attention: bool,
     "{weight name: X^T X / rows (float64)} of the inputs X of every linear layer that fires on model t's images; with `attention` its projections too."
     visual, G, rows = data.clip.with_state(state), {}, {}
     def add(name, x):
-        x = x.reshape(-1, x.shape[-1]).float()
-        G[name], rows[name] = G.get(name, 0) + (x.T @ x).double(), rows.get(name, 0) + len(x)
+        x = x.reshape(-1, x.shape[-1]).double()
+        G[name], rows[name] = G.get(name, 0) + x.T @ x, rows.get(name, 0) + len(x)
     def watch(name, m):
         def attend(m, args, kwargs):
             x = args[0] if args else kwargs["query"]
