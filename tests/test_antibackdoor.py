@@ -8,10 +8,13 @@ from hypothesis import given, strategies as st
 
 from conftest import near, pixels
 from lfpm_nb import antibackdoor as B
-from lfpm_nb.antibackdoor import Strengths, accumulate, path_loss, path_points, stage_one, step_loss, train_anti, worst_prompt
-from lfpm_nb.clip import Clip, encode, logits
-from lfpm_nb.core import generator
+from lfpm_nb.antibackdoor import (Strengths, accumulate, classify, path_loss, path_points, stage_one, step_loss, terms, train_anti,
+                                  train_on_shadow, worst_prompt)
+from lfpm_nb.clip import Clip, encode, logits, lr_at
+from lfpm_nb.core import Diverged, generator
+from lfpm_nb.lora import dense, trainable
 from lfpm_nb.subspace import Shadow
+from lfpm_nb.tune import batches, optimiser
 
 S = Strengths(A=True, rank=4, rho=.1, prompt_length=3, prompt_steps=2, semantic=(1., 3.), epochs=1, batch=16, lr=1e-3, points=5)
 
@@ -115,7 +118,7 @@ def test_the_merged_model_never_changes(pico, theta, shadow, prompts, monkeypatc
     monkeypatch.setattr(Clip, "with_state", lambda self, s: towers.append(make(self, s)) or towers[-1])
     end, log = train_anti(pico, theta, shadow, prompts, replace(S, epochs=2), 0, "x")
     assert same(theta, before) and same(towers[0].state_dict(), before) and same(pico.state(), pre) and torch.equal(prompts, p)
-    assert not same(end, before) and end.keys() == before.keys() and {v.dtype for v in end.values()} == {torch.float32} and all(v == v for v in log)
+    assert not same(end, before) and end.keys() == before.keys() and {v.dtype for v in end.values()} == {torch.float32} and len(log["loss"]) == 8
 
 
 def test_start(pico, theta, shadow, prompts):
@@ -145,8 +148,80 @@ def test_steps_take_the_prompts_in_turn(pico, theta, shadow, prompts, monkeypatc
 
 
 def test_a_loss_that_is_not_finite_stops(pico, theta, shadow):
-    with pytest.raises(FloatingPointError, match="LFPM: the loss is nan at step 0; lower lr"):
+    with pytest.raises(Diverged, match="LFPM, step 0: the loss is nan at lr .*; lower lr") as e:
         train_anti(pico, theta, shadow, torch.full((1, 3, 64), float("nan")), S, 0, "LFPM")
+    assert same(e.value.state, theta), "the last good weights"
+
+
+# --- the loop that all defences share, and adapters --------------------------------------------------------------------------
+
+def stage_two_written_out(clip, theta_mm, shadow, prompts, s, seed):
+    "LFPM's loop as it stood before it was shared."
+    (x, y), losses = shadow.train, []
+    mm, anti = clip.with_state(theta_mm).requires_grad_(True), clip.with_state(theta_mm if s.start == "merged" else clip.state()).requires_grad_(True)
+    opt, steps = optimiser(anti.parameters(), s.lr, s.weight_decay), list(batches(len(y), s.batch, s.epochs, "anti", seed))
+    for k, i in enumerate(steps):
+        for g in opt.param_groups: g["lr"] = lr_at(k, len(steps), s.lr, 10)
+        loss = step_loss(mm, anti, clip.normalise(x[i]), y[i], shadow.W, prompts[k % len(prompts)], s)
+        opt.zero_grad(); loss.backward()
+        for a, m in zip(anti.parameters(), mm.parameters()):
+            if m.grad is not None and s.C and s.gamma: a.grad.add_(m.grad, alpha=s.gamma)
+            m.grad = None
+        torch.nn.utils.clip_grad_norm_(anti.parameters(), 1.0); opt.step()
+        losses.append(loss.item())
+    return {k: v.detach().float() for k, v in anti.state_dict().items()}, losses
+
+
+@pytest.mark.parametrize("change", [{}, dict(gamma=.3), dict(B=False, C=False), dict(start="pretrained")], ids=str)
+def test_the_shared_loop_gives_lfpm_bit_for_bit(pico, theta, shadow, prompts, change):
+    s = replace(S, **change)
+    (want, losses), (got, log) = stage_two_written_out(pico, theta, shadow, prompts, s, 0), train_anti(pico, theta, shadow, prompts, s, 0, "x")
+    assert same(want, got) and log == dict(loss=losses)
+
+
+def test_the_loop_gives_pixels_labels_and_prompts_in_order(pico, theta, shadow, prompts):
+    seen, (x, y) = [], shadow.train
+    def loss(visual, *batch): seen.append(batch); return visual.proj.square().sum()
+    train_on_shadow(pico, theta, shadow, prompts, replace(S, epochs=2), 3, "x", loss)
+    for k, ((a, b, p), i) in enumerate(zip(seen, batches(64, 16, 2, "anti", 3), strict=True)):
+        assert a.dtype == torch.uint8 and torch.equal(a, x[i]) and torch.equal(b, y[i]) and torch.equal(p, prompts[k % 2])
+
+
+def test_terms_are_cross_entropies_of_what_is_asked_for(pico, theta, shadow, prompt, fp32):
+    from functools import partial
+    v, x, y = pico.with_state(theta), shadow.x[:6], shadow.y[:6]
+    one = {q is None: F.cross_entropy(logits(encode(v, pico.normalise(x), q), shadow.W), y) for q in (None, prompt)}
+    got = [terms(pico, partial(encode, v), shadow.W, x, y, i).item() for i in ((None,), (prompt,), (None, prompt))]
+    assert got == pytest.approx([one[True].item(), one[False].item(), (one[True] + one[False]).item()], rel=1e-5)
+    assert torch.equal(classify(pico, partial(encode, v), shadow.W, x), classify(pico, partial(encode, v), shadow.W, x.float() / 255))
+
+
+@pytest.mark.parametrize("change", [{}, dict(B=False, C=False)], ids=str)
+def test_with_adapters_only_attention_moves_by_the_rank(pico, theta, shadow, prompts, change):
+    end, _ = train_anti(pico, theta, shadow, prompts, replace(S, lora=2, **change), 0, "x")
+    moved = {k for k in theta if not torch.equal(theta[k], end[k])}
+    assert moved == {k for k in theta if k.endswith("attn.in_proj_weight")} and len(moved) == 2
+    assert all(torch.linalg.matrix_rank(third, rtol=1e-3) == 2 for k in moved for third in (end[k] - theta[k]).chunk(3))
+
+
+def test_accumulation_through_adapters_is_the_chain_rule(pico, theta, shadow, prompt, fp32):
+    "Against a loss that reaches both models through the same adapters: gamma = 1 sums the two gradients with respect to them."
+    anti, mm = pico.with_state(theta), pico.with_state(near(pico, 2)).requires_grad_(True)
+    params = trainable(anti, 2, "x")
+    for p in params: p.data.normal_(0, .1, generator=generator("adapters"))
+    step_loss(mm, anti, pico.normalise(shadow.x[:8]), shadow.y[:8], shadow.W, prompt, S).backward()
+    g_anti, g_mm = [p.grad.clone() for p in params], {n: m.grad.clone() for n, m in mm.named_parameters()}
+    frozen = [m.requires_grad for n, m in anti.named_parameters() if n.endswith("proj") or "c_fc" in n]
+    accumulate(anti, mm, 1.)
+    at = dense(anti)
+    for block in range(2):
+        name = f"transformer.resblocks.{block}.attn"
+        q = anti.get_submodule(name).parametrizations.in_proj_weight[0]
+        for third, G in enumerate(g_mm[f"{name}.in_proj_weight"].chunk(3)):
+            i, j = (next(n for n, p in enumerate(params) if p is v) for v in (q.A, q.B))
+            assert torch.allclose(q.B.grad[third] - g_anti[j][third], q.s * G @ q.A[third].t(), atol=1e-5)
+            assert torch.allclose(q.A.grad[third] - g_anti[i][third], q.s * q.B[third].t() @ G, atol=1e-5)
+    assert not any(frozen) and same(at, dense(anti)) and all(m.grad is None for m in mm.parameters())
 
 
 # --- A, B, C -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
 """LFPM's rivals: each formula on a toy or against recorded values, and all of them behind one signature on one small merge."""
-import importlib.util
 import json
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
 from conftest import near
+from lfpm_nb import antibackdoor as B
 from lfpm_nb import baselines as R
 from lfpm_nb.antibackdoor import Strengths, classify, stage_one, terms, train_on_shadow
 from lfpm_nb.baselines import (concrete, encode_at, js, length, masked_units, pam_offset, prune, sam_offset, shared_examples, shared_loss,
@@ -19,10 +19,14 @@ from lfpm_nb.clip import encode
 from lfpm_nb.core import Diverged, check_same, generator
 from lfpm_nb.defend import defences, knobs, train_defence
 from lfpm_nb.subspace import Shadow
+from lfpm_nb.tune import norm, task_vector
 
 S = Strengths(rank=4, rho=.1, prompt_length=3, prompt_steps=2, semantic=(1., 3.), epochs=1, batch=16, lr=1e-3, points=4)
 REFERENCE = Path(__file__).parent / "reference"
 METHODS = pytest.mark.parametrize("method", sorted(defences))
+# Image passes per shadow image and epoch. SAU asks the frozen model once about each of the 96 images.
+COST = {"LFPM": 6, "fine-tuning": 2, "fine-tuning-clean": 1, "SAM": 4, "SAM-prompt": 2, "ASAM": 4, "PAM": 2, "PAM-prompt": 1, "IBVS": 2,
+        "SAU": 22 / 3 + 96 / 3 / 64, "ANP": 6, "AWM": 4}
 TRAINED = pytest.mark.parametrize("method", sorted(set(defences) - {"ANP", "AWM"}))
 
 
@@ -40,7 +44,7 @@ def prompts(pico, merged, shadow): return stage_one(pico, merged, shadow, S, 0)[
 
 @pytest.fixture
 def train(pico, merged, shadow, prompts):
-    return lambda method, strength=None, s=S, **k: train_defence(method, merged, pico, shadow, k.pop("p", prompts), s, 0, strength, **k)
+    return lambda method, strength=None, s=S, seed=0, p=prompts: train_defence(method, merged, pico, shadow, p, s, seed, strength)
 
 
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -105,20 +109,21 @@ def test_pam_has_no_direction_at_the_start(): assert pam_offset([torch.ones(2)],
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_train_at_is_perturb_backward_restore_step(pico, merged, shadow, prompts, fp32, adaptive):
-    "Against the usual way to write SAM: change the weights, run backward, put them back."
+def test_train_at_is_perturb_backward_restore_step(pico, merged, shadow, prompts, fp32, adaptive, monkeypatch):
+    "Against the usual way to write SAM: change the weights, take the gradient, put them back. With SGD, as Adam turns rounding into whole steps."
+    monkeypatch.setattr(B, "optimiser", lambda w, lr, _: torch.optim.SGD(w, 100 * lr))
     def by_hand(v, x, y, p):
         w, run = list(v.parameters()), lambda: terms(pico, partial(encode, v), shadow.W, x, y, (None, p))
         move = sam_offset([q.detach() for q in w], torch.autograd.grad(run(), w), .3, adaptive)
         with torch.no_grad(): [q.add_(e) for q, e in zip(w, move)]
-        value = run(); value.backward(retain_graph=True)
-        grads = [q.grad.clone() for q in w]
+        grads = torch.autograd.grad(run(), w)
         with torch.no_grad(): [q.sub_(e) for q, e in zip(w, move)]
-        v.zero_grad()
         return sum((q * a).sum() for q, a in zip(w, grads))
     want, _ = train_on_shadow(pico, merged, shadow, prompts, S, 0, "x", by_hand)
     got, _ = train_at(pico, merged, shadow, prompts, S, 0, "x", lambda w, grad: sam_offset(w, grad(), .3, adaptive))
-    assert close(got, want, atol=2e-4) and not same(got, merged)
+    apart = lambda a, b: norm(task_vector(a, b))
+    plain = train_on_shadow(pico, merged, shadow, prompts, S, 0, "x", lambda v, x, y, p: terms(pico, partial(encode, v), shadow.W, x, y, (None, p)))[0]
+    assert apart(got, want) < 1e-3 * apart(merged, want) and apart(got, plain) > 0.1 * apart(merged, want)
 
 
 def test_no_radius_is_fine_tuning_and_a_radius_is_not(train, fp32):
@@ -261,7 +266,8 @@ def test_pruning_takes_the_lowest_masks(seed, share):
     gone = torch.cat([(end[f"{k}.weight"] == 0).all(1) for k in "ab"])
     flat = torch.cat(list(m.values()))
     assert gone.sum() == round(share * 12) and (not gone.any() or gone.all() or flat[gone].max() < flat[~gone].min())
-    assert all(torch.equal(state[f"{k}.bias"], end[f"{k}.bias"]) for k in "ab") and all(torch.equal(end[f"{k}.weight"][~(end[f"{k}.weight"] == 0).all(1)], state[f"{k}.weight"][~(end[f"{k}.weight"] == 0).all(1)]) for k in "ab")
+    old, new = (torch.cat([s[f"{k}.weight"] for k in "ab"]) for s in (state, end))
+    assert torch.equal(new[~gone], old[~gone]) and all(torch.equal(state[f"{k}.bias"], end[f"{k}.bias"]) for k in "ab")
 
 
 def test_anp_keeps_shapes_and_touches_hidden_units_only(train, merged):
@@ -301,8 +307,7 @@ def test_awm_is_a_mask_on_what_merging_added(train, pico, merged):
     end, _ = train("AWM")
     ratio = torch.cat([((end[k] - v) / (merged[k] - v)).flatten() for k, v in pico.state().items() if k.endswith("weight")])
     assert ratio.min() > -1e-2 and .99 < ratio.median() < 1.01 and ratio.std() > 1e-3
-    frozen, _ = train("AWM", s=replace(S, epochs=1), p=torch.zeros(1, 3, 64))
-    assert not same(end, frozen)
+    assert not same(end, train("AWM", p=torch.zeros(1, 3, 64))[0]), "the prompts take part"
 
 
 def test_awm_without_training_is_the_merged_model(pico, merged, shadow, prompts):
@@ -318,14 +323,9 @@ def test_every_defence_ends_in_a_sound_model_again_and_again(train, merged, meth
     (end, log), (again, log2) = (train(method) for _ in range(2))
     check_same(merged, end)
     assert same(end, again) and log == log2 and same(merged, before) and not same(end, merged) and {v.device.type for v in end.values()} == {"cpu"}
-    assert len(log["loss"]) == 4 and all(v == v for v in log["loss"]) and log["passes"] >= 64
+    assert len(log["loss"]) == 4 and all(v == v for v in log["loss"]) and log["passes"] == pytest.approx(64 * COST[method], abs=1)
     json.dumps(log)
-
-
-@METHODS
-def test_seed_and_strength_matter(pico, merged, shadow, prompts, train, method):
-    assert not same(train(method)[0], train(method, knobs[method].grid[0] if knobs[method].default != knobs[method].grid[0] else knobs[method].grid[-1])[0])
-    assert not same(train(method)[0], train_defence(method, merged, pico, shadow, prompts, S, 1)[0])
+    assert not same(end, train(method, max(knobs[method].grid))[0]) and not same(end, train(method, seed=1)[0])
 
 
 @TRAINED
@@ -342,23 +342,19 @@ def test_masks_know_no_adapters(train, method): assert same(train(method)[0], tr
 
 
 @METHODS
-def test_prompts_of_nan_stop_with_the_last_good_weights(train, merged, pico, shadow, method):
+def test_a_loss_of_nan_stops_with_the_last_good_weights(train, merged, pico, shadow, method):
     broken = replace(shadow, W=shadow.W * float("nan"))
-    with pytest.raises(Diverged, match=r"step 0: the (loss|gradient norm) is nan at lr .*; lower lr"):
+    with pytest.raises(Diverged, match=r"step 0: the (loss|gradient norm) is nan at lr .*; lower lr") as e:
         train_defence(method, merged, pico, broken, torch.zeros(1, 3, 64), S, 0)
-    try: train_defence(method, merged, pico, broken, torch.zeros(1, 3, 64), S, 0)
-    except Diverged as e: assert same(e.state, pico.state() if method == "IBVS" else merged)
+    assert same(e.value.state, pico.state() if method == "IBVS" else merged)
 
 
 def test_no_held_out_image_is_trained_on(train, pico, merged, shadow, prompts):
     other = Shadow(torch.cat([shadow.train[0], 255 - shadow.check[0]]), torch.cat([shadow.train[1], shadow.check[1].flip(0)]), shadow.W, shadow.held)
-    for method in defences: assert same(train(method)[0], train_defence(method, merged, pico, other, prompts, S, 0)[0]), method
+    for method in ("SAM", "PAM", "IBVS", "SAU", "ANP", "AWM", "fine-tuning-clean"):
+        assert same(train(method)[0], train_defence(method, merged, pico, other, prompts, S, 0)[0]), method
 
 
-def test_cost_per_image(train):
-    "Image passes per shadow image and epoch; what the notebook promises for 2 epochs of 4,000 images is twice 3,968 times this."
-    cost = {m: train(m)[1]["passes"] / 64 for m in defences}
-    once = 96 / 3 / 64                                                     # SAU asks the frozen model once about every image, held-out ones too
-    want = {"LFPM": 6, "fine-tuning": 2, "fine-tuning-clean": 1, "SAM": 4, "SAM-prompt": 2, "ASAM": 4, "PAM": 2, "PAM-prompt": 1, "IBVS": 2,
-            "SAU": 7 + 1 / 3 + once, "ANP": 6, "AWM": 4}
-    assert cost == {m: pytest.approx(v, abs=.02) for m, v in want.items()} and max((7 + 1 / 3) * 7936 + 1500, 6 * 7936) <= 60_000
+def test_two_epochs_of_4000_images_cost_at_most_60000_passes():
+    once = COST["SAU"] - 22 / 3
+    assert COST["SAU"] == max(COST.values()) and 22 / 3 * 7936 + 4500 / 3 <= 60_000 and once > 0
