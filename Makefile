@@ -42,7 +42,7 @@ lab: install  ## the main run at laptop scale: table and figure in minutes; a re
 test: install  ## every fast test: the library notebooks, then pytest
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	LFPM_RUNS="$$tmp/runs" LFPM_CACHE="$$tmp/cache" LFPM_QUIET=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest -q --durations=5 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 -m "not slow"
 
 slow: install  ## the tests marked slow (minutes); none selected is no failure
 	$(BIN)/python -m pytest -q --durations=5 -m slow || [ $$? -eq 5 ]

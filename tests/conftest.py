@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Set before torch or plotly are imported, and inherited by the kernels and commands that tests start.
 SCRATCH = Path(tempfile.mkdtemp(prefix="lfpm-tests-"))
-THREADS = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 os.environ.update(LFPM_RUNS=str(SCRATCH / "runs"), LFPM_CACHE=str(SCRATCH / "cache"), LFPM_QUIET="1", LFPM_DEVICE="cpu",
                   OMP_NUM_THREADS=str(THREADS), PLOTLY_RENDERER="plotly_mimetype", MPLBACKEND="agg")
 os.environ.pop("LFPM_DATA", None)

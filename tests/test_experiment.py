@@ -339,7 +339,8 @@ def test_table_is_mean_and_std_over_seeds(runs):
     t = table(df)
     assert t.method.tolist() == ["TA", "LFPM"] and t.n_seeds.tolist() == [3, 3] and info["others"] == 0
     assert t.CA.tolist() == [73, 72] and t.CA_std[0] == pytest.approx(np.std([70, 72, 77], ddof=1)) and t.ASR_T.isna().all()
-    assert "| TA | 73.0 ± 3.6 | – |" in to_markdown(t)
+    assert "| TA | 73.0 ± 3.6 | 3 |" in to_markdown(t) and "ASR" not in to_markdown(t), "a column without a number is left out"
+    assert "| TA | 73.0 ± 3.6 | – | 3 |" in to_markdown(t.assign(ASR_T=[np.nan, 5.]))
 
 
 def test_table_never_mixes_presets_or_configurations(runs):
