@@ -38,6 +38,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lfpm_nb.attack.scope_of': ('attack.html#scope_of', 'lfpm_nb/attack.py'),
                                 'lfpm_nb.attack.shadow_head': ('attack.html#shadow_head', 'lfpm_nb/attack.py'),
                                 'lfpm_nb.attack.simulated': ('attack.html#simulated', 'lfpm_nb/attack.py'),
+                                'lfpm_nb.attack.train_accuracy': ('attack.html#train_accuracy', 'lfpm_nb/attack.py'),
                                 'lfpm_nb.attack.trigger_images': ('attack.html#trigger_images', 'lfpm_nb/attack.py')},
             'lfpm_nb.cli': { 'lfpm_nb.cli._say': ('cli.html#_say', 'lfpm_nb/cli.py'),
                              'lfpm_nb.cli.doctor': ('cli.html#doctor', 'lfpm_nb/cli.py'),
