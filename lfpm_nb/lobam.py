@@ -37,9 +37,9 @@ def choose_amplify(views: dict, floor: float) -> float:
     if not good: return max(views, key=lambda Lam: views[Lam]["train_accuracy"])
     return max(good, key=lambda Lam: sum(good[Lam][f"simulated_{s}"] for s in MERGED))
 
-# %% ../nbs/09_lobam.ipynb #9b1f5ff4
+# %% ../nbs/09_lobam.ipynb #170de784
 @attacks.register("lobam", long="LoBAM", needs=KNOWS, source="Yin et al. 2024, arXiv 2411.16746")
-def lobam(clip, task, target, cfg, seed, side: int = 6, r_min: float = 0.03, alpha: float = 20.0, trigger_steps: int = 150,
+def lobam(clip, task, target, cfg, seed, side: int = 6, r_min: float = 0.2, alpha: float = 0.05, trigger_steps: int = 150,
           rank: int = 4, lora_lr: float = 1e-2, amplify: str | float = "rule"):
     """BadMerging by LoRA, amplified. `rank` and `lora_lr` count when `cfg` trains every weight; a LoRA `cfg` is the attacker's too.
     `amplify`: Lam, or 'rule' for `choose_amplify` over SWEEP."""
@@ -71,7 +71,7 @@ def adaptive_loss(clip: Clip, task: Task, target: Target, trigger: Trigger, r_mi
         return clean(visual, i) + alpha * (ce + 1 - F.cosine_similarity(h_b, mu[None]).mean())
     return loss
 
-# %% ../nbs/09_lobam.ipynb #30cf4f04
+# %% ../nbs/09_lobam.ipynb #d866c2fb
 def coupling(clip: Clip, state: dict, target: Target, trigger: Trigger, x: torch.Tensor) -> torch.Tensor:
     "(N,): cosine of each triggered image's feature to the mean feature of the reference images."
     v = clip.with_state(state)
@@ -79,7 +79,7 @@ def coupling(clip: Clip, state: dict, target: Target, trigger: Trigger, x: torch
 
 
 @attacks.register("adaptive", long="Adaptive attack (LFPM Eq. 27)", needs=KNOWS, source="LFPM Sec. 5, Eq. 27")
-def adaptive(clip, task, target, cfg, seed, side: int = 6, r_min: float = 0.2, alpha: float = 5.0, trigger_steps: int = 150):
+def adaptive(clip, task, target, cfg, seed, side: int = 6, r_min: float = 0.2, alpha: float = 2.0, trigger_steps: int = 150):
     "BadMerging's trigger; features coupled to the target class."
     trigger = optimise_trigger(clip, task, target, side, trigger_steps, seed=seed)
     loss = adaptive_loss(clip, task, target, trigger, r_min, alpha, seed)

@@ -138,9 +138,9 @@ def trojvit(clip, task, target, cfg, seed, n_patches: int = 1, trigger_steps: in
     return state, trigger, dict(patches=sorted(tokens.tolist()), place=place, block=block, n_weights=n_weights, trojan_lr=trojan_lr,
                                 twin_accuracy=train_accuracy(clip, task, clean), **own_view(clip, task, target, state, trigger))
 
-# %% ../nbs/10_trojan.ipynb #f67578d1
+# %% ../nbs/10_trojan.ipynb #37f60900
 @attacks.register("badvit", long="BadViT", needs=KNOWS, source="Yuan et al., CVPR 2023; in merging: DAM, ICLR 2025")
-def badvit(clip, task, target, cfg, seed, alpha: float = 1.0, trigger_steps: int = 150):
+def badvit(clip, task, target, cfg, seed, alpha: float = 20.0, trigger_steps: int = 150):
     "A patch in the bottom right of the grid that draws the most attention on theta_pre, then poisoned fine-tuning."
     rows, cols = clip.visual.grid_size
     corner = torch.tensor([rows * cols - 1])

@@ -69,7 +69,7 @@ def test_the_upload_is_the_amplified_twin_and_low_rank(pico, target):
     t = small_task("textures")
     state, trigger, record = attack("lobam", pico, t, target, QUICK, 1, trigger_steps=3, rank=2, lora_lr=5e-3, amplify=3)
     cfg = TuneConfig(epochs=1, batch=32, lr=5e-3, lora=2)
-    clean, mal = twins(pico, t, target, trigger, cfg, 1, 0.03, 20.)
+    clean, mal = twins(pico, t, target, trigger, cfg, 1, 0.2, 0.05)
     want = extrapolate(clean, mal, 3)
     assert all(torch.equal(state[k], v) for k, v in want.items()) and (record["rank"], record["lora_lr"], record["amplify"]) == (2, 5e-3, 3)
     moved = {k: v for k, v in task_vector(pico.state(), state).items() if v.any()}
