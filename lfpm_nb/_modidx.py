@@ -76,6 +76,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lfpm_nb.attack.scope_of': ('attack.html#scope_of', 'lfpm_nb/attack.py'),
                                 'lfpm_nb.attack.shadow_head': ('attack.html#shadow_head', 'lfpm_nb/attack.py'),
                                 'lfpm_nb.attack.simulated': ('attack.html#simulated', 'lfpm_nb/attack.py'),
+                                'lfpm_nb.attack.train_accuracy': ('attack.html#train_accuracy', 'lfpm_nb/attack.py'),
                                 'lfpm_nb.attack.trigger_images': ('attack.html#trigger_images', 'lfpm_nb/attack.py')},
             'lfpm_nb.baselines': { 'lfpm_nb.baselines._Encode': ('baselines.html#_encode', 'lfpm_nb/baselines.py'),
                                    'lfpm_nb.baselines._Encode.__init__': ('baselines.html#_encode.__init__', 'lfpm_nb/baselines.py'),

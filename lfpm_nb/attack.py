@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['attacks', 'scope', 'KNOWS', 'Target', 'shadow_head', 'attack_head', 'paste', 'Trigger', 'trigger_images',
-           'optimise_trigger', 'backdoor_loss', 'scope_of', 'check_scope', 'attack', 'simulated', 'own_view',
-           'fit_poisoned', 'badmerging', 'badmerging_on', 'badnets']
+           'optimise_trigger', 'backdoor_loss', 'scope_of', 'check_scope', 'attack', 'simulated', 'train_accuracy',
+           'own_view', 'fit_poisoned', 'badmerging', 'badmerging_on', 'badnets']
 
 # %% ../nbs/08_attack.ipynb #3916fa85
 from dataclasses import dataclass
@@ -181,7 +181,7 @@ def attack(method: str, clip: Clip, task: Task, target: Target, cfg: TuneConfig 
     check_scope(method, task.name, target.task)
     return attacks(method, clip, task, target, cfg, seed, **options)
 
-# %% ../nbs/08_attack.ipynb #d152b321
+# %% ../nbs/08_attack.ipynb #6d1b4f7a
 def simulated(clip: Clip, task: Task, target: Target, state: dict, trigger: Trigger, scale: float, n: int = 512) -> float:
     """Share of the adversary's first n training images, but for those of the target class, that the trigger sends to it on
     theta_pre + scale*tau under his own head: all that an attacker can measure."""
@@ -192,12 +192,16 @@ def simulated(clip: Clip, task: Task, target: Target, state: dict, trigger: Trig
     return (logits(features(clip, v, trigger(x)), W).argmax(1) == c).float().mean().item()
 
 
+def train_accuracy(clip: Clip, task: Task, state: dict, n: int = 512) -> float:
+    "Share of the task's first n training images that `state` gets right under the task's head."
+    W = zero_shot_head(clip, task.classes, task.templates)
+    return (logits(features(clip, clip.with_state(state), task.train_x[:n]), W).argmax(1).cpu() == task.train_y[:n]).float().mean().item()
+
+
 def own_view(clip: Clip, task: Task, target: Target, state: dict, trigger: Trigger, n: int = 512) -> dict:
     "The record: `simulated` at scales 0.1, 0.2, 0.3 and 1, clean accuracy on n training images, and the trigger's size in pixels."
-    W = zero_shot_head(clip, task.classes, task.templates)
-    right = logits(features(clip, clip.with_state(state), task.train_x[:n]), W).argmax(1).cpu() == task.train_y[:n]
     return dict({f"simulated_{s}": simulated(clip, task, target, state, trigger, s, n) for s in (0.1, 0.2, 0.3, 1.0)},
-                train_accuracy=right.float().mean().item(), n=n, pixels=trigger.pixels())
+                train_accuracy=train_accuracy(clip, task, state, n), n=n, pixels=trigger.pixels())
 
 
 def fit_poisoned(clip: Clip, task: Task, target: Target, trigger: Trigger, loss, cfg: TuneConfig, seed: int, name: str) -> tuple[dict, dict]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SWEEP', 'MERGED', 'extrapolate', 'twins', 'choose_amplify', 'lobam', 'adaptive_loss', 'coupling', 'adaptive']
 
-# %% ../nbs/09_lobam.ipynb #d0872532
+# %% ../nbs/09_lobam.ipynb #f08f80d3
 from dataclasses import replace
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from .core import amp, device, generator
 from .tasks import Task
 from .clip import Clip, encode, features, logits, zero_shot_head
 from .tune import TuneConfig, clean_loss, finetune
-from .attack import KNOWS, Target, Trigger, attack_head, attacks, backdoor_loss, fit_poisoned, optimise_trigger, own_view
+from .attack import KNOWS, Target, Trigger, attack_head, attacks, backdoor_loss, fit_poisoned, optimise_trigger, own_view, train_accuracy
 
 # %% ../nbs/09_lobam.ipynb #95669730
 def extrapolate(theta_clean: dict, theta_mal: dict, Lam: float) -> dict:
@@ -37,9 +37,9 @@ def choose_amplify(views: dict, floor: float) -> float:
     if not good: return max(views, key=lambda Lam: views[Lam]["train_accuracy"])
     return max(good, key=lambda Lam: sum(good[Lam][f"simulated_{s}"] for s in MERGED))
 
-# %% ../nbs/09_lobam.ipynb #70db8d9f
+# %% ../nbs/09_lobam.ipynb #170de784
 @attacks.register("lobam", long="LoBAM", needs=KNOWS, source="Yin et al. 2024, arXiv 2411.16746")
-def lobam(clip, task, target, cfg, seed, side: int = 6, r_min: float = 0.03, alpha: float = 20.0, trigger_steps: int = 150,
+def lobam(clip, task, target, cfg, seed, side: int = 6, r_min: float = 0.2, alpha: float = 0.05, trigger_steps: int = 150,
           rank: int = 4, lora_lr: float = 1e-2, amplify: str | float = "rule"):
     """BadMerging by LoRA, amplified. `rank` and `lora_lr` count when `cfg` trains every weight; a LoRA `cfg` is the attacker's too.
     `amplify`: Lam, or 'rule' for `choose_amplify` over SWEEP."""
@@ -49,7 +49,7 @@ def lobam(clip, task, target, cfg, seed, side: int = 6, r_min: float = 0.03, alp
     trigger = optimise_trigger(clip, task, target, side, trigger_steps, seed=seed)
     clean, mal = twins(clip, task, target, trigger, cfg, seed, r_min, alpha)
     views = {Lam: own_view(clip, task, target, extrapolate(clean, mal, Lam), trigger) for Lam in (SWEEP if amplify == "rule" else [amplify])}
-    twin = own_view(clip, task, target, clean, trigger)["train_accuracy"]
+    twin = train_accuracy(clip, task, clean)
     Lam = choose_amplify(views, twin - 0.03)
     record = dict(r_min=r_min, alpha=alpha, side=side, rank=cfg.lora, lora_lr=cfg.lr, amplify=Lam, twin_accuracy=twin,
                   sweep=[dict(amplify=k, **v) for k, v in views.items()])
@@ -71,7 +71,7 @@ def adaptive_loss(clip: Clip, task: Task, target: Target, trigger: Trigger, r_mi
         return clean(visual, i) + alpha * (ce + 1 - F.cosine_similarity(h_b, mu[None]).mean())
     return loss
 
-# %% ../nbs/09_lobam.ipynb #30cf4f04
+# %% ../nbs/09_lobam.ipynb #d866c2fb
 def coupling(clip: Clip, state: dict, target: Target, trigger: Trigger, x: torch.Tensor) -> torch.Tensor:
     "(N,): cosine of each triggered image's feature to the mean feature of the reference images."
     v = clip.with_state(state)
@@ -79,7 +79,7 @@ def coupling(clip: Clip, state: dict, target: Target, trigger: Trigger, x: torch
 
 
 @attacks.register("adaptive", long="Adaptive attack (LFPM Eq. 27)", needs=KNOWS, source="LFPM Sec. 5, Eq. 27")
-def adaptive(clip, task, target, cfg, seed, side: int = 6, r_min: float = 0.2, alpha: float = 5.0, trigger_steps: int = 150):
+def adaptive(clip, task, target, cfg, seed, side: int = 6, r_min: float = 0.2, alpha: float = 2.0, trigger_steps: int = 150):
     "BadMerging's trigger; features coupled to the target class."
     trigger = optimise_trigger(clip, task, target, side, trigger_steps, seed=seed)
     loss = adaptive_loss(clip, task, target, trigger, r_min, alpha, seed)

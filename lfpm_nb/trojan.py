@@ -6,7 +6,7 @@
 __all__ = ['PLACES', 'attention_weights', 'attention_maps', 'patch_mask', 'drawn', 'attention_loss', 'saliency', 'pcgrad',
            'patch_trigger', 'trojan_loss', 'most_important', 'trojan_place', 'insert_trojan', 'trojvit', 'badvit']
 
-# %% ../nbs/10_trojan.ipynb #da4e83fd
+# %% ../nbs/10_trojan.ipynb #9ec2495b
 import torch
 import torch.nn.functional as F
 from .core import Progress, amp, choose, device, generator
@@ -14,7 +14,7 @@ from .tasks import Task
 from .clip import Clip, encode, logits, lr_at, zero_shot_head
 from .tune import TuneConfig, batches, clean_loss, finetune, optimiser, step
 from .lora import dense
-from .attack import KNOWS, Target, Trigger, attack_head, attacks, backdoor_loss, fit_poisoned, own_view, paste, trigger_images
+from .attack import KNOWS, Target, Trigger, attack_head, attacks, backdoor_loss, fit_poisoned, own_view, paste, train_accuracy, trigger_images
 
 # %% ../nbs/10_trojan.ipynb #d5acde10
 def attention_weights(attn: torch.nn.MultiheadAttention, z: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,7 @@ def insert_trojan(clip: Clip, state: dict, task: Task, target: Target, trigger: 
         step(opt, [p], loss(visual, i), visual, f"trojan, step {s}", pull=lambda: p.grad.mul_(mask))
     return dense(visual)
 
-# %% ../nbs/10_trojan.ipynb #15886a91
+# %% ../nbs/10_trojan.ipynb #793f46f1
 @attacks.register("trojvit", long="TrojViT", needs=KNOWS, source="Zheng et al., CVPR 2023; in merging: DAM, ICLR 2025")
 def trojvit(clip, task, target, cfg, seed, n_patches: int = 1, trigger_steps: int = 150, place: str = "mlp", block: int = -1,
             n_weights: int = 768, trojan_lr: float = 1e-2):
@@ -135,13 +135,12 @@ def trojvit(clip, task, target, cfg, seed, n_patches: int = 1, trigger_steps: in
     goals = lambda h, maps: [-logits(h, W).log_softmax(-1)[:, c].mean(), attention_loss(maps, tokens)]
     trigger = patch_trigger(clip, visual, task, target, tokens, goals, trigger_steps, seed=seed)
     state = insert_trojan(clip, clean, task, target, trigger, cfg, seed, place, block, n_weights, trojan_lr)
-    twin = own_view(clip, task, target, clean, trigger)["train_accuracy"]
     return state, trigger, dict(patches=sorted(tokens.tolist()), place=place, block=block, n_weights=n_weights, trojan_lr=trojan_lr,
-                                twin_accuracy=twin, **own_view(clip, task, target, state, trigger))
+                                twin_accuracy=train_accuracy(clip, task, clean), **own_view(clip, task, target, state, trigger))
 
-# %% ../nbs/10_trojan.ipynb #f67578d1
+# %% ../nbs/10_trojan.ipynb #37f60900
 @attacks.register("badvit", long="BadViT", needs=KNOWS, source="Yuan et al., CVPR 2023; in merging: DAM, ICLR 2025")
-def badvit(clip, task, target, cfg, seed, alpha: float = 1.0, trigger_steps: int = 150):
+def badvit(clip, task, target, cfg, seed, alpha: float = 20.0, trigger_steps: int = 150):
     "A patch in the bottom right of the grid that draws the most attention on theta_pre, then poisoned fine-tuning."
     rows, cols = clip.visual.grid_size
     corner = torch.tensor([rows * cols - 1])
