@@ -102,6 +102,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lfpm_nb.baselines.shared_loss': ('baselines.html#shared_loss', 'lfpm_nb/baselines.py'),
                                    'lfpm_nb.baselines.stamped': ('baselines.html#stamped', 'lfpm_nb/baselines.py'),
                                    'lfpm_nb.baselines.train_at': ('baselines.html#train_at', 'lfpm_nb/baselines.py'),
+                                   'lfpm_nb.baselines.train_pam': ('baselines.html#train_pam', 'lfpm_nb/baselines.py'),
                                    'lfpm_nb.baselines.worst_noise': ('baselines.html#worst_noise', 'lfpm_nb/baselines.py')},
             'lfpm_nb.cli': { 'lfpm_nb.cli._say': ('cli.html#_say', 'lfpm_nb/cli.py'),
                              'lfpm_nb.cli.doctor': ('cli.html#doctor', 'lfpm_nb/cli.py'),
