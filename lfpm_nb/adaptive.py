@@ -7,7 +7,7 @@ __all__ = ['BUDGET', 'LEARNS', 'Unlabelled', 'given', 'fisher_diagonal', 'fisher
            'Blend', 'lab_steps', 'descend', 'learn_lam', 'adamerging', 'check_rates', 'ada_task', 'ada_layer', 'toss',
            'mask_logits', 'concrete_ta', 'concrete', 'concrete_task', 'concrete_layer', 'project_l1', 'dam']
 
-# %% ../nbs/07_adaptive.ipynb #e2cbb70f
+# %% ../nbs/07_adaptive.ipynb #69f8f88d
 import itertools, math
 from dataclasses import dataclass
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from .core import Diverged, Progress, amp, check_same, device
 from .clip import Clip, logits
-from .merge import allow, each, merge, merges, simple_average, uniform
+from .merge import allow, each, merges, simple_average, uniform
 from .tune import batches
 
 # %% ../nbs/07_adaptive.ipynb #d70e2f45

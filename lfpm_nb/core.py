@@ -7,8 +7,8 @@ __all__ = ['proj_path', 'runs_dir', 'cache_dir', 'device', 'amp', 'versions', 's
            'method', 'content_hash', 'code_hash', 'writing', 'write_json', 'save_state', 'load_state', 'check_same',
            'Progress', 'Peak', 'Diverged', 'Stages']
 
-# %% ../nbs/00_core.ipynb #c9e95ad9
-import contextlib, difflib, functools, hashlib, importlib, inspect, json, os, platform, re, sys, tempfile, time
+# %% ../nbs/00_core.ipynb #0b758d34
+import contextlib, difflib, functools, hashlib, inspect, json, os, platform, re, sys, tempfile, time
 from dataclasses import is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -128,7 +128,7 @@ def content_hash(*things, n: int = 12) -> str:
     for x in things: eat(x)
     return h.hexdigest()[:n]
 
-# %% ../nbs/00_core.ipynb #daf43e51
+# %% ../nbs/00_core.ipynb #dcbd604c
 def code_hash(module: str) -> str:
     "Hash of a library module's source and of every library module it imports, directly or not."
     seen, todo = {}, [module]
@@ -137,6 +137,7 @@ def code_hash(module: str) -> str:
         if m in seen: continue
         seen[m] = (Path(__file__).parent / f"{m}.py").read_text()
         todo += re.findall(r"^from (?:lfpm_nb)?\.(\w+) import", seen[m], re.M)
+        for names in re.findall(r"^from \. import ([\w, ]+)", seen[m], re.M): todo += names.replace(" ", "").split(",")
     return content_hash(seen)
 
 # %% ../nbs/00_core.ipynb #397d22a8

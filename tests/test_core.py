@@ -305,3 +305,12 @@ def test_a_damaged_stage_is_refused_by_name(tmp_path):
     path, = (tmp_path / "s").iterdir()
     path.write_bytes(path.read_bytes()[:30])
     with pytest.raises(ValueError, match=f"{path} is damaged"): Stages(tmp_path)("s", ("k",), computing([]))
+
+
+def test_code_hash_follows_every_kind_of_import(monkeypatch):
+    "The experiment's methods register on import (`from . import x`): their code is part of what a result depends on."
+    from pathlib import Path
+    read, seen = Path.read_text, []
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: (seen.append(self.stem), read(self, *a, **k))[1])
+    code_hash("experiment")
+    assert {"core", "merge", "adaptive", "attack", "lobam", "trojan", "defend", "baselines"} <= set(seen)
