@@ -7,12 +7,13 @@ __all__ = ['proj_path', 'runs_dir', 'cache_dir', 'device', 'amp', 'versions', 's
            'method', 'content_hash', 'code_hash', 'writing', 'write_json', 'save_state', 'load_state', 'check_same',
            'Progress', 'Peak', 'Diverged', 'Stages']
 
-# %% ../nbs/00_core.ipynb #0b758d34
+# %% ../nbs/00_core.ipynb #03d8054d
 import contextlib, difflib, functools, hashlib, inspect, json, os, platform, re, sys, tempfile, time
 from dataclasses import is_dataclass
 from importlib import metadata
 from pathlib import Path
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from safetensors.torch import load_file, save_file
 from safetensors import SafetensorError, safe_open
 
@@ -31,16 +32,18 @@ def cache_dir() -> Path:
     "Where finished stages are kept: `$LFPM_CACHE`, default `<runs>/cache`."
     return Path(os.environ.get("LFPM_CACHE", runs_dir() / "cache"))
 
-# %% ../nbs/00_core.ipynb #15a220eb
+# %% ../nbs/00_core.ipynb #9df60134
 def device() -> torch.device:
     "`$LFPM_DEVICE` if set, else CUDA when present, else CPU."
     return torch.device(os.environ.get("LFPM_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+@contextlib.contextmanager
 def amp(dev: torch.device | str | None = None):
-    "bf16 autocast on `dev` (default `device()`); `$LFPM_AMP=0` switches it off."
+    "bf16 autocast on `dev` (default `device()`); `$LFPM_AMP=0` switches it off. On a CPU attention runs as plain matrix products."
     dev = torch.device(dev or device())
-    return torch.autocast(dev.type, torch.bfloat16, enabled=os.environ.get("LFPM_AMP", "1") != "0")
+    plain = sdpa_kernel(SDPBackend.MATH) if dev.type == "cpu" else contextlib.nullcontext()
+    with plain, torch.autocast(dev.type, torch.bfloat16, enabled=os.environ.get("LFPM_AMP", "1") != "0"): yield
 
 
 def versions() -> dict:
@@ -242,7 +245,7 @@ class Diverged(FloatingPointError):
     "An optimisation met NaN or infinity; `state` holds the last good weights."
     def __init__(self, message: str, state: dict): super().__init__(message); self.state = state
 
-# %% ../nbs/00_core.ipynb #0927f741
+# %% ../nbs/00_core.ipynb #3267b977
 class Stages:
     """Content-addressed cache of stage results under `root`; `log` keeps (name, seconds, reused) of this process.
     `force` (default: `$LFPM_FORCE`) computes each stage once more, but only once."""
@@ -254,7 +257,7 @@ class Stages:
         "`compute() -> (tensors, record)`, or its saved result under the hash of `key`. `poisoned` marks the file's name and metadata."
         mark = "-poisoned" if poisoned else ""
         path = self.root / name / f"{content_hash(key, torch.get_num_threads(), device().type, n=20)}{mark}.safetensors"
-        t0 = time.time()
+        t0, cpu0 = time.time(), time.process_time()
         if path.exists() and (not self.force or path in self.fresh):
             tensors, meta = load_state(path)
             record = json.loads(meta["record"])
@@ -266,7 +269,8 @@ class Stages:
             last = path.with_name(f"{path.stem}-diverged.safetensors")
             save_state(last, e.state, poisoned=poisoned)
             raise Diverged(f"{e}. The last good weights are in {last}", e.state) from None
-        record = {**record, "seconds": round(time.time() - t0, 3), "peak_mb": peak.mb}
+        took = dict(seconds=round(time.time() - t0, 3), cpu_seconds=round(time.process_time() - cpu0, 3))
+        record = {**record, **took, "peak_mb": peak.mb}
         save_state(path, tensors, record=json.dumps(record), poisoned=poisoned)
         self.fresh.add(path)
         self.log.append((name, record["seconds"], False))

@@ -216,7 +216,7 @@ def heads(self) -> dict:
     "{task: its frozen head (C, d)}."
     return {n: zero_shot_head(self.clip, t.classes, t.templates) for n, t in self.tasks.items()}
 
-# %% ../nbs/17_experiment.ipynb #3b4e921d
+# %% ../nbs/17_experiment.ipynb #26988e1b
 STAGE_ONE = ("rank", "prompt_length", "semantic", "prompt_steps", "prompt_bound", "rho", "batch", "A")     # all that stage_one reads of the strengths
 
 
@@ -239,7 +239,7 @@ def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
     end, r = self.stages(f"defend-{name}", key, compute)          # the λ = 1 model does not depend on lam: another lam trains nothing
     lam, rule = (r["lam"], r["rule"]) if P.lam == "rule" else (P.lam, {})
     peak = max((x["peak_mb"] for x in (first, r) if x["peak_mb"] is not None), default=None)
-    log = {**first, **r["log"], "seconds": first["seconds"] + r["seconds"], "peak_mb": peak}
+    log = {**first, **r["log"], **{k: first[k] + r[k] for k in ("seconds", "cpu_seconds")}, "peak_mb": peak}
     return lerp(theta, end, lam), Defended(end, lam, rule, log, r["strength"])
 
 # %% ../nbs/17_experiment.ipynb #877497a5
@@ -270,7 +270,7 @@ def summarise(self, row: str, values: dict, n: int = 1, lam: float = float("nan"
     self.rows += [dict(method=row, kind="summary", task="average", metric=m, lam=lam, value=float(v), n=n, lo=None, hi=None)
                   for m, v in values.items() if v is not None]
 
-# %% ../nbs/17_experiment.ipynb #4f5dbffd
+# %% ../nbs/17_experiment.ipynb #8458a6b7
 @method(Lab)
 def walked(self, row: str, theta: dict, d: Defended) -> list[dict]:
     "Rows along the path from a merged model to a defence's λ = 1 model, and its summaries, under the name `row`."
@@ -289,7 +289,7 @@ def defend_and_measure(self, merge_name: str, defence: str, theta_mm: dict, pois
     "Purify, measure and walk the path; the row is `LFPM`, on a further merge `SA + LFPM`, on a clean merge `LFPM (clean)`."
     row = (defence if merge_name == self.P.merges[0] else f"{merge_name} + {defence}") + ("" if poisoned else " (clean)")
     model, d = self.defended(defence, theta_mm)
-    self.measured(row, model, seconds=d.log["seconds"], peak_mb=d.log["peak_mb"], strength=d.strength)
+    self.measured(row, model, **{k: d.log[k] for k in ("seconds", "cpu_seconds", "peak_mb")}, strength=d.strength)
     self.walked(row, theta_mm, d)
     self.records[row] = dict(lam=d.lam, lam_rule=d.rule, strength=d.strength, **d.log)
     return d
@@ -457,7 +457,7 @@ def run_notebook(name: str, preset: str = "lab", given: dict | None = None, seed
     finally: os.environ["LFPM_FORCE"] = "0"          # meant for this run's kernel only
     return out
 
-# %% ../nbs/17_experiment.ipynb #4d090e46
+# %% ../nbs/17_experiment.ipynb #eb6d5135
 def load_runs(name: str, preset: str, config: str | None = None) -> tuple[pd.DataFrame, dict]:
     "(rows of one configuration's finished runs, default the newest; {'config', 'others': finished runs of other configurations, 'known': those})."
     name, found = choose(name, notebooks(), "run"), []
@@ -475,7 +475,7 @@ def load_runs(name: str, preset: str, config: str | None = None) -> tuple[pd.Dat
 
 
 COLUMNS = {"CA": "CA %", "ASR_T": "ASR(T) %", "ASR_N": "ASR(N) %", "path_ASR": "Path-ASR %", "path_ASR_chosen": "to chosen λ", "CA_end": "CA at λ=1",
-           "ASR_end": "ASR(T) at λ=1", "lam": "λ", "strength": "strength", "seconds": "seconds", "peak_mb": "peak MB"}
+           "ASR_end": "ASR(T) at λ=1", "lam": "λ", "strength": "strength", "seconds": "seconds", "cpu_seconds": "CPU s", "peak_mb": "peak MB"}
 
 
 def table(df: pd.DataFrame) -> pd.DataFrame:
@@ -486,13 +486,13 @@ def table(df: pd.DataFrame) -> pd.DataFrame:
     out = g.mean().join(g.std(ddof=1).add_suffix("_std")).assign(n_seeds=g.size())
     return out.reset_index()
 
-# %% ../nbs/17_experiment.ipynb #6ea530f9
+# %% ../nbs/17_experiment.ipynb #3d6a69aa
 def to_markdown(t: pd.DataFrame) -> str:
     "The table as Markdown: mean ± std over seeds; a column without a single value is left out."
     cols = [c for c in COLUMNS if t[c].notna().any()]
     def cell(r, c):
         if pd.isna(r[c]): return "–"
-        d = {"lam": 2, "strength": 2, "seconds": 0, "peak_mb": 0}.get(c, 1)
+        d = {"lam": 2, "strength": 2, "seconds": 0, "cpu_seconds": 0, "peak_mb": 0}.get(c, 1)
         return f"{r[c]:.{d}f}" + ("" if pd.isna(r[f'{c}_std']) else f" ± {r[f'{c}_std']:.{d}f}")
     names = ["method", *(COLUMNS[c] for c in cols), "seeds"]
     rows = [[r["method"], *(cell(r, c) for c in cols), str(r["n_seeds"])] for _, r in t.iterrows()]

@@ -241,7 +241,7 @@ def computing(calls, x=1., record=None):
 def test_a_stage_is_computed_once_per_key(tmp_path):
     calls, stages = [], Stages(tmp_path)
     first, again = stages("s", ("k", 1), computing(calls)), stages("s", ("k", 1), computing(calls, 9.))
-    assert calls == [1.] and torch.equal(first[0]["x"], again[0]["x"]) and first[1] == again[1] == {"acc": [1, 2], **{k: first[1][k] for k in ("seconds", "peak_mb")}}
+    assert calls == [1.] and torch.equal(first[0]["x"], again[0]["x"]) and first[1] == again[1] == {"acc": [1, 2], **{k: first[1][k] for k in ("seconds", "cpu_seconds", "peak_mb")}}
     assert stages("s", ("k", 2), computing(calls, 3.))[0]["x"].item() == 3 and stages("t", ("k", 1), computing(calls, 4.))[0]["x"].item() == 4
     assert Stages(tmp_path)("s", ("k", 1), computing(calls, 9.))[0]["x"].item() == 1
     assert [(n, r) for n, _, r in stages.log] == [("s", False), ("s", True), ("s", False), ("t", False)]
