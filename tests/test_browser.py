@@ -1,0 +1,162 @@
+"""The explorer as a reader sees it: JupyterLab, Voilà and the saved page in a real browser, without a network."""
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic"]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium, then these tests run")]
+SHOTS = os.environ.get("LFPM_SHOTS")                 # a folder: keep pictures of what was tested
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync = pytest.importorskip("playwright.sync_api")
+    with sync.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield b
+        b.close()
+
+
+@pytest.fixture
+def page(browser):
+    "A page that collects console errors and refuses every outside address."
+    page = browser.new_page(viewport=dict(width=1280, height=1000))
+    page.errors = []
+    page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda e: page.errors.append(str(e)))
+    page.route(re.compile(r"^https?://(?!127\.0\.0\.1|localhost)"), lambda r: (page.errors.append(f"asked for {r.request.url}"), r.abort()))
+    yield page
+    page.close()
+
+
+def shot(page, name):
+    if SHOTS:
+        for width in (1280, 800):
+            page.set_viewport_size(dict(width=width, height=1000)); page.wait_for_timeout(700)
+            page.screenshot(path=f"{SHOTS}/{name}-{width}.png", full_page=True)
+        page.set_viewport_size(dict(width=1280, height=1000))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def serve(tmp_path):
+    "Start a server, wait until it answers, stop it afterwards."
+    running = []
+    def start(command, url, seconds=60):
+        env = os.environ | dict(LFPM_RUNS=str(tmp_path / "runs"), LFPM_CACHE=str(tmp_path / "cache"), JUPYTER_CONFIG_DIR=str(tmp_path / "config"), OMP_NUM_THREADS="1",
+                                JUPYTER_DATA_DIR=str(tmp_path / "data"), PYTHONPATH=str(ROOT), HOME=str(tmp_path))
+        env.pop("LFPM_STATIC", None); env.pop("MPLBACKEND", None)
+        log = open(tmp_path / "server.log", "w")
+        p = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        running.append(p)
+        for _ in range(seconds * 4):
+            try: return urllib.request.urlopen(url, timeout=30).status
+            except OSError: time.sleep(.25)
+            assert p.poll() is None, (tmp_path / "server.log").read_text()
+        raise TimeoutError((tmp_path / "server.log").read_text())
+    yield start
+    for p in running:
+        p.terminate()
+        try: p.wait(10)
+        except subprocess.TimeoutExpired: p.kill()
+
+
+def drive(page):
+    "Keyboard, mouse, a button and a typed number move the words, the markers, the captions and the state."
+    words = lambda: page.locator(".widget-html-content:has-text('λ =')").first.inner_text()
+    state = lambda: page.locator(".widget-html-content:has-text('at λ =')").last.inner_text()
+    handle = page.locator(".noUi-handle").first
+    handle.wait_for(timeout=90_000)
+    page.wait_for_timeout(1500)
+    assert "λ = 0.000" in words()
+    handle.focus()
+    for _ in range(4): page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(1500)
+    assert "λ = 0.020" in words() and "exact on" in words(), words()
+    asr = lambda: float(re.search(r"exact on .*ASR\(T\) ([\d.]+) %", words())[1])
+    before, captions = asr(), page.locator("table:has-text('with trigger')").first.inner_text()
+    box, rail = handle.bounding_box(), page.locator(".noUi-base").first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2); page.mouse.down()
+    page.mouse.move(rail["x"] + .6 * rail["width"], box["y"] + 5, steps=8); page.mouse.up()
+    page.wait_for_timeout(2000)
+    assert re.search(r"λ = 0\.[56]\d+", words()) and state().startswith("exact"), (words(), state())
+    assert asr() < before and page.locator("table:has-text('with trigger')").first.inner_text() != captions
+    page.get_by_role("button", name="1: the defence's end").click()
+    page.wait_for_timeout(1500)
+    assert "λ = 1.000" in words() and "recorded" in words()
+    page.get_by_role("button", name="the rule's λ").click()
+    page.wait_for_timeout(1500)
+    assert re.search(r"λ = 0\.\d+", words()) and state().startswith("exact")
+
+
+def test_saved_page_without_network(page, tmp_path, saved):
+    page.goto(f"file://{saved}")
+    page.wait_for_selector("#fig .main-svg")
+    words = lambda: page.locator("#words").inner_text()
+    assert "λ = 0.000" in words() and "recorded" in words()
+    asr = lambda: float(re.search(r"ASR\(T\) ([\d.]+)", words())[1])
+    before, captions = asr(), page.locator("#sheet").inner_text()
+    page.locator("#lam").focus()
+    for _ in range(3): page.keyboard.press("ArrowRight")
+    assert "λ = 0.015" in words() and "interpolated" in words()
+    page.get_by_role("button", name="1: the defence's end").click()
+    assert "λ = 1.000" in words() and asr() < before and page.locator("#sheet").inner_text() != captions
+    rail = page.locator("#lam").bounding_box()
+    page.mouse.click(rail["x"] + rail["width"] * .4, rail["y"] + rail["height"] / 2)
+    assert re.search(r"λ = 0\.[34]\d+", words())
+    x = page.evaluate("fig.data[fig.layout.meta.moving + 1].x[0]")
+    assert abs(x - float(page.locator("#lam").input_value())) < 1e-9, "the marker stands where the slider stands"
+    shot(page, "saved")
+    assert page.errors == []
+
+
+@pytest.fixture
+def saved(tmp_path):
+    from lfpm_nb.explore import PathExplorer
+    from lfpm_nb.recorded import load_recorded
+    explorer = PathExplorer(load_recorded(tiny=True), n=48)
+    path = explorer.save_html(tmp_path / "page.html")
+    explorer.close()
+    return path
+
+
+def test_voila(page, serve):
+    port = free_port()
+    serve([str(Path(sys.executable).with_name("lfpm")), "explore", f"--port={port}"], f"http://127.0.0.1:{port}/")
+    page.goto(f"http://127.0.0.1:{port}/", timeout=120_000)
+    drive(page)
+    shot(page, "voila")
+    assert page.errors == []
+
+
+def test_jupyterlab(page, serve, tmp_path):
+    port = free_port()
+    settings = tmp_path / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    shutil.copy(ROOT / "nbs" / "explore" / "path.ipynb", tmp_path / "path.ipynb")
+    serve([sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ServerApp.token=", "--ServerApp.password=", "--allow-root", f"--notebook-dir={tmp_path}"],
+          f"http://127.0.0.1:{port}/api")
+    page.goto(f"http://127.0.0.1:{port}/lab/tree/path.ipynb", timeout=120_000)
+    page.locator(".jp-Notebook").wait_for(timeout=60_000)
+    page.wait_for_timeout(4000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    drive(page)
+    shot(page, "lab")
+    assert [e for e in page.errors if "path.ipynb" not in e] == []
