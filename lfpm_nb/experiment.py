@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MainParams', 'STAGE_ONE', 'STYLE', 'MARKS', 'DASHES', 'PRESETS', 'CHECKS', 'COLUMNS', 'notebooks', 'parameters',
-           'parse', 'Attacker', 'MainSettings', 'strengths', 'check_inputs', 'Lab', 'home', 'contributor', 'poisoned',
-           'models', 'merged', 'heads', 'mined', 'defended', 'suite', 'measured', 'summarise', 'walked',
-           'defend_and_measure', 'styles', 'path_lines', 'draw_path', 'plot_path', 'frame', 'save', 'settings_of',
-           'status', 'config_hash', 'check_writable', 'run_notebook', 'load_runs', 'table', 'to_markdown']
+           'parse', 'Attacker', 'MainSettings', 'strengths', 'check_inputs', 'Lab', 'tasks', 'shadow', 'home',
+           'contributor', 'poisoned', 'models', 'merged', 'heads', 'mined', 'defended', 'suite', 'measured',
+           'summarise', 'walked', 'defend_and_measure', 'styles', 'path_lines', 'draw_path', 'plot_path', 'frame',
+           'save', 'settings_of', 'status', 'config_hash', 'check_writable', 'run_notebook', 'load_runs', 'table',
+           'to_markdown']
 
 # %% ../nbs/18_experiment.ipynb #2076747a
 import ast, contextlib, inspect, json, os, shutil, sys, time
@@ -149,17 +150,27 @@ def check_inputs(self) -> None:
     tasks = {n: load_task(n, seed=self.seed, n_train=1, n_test=1, size=clip.size) for n in self.tasks}
     for a in self.attackers: choose(a.target_class, tasks[a.target].classes, f"class of {a.target}")
 
-# %% ../nbs/18_experiment.ipynb #d416d145
+# %% ../nbs/18_experiment.ipynb #b30c27eb
 class Lab:
     "The main run's parts, computed on demand and cached by content. `rows` collects the tidy results, `records` what each defence chose and why."
     def __init__(self, P: MainParams, stages: Stages | None = None):
         self.P, self.stages, self.settings, self.rows, self.records = P, stages or Stages(), asdict(P), [], {}
         self.clip = load_clip(P.backbone)
-        aims = {a.target for a in P.attackers}
-        n_test = lambda n: P.n_target if n in aims else P.n_test
-        self.tasks = {n: load_task(n, seed=P.seed, n_train=P.n_train, n_test=n_test(n), size=self.clip.size) for n in P.tasks}
-        self.shadow = Shadow.of(self.clip, P.shadow_n, P.held, P.seed)
         self._pre = content_hash(self.clip.model.state_dict(), self.clip.card)
+
+
+@method(Lab, once=True)
+def tasks(self) -> dict:
+    "{name: Task}, the attacked ones with `n_target` test images."
+    P, aims = self.P, {a.target for a in self.P.attackers}
+    n_test = lambda n: P.n_target if n in aims else P.n_test
+    return {n: load_task(n, seed=P.seed, n_train=P.n_train, n_test=n_test(n), size=self.clip.size) for n in P.tasks}
+
+
+@method(Lab, once=True)
+def shadow(self) -> Shadow:
+    "The defender's open-domain pictures."
+    return Shadow.of(self.clip, self.P.shadow_n, self.P.held, self.P.seed)
 
 
 def home(registry, name: str) -> str:
