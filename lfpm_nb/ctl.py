@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['exact', 'layers', 'deviation', 'sums', 'linearity', 'ctl_curve', 'ctl_per_block', 'weight_kernel', 'nodes', 'between',
-           'second', 'check_theorem', 'tower', 'doubled', 'hvp', 'gradient', 'third', 'check_gradients', 'loss_of',
-           'ce']
+           'second', 'check_theorem', 'tower', 'doubled', 'valid_range', 'share', 'row_space', 'feature_span']
 
 # %% ../nbs/15_ctl.ipynb #2a6bfa26
 import contextlib
@@ -182,50 +181,36 @@ def doubled(*states: dict) -> tuple[dict, ...]:
     "State dicts in float64 on `device()`, without their integer buffers."
     return tuple({k: v.to(device(), torch.float64) for k, v in s.items() if v.is_floating_point()} for s in states)
 
-# %% ../nbs/15_ctl.ipynb #b518b9b2
-def hvp(f, theta: dict, v: dict) -> dict:
-    "H v of a scalar f(dict of tensors) at theta: the gradient of <grad f, v>, both by reverse mode (Pearlmutter 1994; LFPM Eq 84)."
-    theta = {k: t.detach().requires_grad_(True) for k, t in theta.items()}
-    with exact():
-        g = torch.autograd.grad(f(theta), list(theta.values()), create_graph=True, materialize_grads=True)
-        return dict(zip(theta, torch.autograd.grad(sum((x * y).sum() for x, y in zip(g, v.values())), list(theta.values()), materialize_grads=True)))
+# %% ../nbs/15_ctl.ipynb #198ed3cf
+def valid_range(rows: list[dict], block: str = "feature", within: float = 0.05) -> tuple[float, float]:
+    """(low, high): CTL holds on [0, low] and on [high, 1], i.e. coefficient and cosine are within `within` of 1 at all of those grid points of
+    `ctl_curve`'s rows (LFPM App. E.5). It holds everywhere if low = 1 and high = 0."""
+    of = sorted((r["lam"], max(abs(r["coefficient"] - 1), abs(r["cosine"] - 1)) <= within) for r in rows if r["block"] == block)
+    if not of: raise ValueError(f"no rows of block {block!r}; expected one of {sorted({r['block'] for r in rows})}")
+    def reach(points):
+        last = None
+        for lam, good in points:
+            if not good: return last
+            last = lam
+        return last
+    low, high = reach(of), reach(reversed(of))
+    if low is None or high is None: raise ValueError("CTL fails at an end of the rows' λ range; give rows from λ = 0 to 1, where the deviation is zero")
+    return low, high
+
+# %% ../nbs/15_ctl.ipynb #cc295b7f
+def share(delta: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    "Share (N,) in [0, 1] of |delta|^2, rows delta (N, d), that lies in the span of the orthonormal columns of `basis` (d, k)."
+    delta = delta.double()
+    return (delta @ basis.to(delta)).square().sum(1) / delta.square().sum(1)
 
 
-def gradient(f, theta: dict) -> dict:
-    "grad f of a scalar f(dict of tensors)."
-    theta = {k: t.detach().requires_grad_(True) for k, t in theta.items()}
-    with exact(): return dict(zip(theta, torch.autograd.grad(f(theta), list(theta.values()), materialize_grads=True)))
+def row_space(W: torch.Tensor) -> torch.Tensor:
+    "Orthonormal basis (d, rank) of the rows of a head W (C, d); singular values below 1e-6 of the largest count as zero."
+    _, s, V = torch.linalg.svd(W.double(), full_matrices=False)
+    return V[s > 1e-6 * s[0]].t()
 
 
-def third(f, a: dict, b: dict, t: float) -> dict:
-    "grad (Delta^T H(theta) Delta) = nabla^3 f[Delta, Delta] at theta_t, by three reverse passes."
-    delta = {k: b[k] - v for k, v in a.items()}
-    theta = {k: v.detach().requires_grad_(True) for k, v in between(a, b, t).items()}
-    along = lambda y: sum((g * v).sum() for g, v in zip(torch.autograd.grad(y, list(theta.values()), create_graph=True, materialize_grads=True), delta.values()))
-    with exact(): return dict(zip(theta, torch.autograd.grad(along(along(f(theta))), list(theta.values()), materialize_grads=True)))
-
-# %% ../nbs/15_ctl.ipynb #d10eac40
-def check_gradients(f, a: dict, b: dict, lams: list[float], per: int = 4) -> list[dict]:
-    """Rows (lam, measured, error, tight, paper, gradient) for a scalar f: the norm of grad f(theta_lam) minus the mix of the ends' gradients; the
-    relative distance of minus the path integral of nabla^3 f[Delta, Delta] from it; lam (1-lam)/2 N |Delta|^2; LFPM Eq 23; |grad f(theta_lam)|."""
-    t, w = nodes(lams, per)
-    flat = lambda d: torch.cat([v.flatten() for v in d.values()])
-    delta, at = {k: b[k] - v for k, v in a.items()}, {s: flat(gradient(f, between(a, b, s))) for s in {0., 1., *lams}}
-    turns = torch.stack([flat(third(f, a, b, s)) for s in t])
-    n = max(map(_norm, turns))
-    m, rows = max(_norm(flat(hvp(f, between(a, b, s), delta))) for s in t), []
-    for lam in lams:
-        e, hat = at[lam] - (1 - lam) * at[0.] - lam * at[1.], torch.tensor(w * weight_kernel(lam, t)).to(turns)
-        rows.append(dict(lam=lam, measured=_norm(e), error=_norm(e + hat @ turns) / max(_norm(e), 1e-300), tight=lam * (1 - lam) / 2 * n,
-                         paper=lam * (1 - lam) * (2 * m + n / 2), gradient=_norm(at[lam])))
-    return rows
-
-# %% ../nbs/15_ctl.ipynb #32c45813
-def loss_of(f, y: torch.Tensor, W: torch.Tensor):
-    "theta -> mean cross-entropy of the features f(theta) (N, d) under the cosine head W (C, d), in the features' own precision."
-    return lambda theta: ce(f(theta), y, W)
-
-
-def ce(h: torch.Tensor, y: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    "Mean cross-entropy of features h under the cosine head W, in h's precision (`clip.logits` is float32)."
-    return F.cross_entropy(F.normalize(h, dim=-1) @ W.to(h).t(), y.to(h.device))
+def feature_span(h: torch.Tensor, k: int) -> torch.Tensor:
+    "The k leading directions (d, k) of unit features h (N, d): the k-dimensional subspace closest to all of them (not centred)."
+    if not 1 <= k <= min(h.shape): raise ValueError(f"k is {k}; expected 1 .. {min(h.shape)} for features of shape {tuple(h.shape)}")
+    return torch.linalg.svd(F.normalize(h.double(), dim=-1), full_matrices=False)[2][:k].t()
