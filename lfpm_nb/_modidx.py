@@ -211,6 +211,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lfpm_nb.ctl.valid_range': ('ctl.html#valid_range', 'lfpm_nb/ctl.py'),
                              'lfpm_nb.ctl.weight_kernel': ('ctl.html#weight_kernel', 'lfpm_nb/ctl.py')},
             'lfpm_nb.curvature': { 'lfpm_nb.curvature.along': ('curvature.html#along', 'lfpm_nb/curvature.py'),
+                                   'lfpm_nb.curvature.bend': ('curvature.html#bend', 'lfpm_nb/curvature.py'),
                                    'lfpm_nb.curvature.ce': ('curvature.html#ce', 'lfpm_nb/curvature.py'),
                                    'lfpm_nb.curvature.check_gradients': ('curvature.html#check_gradients', 'lfpm_nb/curvature.py'),
                                    'lfpm_nb.curvature.curvature': ('curvature.html#curvature', 'lfpm_nb/curvature.py'),
