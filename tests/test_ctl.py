@@ -184,9 +184,9 @@ def test_second_is_the_hessian_contracted_twice():
 
 def test_theorem_on_a_tower(pico):
     a, b = doubled(near(pico, 1), near(pico, 2))
-    for layer in BLOCKS:
-        rows = check_theorem(tower(pico, pixels(2), layer=layer), a, b, [.3, .6], per=6)
-        for r in rows: assert r["error"] < 1e-5 and 0 < r["measured"] <= r["eq10"] <= r["eq11"] * (1 + 1e-9)
+    for layer in ("block 1", "feature"):
+        r, = check_theorem(tower(pico, pixels(1), layer=layer), a, b, [.4], per=5)
+        assert r["error"] < 1e-4 and 0 < r["measured"] <= r["eq10"] <= r["eq11"] * (1 + 1e-9)
 
 
 def test_a_straight_function_has_no_deviation():

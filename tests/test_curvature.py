@@ -72,8 +72,9 @@ def test_gradient_of_a_quadratic_is_linear_and_the_paper_cannot_see_it():
 
 def test_gradient_error_on_a_tower(pico):
     a, b = doubled(near(pico, 1), near(pico, 2))
-    L = loss_of(tower(pico, pixels(3)), torch.tensor([0, 1, 2]), head(32))
-    for r in check_gradients(L, a, b, [.3, .6], per=6): assert r["error"] < 1e-3 and 0 < r["measured"] <= r["tight"] * 1.001 <= r["paper"]
+    L = loss_of(tower(pico, pixels(1)), torch.tensor([2]), head(32))
+    r, = check_gradients(L, a, b, [.4], per=4)
+    assert r["error"] < 1e-2 and 0 < r["measured"] <= r["tight"] * 1.01 <= r["paper"]
 
 
 # --- Eq 24 -----------------------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def test_quotients_of_a_bowl():
 
 
 def test_curvature_of_a_pair(pico):
-    a, b, x, y, W = near(pico, 1), near(pico, 2), pixels(5), torch.tensor([0, 1, 2, 3, 4]), head(32)
+    a, b, x, y, W = near(pico, 1), near(pico, 2), pixels(2), torch.tensor([0, 3]), head(32)
     exactly, nearly = (curvature(pico, a, b, x, y, W, points=3, difference=h) for h in (0., 1e-4))
     assert nearly == pytest.approx(exactly, rel=1e-4)
     A, B = doubled(a, b)
@@ -158,7 +159,7 @@ def test_ce_is_the_heads_loss():
 
 # --- snapshots -----------------------------------------------------------------------------------------------------------------
 
-def test_snapshots_of_a_training(pico):
+def test_snapshots_of_a_training(pico, fp32):
     shadow = Shadow(pixels(40), torch.arange(40) % 5, head(32), 8)
     s = Strengths(epochs=2, batch=16, B=False, C=False, lr=1e-3)
     p, mm = torch.zeros(1, 2, 64), near(pico, 1)
