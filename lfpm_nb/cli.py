@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['app', 'main', 'doctor', 'methods', 'run', 'table_', 'record_']
 
-# %% ../nbs/25_cli.ipynb #1ae3d5b3
+# %% ../nbs/25_cli.ipynb #28c5957e
 import json, sys
 import typer
-from .core import cache_dir, proj_path, runs_dir, versions
+from .core import cache_dir, choose, proj_path, runs_dir, versions
 from .clip import data_cards
 from .merge import merges
 from .attack import attacks
 from .defend import defences, knobs
-from .experiment import (Lab, MainParams, load_runs, parameters, run_notebook, settings_of, table, to_markdown)
+from .experiment import (COLUMNS, VERSUS, Lab, MainParams, load_runs, parameters, run_notebook, settings_of, table, to_markdown, versus)
 from .recorded import record
 
 # %% ../nbs/25_cli.ipynb #e90d58e2
@@ -75,19 +75,20 @@ def run(name: str = typer.Argument(..., help="a run notebook: main, pretrain"),
     except KeyboardInterrupt: raise typer.Exit(_say("stopped; finished stages are kept, so the same command continues", 130)) from None
     print(f"results in {out}")
 
-# %% ../nbs/25_cli.ipynb #ec4c86cb
+# %% ../nbs/25_cli.ipynb #1056077f
 @app.command("table")
 def table_(name: str = typer.Argument("main", help="a run, e.g. main"),
            preset: str = typer.Option("lab", help="only runs of this preset"),
            config: str = typer.Option(None, help="another configuration than the newest (its 8 digits end the folder's name)"),
+           against: str = typer.Option(None, help="compare whole paths with this method, e.g. LFPM: at equal clean accuracy, and at equal attack success"),
            as_json: bool = typer.Option(False, "--json", help="nothing but JSON on stdout, rates in percent")):
     "Mean ± std over the seeds of the newest configuration; other configurations are never mixed in."
     df, info = load_runs(name, preset, config)
-    t = table(df)
+    t = table(df) if against is None else versus(df, choose(against, df[df.kind == "path"].method.unique(), "method with a path"))
     if as_json:
         print(t.to_json(orient="records", double_precision=4))
     else:
-        print(to_markdown(t))
+        print(to_markdown(t, COLUMNS if against is None else VERSUS))
         print(f"\nconfiguration {info['config']}, figure: {info['folders'][-1] / 'path.html'}")
     if info["others"]: print(f"({info['others']} finished runs of other configurations are not in this table: {', '.join(info['known'])})", file=sys.stderr)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -15,7 +16,7 @@ from lfpm_nb.clip import data_cards
 from lfpm_nb.defend import defences
 from lfpm_nb.experiment import parameters, settings_of
 from lfpm_nb.merge import merges
-from test_experiment import fake
+from test_experiment import fake, paths
 
 
 @pytest.fixture
@@ -109,6 +110,15 @@ def test_table_prints_markdown_and_where_the_figure_is(lfpm, runs):
     code, text, err = lfpm("table", "main")
     assert code == 0 and err == "" and text.splitlines()[0].startswith("| method |") and "| TA | 70.0 |" in text and text.rstrip().endswith(str(out / "path.html"))
     assert len({l.count("|") for l in text.splitlines() if l.startswith("|")}) == 1
+
+
+def test_table_against_a_method(lfpm, runs):
+    folder = fake(runs, "s0", {"TA": 70})
+    both = paths({"LFPM": ((70, 69, 60), (90, 2, 0)), "SAM": ((70, 69, 60), (90, 40, 5))}, {"LFPM": .5, "SAM": 1.})
+    pd.concat([pd.read_parquet(folder / "metrics.parquet").query("kind == 'model'"), both]).to_parquet(folder / "metrics.parquet")
+    code, text, err = lfpm("table", "main", "--against", "lfpm")
+    assert code == 0 and "| SAM | 40.0 | 38.0 |" in text, text
+    assert "LFPM" in lfpm("table", "main", "--against", "LFMP")[2]
 
 
 def test_table_of_another_preset(lfpm, runs):
