@@ -100,11 +100,11 @@ def imported(path) -> set[str]:
     return names
 
 
-ORDER = [m for p in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")) if (m := default_exp(p))]
+ORDER = [m for p in sorted((ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb")) if (m := default_exp(p))]
 
 
 def test_modules_and_notebooks_match():
-    numbers = [p.name[:2] for p in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")]
+    numbers = [p.name.split("_")[0] for p in (ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb")]
     assert len(set(numbers)) == len(numbers), "two library notebooks share a number"
     assert sorted(ORDER) == sorted(p.stem for p in MODULES), "each notebook exports one module; run nbdev_export, remove modules that lost their notebook"
 
