@@ -60,7 +60,7 @@ class PathCore:
         return cls(rec.clip, theta, {m: d.end for m, d in ends.items()}, rec.suite, rows, {m: d.lam for m, d in ends.items()},
                    {f"{first} (clean), same trigger": float(asr[f"{first} (clean)"])}, n)
 
-# %% ../nbs/20_explore.ipynb #3b0a21e6
+# %% ../nbs/20_explore.ipynb #442e9b4e
 @method(PathCore)
 def _images(self, n: int) -> None:
     "The first n test pictures that are not of the target class, plain and triggered, on the device."
@@ -81,7 +81,8 @@ def select(self, name: str) -> None:
         hs = {lam: self._features(lam) for lam in (0., .25, .5, .75, 1.)}
         every = torch.cat(list(hs.values()))
         self.mean = every.mean(0)
-        self.axes = torch.pca_lowrank(every - self.mean, q=2, niter=4)[2]
+        top = torch.linalg.eigh((every - self.mean).T @ (every - self.mean))[1][:, -2:].flip(1)
+        self.axes = top * top.gather(0, top.abs().argmax(0, keepdim=True)).sign()         # an axis has no sign of its own: the largest entry is positive
         self.coarse = {lam: self._look(h) for lam, h in hs.items()}
 
 
@@ -191,7 +192,7 @@ def _parts(core: PathCore, fig):
     fig.update_xaxes(range=[-1.1, 1.1], showticklabels=False, row=1, col=2); fig.update_yaxes(range=[-1.1, 1.1], showticklabels=False, row=1, col=2)
     return fig.update_layout(height=470, margin=dict(l=45, r=10, t=30, b=40), template="plotly_white", legend=dict(orientation="h", y=-.13), meta=dict(moving=n))
 
-# %% ../nbs/20_explore.ipynb #0872fc1d
+# %% ../nbs/20_explore.ipynb #5577d40c
 class PathExplorer:
     """The widget on a `PathCore` (or on a `Recorded` lab). `show()` or the last line of a cell displays it; `close()` frees everything. Where widgets
     do not run (GitHub, `LFPM_STATIC=1`), its picture stands in. `rest`: seconds of stillness before the exact evaluation."""
@@ -203,7 +204,8 @@ class PathExplorer:
         import ipywidgets as w
         import plotly.graph_objects as go
         c = self.core
-        self.fig = go.FigureWidget(figure(c).update_layout(autosize=True))      # as wide as its cell
+        self.fig = go.FigureWidget(figure(c).update_layout(autosize=True))
+        self.fig._config = {**self.fig._config, "responsive": True}              # as wide as its cell, also after the window changed
         self.slider = w.FloatSlider(0., min=0, max=1, step=.005, description="λ (lambda)", readout=False, layout=w.Layout(width="46%"))
         self.box = w.BoundedFloatText(0., min=0, max=1, step=.005, layout=w.Layout(width="80px"))
         w.link((self.slider, "value"), (self.box, "value"))
