@@ -144,19 +144,38 @@ def test_voila(page, serve):
     assert page.errors == []
 
 
-def test_jupyterlab(page, serve, tmp_path):
-    port = free_port()
+def open_lab(page, serve, tmp_path, name, port):
+    "JupyterLab with a copy of one explorer's notebook, all cells run."
     settings = tmp_path / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    shutil.copy(ROOT / "nbs" / "explore" / "path.ipynb", tmp_path / "path.ipynb")
+    shutil.copy(ROOT / "nbs" / "explore" / f"{name}.ipynb", tmp_path / f"{name}.ipynb")
     serve([sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ServerApp.token=", "--ServerApp.password=", "--allow-root", f"--notebook-dir={tmp_path}"],
           f"http://127.0.0.1:{port}/api")
-    page.goto(f"http://127.0.0.1:{port}/lab/tree/path.ipynb", timeout=120_000)
+    page.goto(f"http://127.0.0.1:{port}/lab/tree/{name}.ipynb", timeout=120_000)
     page.locator(".jp-Notebook").wait_for(timeout=60_000)
     page.wait_for_timeout(4000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
+
+
+def test_jupyterlab(page, serve, tmp_path):
+    open_lab(page, serve, tmp_path, "path", free_port())
     drive(page)
     shot(page, "lab")
     assert [e for e in page.errors if "path.ipynb" not in e] == []
+
+
+@pytest.mark.parametrize("name", ["merge", "ctl", "subspace"])
+def test_other_explorers_in_jupyterlab(page, serve, tmp_path, name):
+    open_lab(page, serve, tmp_path, name, free_port())
+    state = lambda: page.locator(".widget-html-content").last.inner_text()
+    handle = page.locator(".noUi-handle").first
+    handle.wait_for(timeout=90_000)
+    page.wait_for_timeout(3000)
+    before = page.locator(".widget-html-content").first.inner_text()
+    assert "exact" in state(), state()
+    handle.focus(); page.keyboard.press("ArrowRight"); page.wait_for_timeout(3500)
+    assert "exact" in state() and page.locator(".widget-html-content").first.inner_text() != before
+    shot(page, name)
+    assert [e for e in page.errors if f"{name}.ipynb" not in e] == []

@@ -14,7 +14,7 @@ from conftest import near, new_pico, small_task
 from lfpm_nb import explore as X
 from lfpm_nb.attack import Trigger
 from lfpm_nb.core import proj_path
-from lfpm_nb.explore import KEEP, PathCore, PathExplorer, between, grid_of, voila_template
+from lfpm_nb.explore import KEEP, PathCore, PathExplorer, grid_of, read_grid, voila_template
 from lfpm_nb.measure import Goal, Suite
 from lfpm_nb.recorded import Recorded
 
@@ -38,7 +38,7 @@ def core(pico): return make(pico)
 
 def test_between_is_linear_and_knows_its_points(core):
     g = core.grids["LFPM"]
-    assert between(g, .5) == dict(CA=60., ASR_T=45., ASR_N=25., on=True) and not between(g, .6)["on"] and between(g, .6)["CA"] == pytest.approx(58)
+    assert read_grid(g, .5) == dict(CA=60., ASR_T=45., ASR_N=25., on=True) and not read_grid(g, .6)["on"] and read_grid(g, .6)["CA"] == pytest.approx(58)
 
 
 def test_both_ends_are_the_models_bit_for_bit(core):
