@@ -311,7 +311,7 @@ def _picked(self, change) -> None:
         self._moved(None)
     self.guard(f)
 
-# %% ../nbs/20_explore.ipynb #e928e207
+# %% ../nbs/20_explore.ipynb #1d809194
 @method(PathExplorer)
 def show(self):
     "The widget, built once: a second call gives the same one."
@@ -337,8 +337,11 @@ def static(self) -> bytes:
         ax.scatter(*xy[:c.n].T, s=9, fc="none", ec="#0072b2", label="plain"); ax.scatter(*xy[c.n:].T, s=9, marker="x", c="#d55e00", label="with trigger")
         ax.set(title=f"features at λ = {lam:.2f} ({c.name})", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), xticks=[], yticks=[])
     a.legend(fontsize=7)
-    buffer = io.BytesIO(); fig.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    whole, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(whole, format="png", dpi=100)
+    from PIL import Image
+    Image.open(whole).convert("RGB").quantize(96).save(small, "png", optimize=True)      # a third of the size, so that a notebook may keep it
+    return small.getvalue()
 
 # %% ../nbs/20_explore.ipynb #52d4e166
 def has_widgets() -> bool:
