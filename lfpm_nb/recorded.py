@@ -6,8 +6,8 @@
 __all__ = ['FEW', 'save_vector', 'load_vector', 'Recorded', 'load_recorded', 'contributor', 'poisoned', 'both', 'kind', 'mined',
            'defended', 'record']
 
-# %% ../nbs/19_recorded.ipynb #3e40ef90
-import json, shutil
+# %% ../nbs/19_recorded.ipynb #441f0d97
+import json, os, shutil
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd
@@ -33,7 +33,7 @@ def load_vector(path, base: dict) -> tuple[dict, dict]:
     check_same({k: v for k, v in base.items() if v.is_floating_point()}, tau, f"the base and {Path(path).name}")
     return {k: v + tau[k] if k in tau else v.clone() for k, v in base.items()}, {k: v for k, v in state.items() if not k.startswith("tau.")}
 
-# %% ../nbs/19_recorded.ipynb #c70c380d
+# %% ../nbs/19_recorded.ipynb #33ca0833
 FEW = dict(n_train=256, shadow_n=256, held=64, n_test=64, n_target=128, path_n=32, lam_n=5)   # of everything: for tests
 
 
@@ -55,9 +55,9 @@ class Recorded(Lab):
         return pd.read_parquet(self.folder / "metrics.parquet")
 
 
-def load_recorded(name: str = "lab", tiny: bool = False) -> Recorded:
-    "A lab shipped under data/recorded/."
-    root = proj_path("data", "recorded")
+def load_recorded(name: str = "lab", tiny: bool | None = None) -> Recorded:
+    "A lab shipped under data/recorded/; `tiny` (default: is `$LFPM_LESSON` \"tiny\"?) takes few pictures."
+    root, tiny = proj_path("data", "recorded"), os.environ.get("LFPM_LESSON") == "tiny" if tiny is None else tiny
     return Recorded(root / choose(name, [p.parent.name for p in root.glob("*/card.json")], "recorded lab"), tiny)
 
 # %% ../nbs/19_recorded.ipynb #e94e1b8a
