@@ -91,7 +91,7 @@ def test_code_hash_follows_imports(tmp_path, monkeypatch, spelling):
 
 def test_code_hash_of_every_module_sees_a_change_in_core(tmp_path, monkeypatch):
     package = Path(core.__file__).parent
-    modules = [p.stem for p in package.glob("*.py") if p.stem[0] != "_"]
+    modules = [p.stem for p in package.glob("*.py") if p.stem[0] != "_" and (p.stem == "core" or "\nfrom ." in p.read_text())]      # `checks` stands alone
     before = {m: code_hash(m) for m in modules}
     for m in modules: (tmp_path / f"{m}.py").write_text((package / f"{m}.py").read_text() + "# changed\n" * (m == "core"))
     monkeypatch.setattr(core, "__file__", str(tmp_path / "core.py"))

@@ -236,7 +236,7 @@ def test_lam_and_strengths_do_not_depend_on_the_evaluator(pico, merged, tmp_path
         lab = Lab(MainParams(**{**TINY, **change}), Stages(tmp_path / str(i)))
         lab.poisoned, lab.suite                                          # the evaluator exists before the defence runs
         model, d = lab.defended("LFPM", merged)
-        alone.append((d.lam, d.rule, asdict(lab.P.strengths), {k: v for k, v in d.log.items() if k not in ("seconds", "peak_mb")}, model))
+        alone.append((d.lam, d.rule, asdict(lab.P.strengths), {k: v for k, v in d.log.items() if k not in ("seconds", "cpu_seconds", "peak_mb")}, model))
         assert [n for n, _, reused in lab.stages.log if not reused][-2:] == ["stage1", "defend-LFPM"], "computed anew"
         Lab(MainParams(**{**TINY, **change}), shared).defended("LFPM", merged)
     assert isinstance(alone[0][3]["rank"], int) and isinstance(alone[0][3]["rho"], float), "strengths are chosen by rule"
