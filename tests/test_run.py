@@ -122,7 +122,7 @@ def metrics(root: Path) -> pd.DataFrame:
     folder, = (root / "runs" / "main").iterdir()
     assert sorted(p.name for p in folder.iterdir()) == FILES and json.loads((folder / "status.json").read_text())["state"] == "done"
     df = pd.read_parquet(folder / "metrics.parquet")
-    return df[~df.metric.isin(["seconds", "peak_mb"])].reset_index(drop=True)
+    return df[~df.metric.isin(["seconds", "cpu_seconds", "peak_mb"])].reset_index(drop=True)
 
 
 @pytest.mark.slow
