@@ -38,7 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lfpm_nb.antibackdoor import accumulate, step_loss
 from lfpm_nb.clip import encode, features, load_clip, logits, zero_shot_head
 from lfpm_nb.core import amp, device, generator, runs_dir, versions
-from lfpm_nb.experiment import MainParams, run_notebook, status
+from lfpm_nb.experiment import MainParams
+from lfpm_nb.runs import run_notebook, status
 from lfpm_nb.labworld import FAMILIES, draw, scenes
 from lfpm_nb.subspace import Shadow
 from lfpm_nb.tasks import load_task

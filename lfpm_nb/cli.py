@@ -13,7 +13,9 @@ from .clip import data_cards
 from .merge import merges
 from .attack import attacks
 from .defend import defences, knobs
-from .experiment import (COLUMNS, VERSUS, Lab, MainParams, load_runs, parameters, run_notebook, settings_of, table, to_markdown, versus)
+from .experiment import Lab, MainParams, parameters
+from .results import COLUMNS, VERSUS, table, to_markdown, versus
+from .runs import experiments, load_runs, planned, run_notebook, settings_of
 from .recorded import load_recorded, record
 from .explore import PathExplorer, voila_template
 
@@ -58,19 +60,23 @@ def methods():
 
 # %% ../nbs/25_cli.ipynb #4d67ff29
 @app.command()
-def run(name: str = typer.Argument(..., help="a run notebook: main, pretrain"),
+def run(name: str = typer.Argument(None, help="an experiment, e.g. main; see --list"),
+        every: bool = typer.Option(False, "--list", help="print all experiments with minutes and what they reproduce, run nothing"),
         preset: str = typer.Option("lab", help="a named set of parameters: tiny (a minute), lab (minutes)"),
         p: list[str] = typer.Option([], "-p", help="key=value, repeatable; see --dry-run for all keys"),
         seed: int = typer.Option(None, help="random seed of data, training and attack"),
         dry_run: bool = typer.Option(False, help="print every parameter with its meaning, run nothing"),
         force: bool = typer.Option(False, help="compute everything again")):
-    "Run a notebook with parameters. What has not changed is reused; an interrupted run continues."
+    "Run an experiment: a notebook with parameters. What has not changed is reused; an interrupted run continues."
+    if every or name is None:
+        for e in experiments().values(): print(f"{e.name:18s} {e.minutes.get(preset, '?'):>4} min  {e.reproduces or '-':34s} {e.title}")
+        return
     bad = [x for x in p if "=" not in x]
     if bad: raise ValueError(f"-p {bad[0]!r} is not key=value, for example -p lam=0.5")
     given = dict(x.split("=", 1) for x in p)
     if dry_run:
-        s = settings_of(name, preset, given, seed)
-        for k, (_, text) in parameters(name).items(): print(f"{k:15s} {json.dumps(s[k]):38s} {text}")
+        plan = planned(name, preset, given, seed)
+        for k, (_, text) in parameters(plan.notebook).items(): print(f"{k:15s} {json.dumps(plan.settings[k]):38s} {text}")
         return
     try: out = run_notebook(name, preset, given, seed, force)
     except KeyboardInterrupt: raise typer.Exit(_say("stopped; finished stages are kept, so the same command continues", 130)) from None

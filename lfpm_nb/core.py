@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['proj_path', 'runs_dir', 'cache_dir', 'device', 'amp', 'versions', 'stable_seed', 'generator', 'choose', 'Registry',
-           'method', 'content_hash', 'code_hash', 'writing', 'write_json', 'save_state', 'load_state', 'check_same',
-           'Progress', 'Peak', 'Diverged', 'Stages']
+           'method', 'content_hash', 'as_it_runs', 'imported', 'code_hash', 'writing', 'write_json', 'save_state',
+           'load_state', 'check_same', 'Progress', 'Peak', 'Diverged', 'Stages']
 
 # %% ../nbs/00_core.ipynb #03d8054d
-import contextlib, difflib, functools, hashlib, inspect, json, os, platform, re, sys, tempfile, time
+import ast, contextlib, difflib, functools, hashlib, inspect, json, os, platform, re, sys, tempfile, time
 from dataclasses import is_dataclass
 from importlib import metadata
 from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from safetensors import SafetensorError, safe_open
 
@@ -132,15 +133,35 @@ def content_hash(*things, n: int = 12) -> str:
     return h.hexdigest()[:n]
 
 # %% ../nbs/00_core.ipynb #dcbd604c
-def code_hash(module: str) -> str:
-    "Hash of a library module's source and of every library module it imports, directly or not."
-    seen, todo = {}, [module]
+@functools.cache
+def as_it_runs(source: str) -> str:
+    "Python source without comments, docstrings and layout: what can change a result."
+    tree = ast.parse(source)
+    for n in ast.walk(tree):
+        if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(n, clean=False) is not None:
+            n.body = n.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def imported(source: str) -> list[str]:
+    "Names of the library's modules that a source imports, in whichever spelling."
+    out = []
+    for n in ast.walk(ast.parse(source)):
+        if not isinstance(n, ast.ImportFrom) or not (n.level or n.module.split(".")[0] == "lfpm_nb"): continue
+        inside = (n.module or "").removeprefix("lfpm_nb").lstrip(".")
+        out += [inside] if inside else [a.name for a in n.names]
+    return out
+
+
+def code_hash(*modules: str) -> str:
+    "Hash of what runs in library modules and in every library module they import, directly or not; comments and docstrings are free to change."
+    seen, todo = {}, list(modules)
     while todo:
         m = todo.pop()
         if m in seen: continue
-        seen[m] = (Path(__file__).parent / f"{m}.py").read_text()
-        todo += re.findall(r"^from (?:lfpm_nb)?\.(\w+) import", seen[m], re.M)
-        for names in re.findall(r"^from \. import ([\w, ]+)", seen[m], re.M): todo += names.replace(" ", "").split(",")
+        source = (Path(__file__).parent / f"{m}.py").read_text()
+        seen[m] = as_it_runs(source)
+        todo += imported(source)
     return content_hash(seen)
 
 # %% ../nbs/00_core.ipynb #397d22a8
@@ -247,8 +268,8 @@ class Diverged(FloatingPointError):
 
 # %% ../nbs/00_core.ipynb #3267b977
 class Stages:
-    """Content-addressed cache of stage results under `root`; `log` keeps (name, seconds, reused) of this process.
-    `force` (default: `$LFPM_FORCE`) computes each stage once more, but only once."""
+    """Content-addressed cache of stage results under `root`; `log` keeps (name, seconds, reused) of this process. Of several processes
+    that want one stage, one computes and the others wait for it. `force` (default: `$LFPM_FORCE`) computes each stage once more, but only once."""
     def __init__(self, root: Path | None = None, force: bool | None = None):
         self.root, self.log, self.fresh = Path(root or cache_dir()), [], set()
         self.force = os.environ.get("LFPM_FORCE") == "1" if force is None else force
@@ -257,12 +278,16 @@ class Stages:
         "`compute() -> (tensors, record)`, or its saved result under the hash of `key`. `poisoned` marks the file's name and metadata."
         mark = "-poisoned" if poisoned else ""
         path = self.root / name / f"{content_hash(key, torch.get_num_threads(), device().type, n=20)}{mark}.safetensors"
+        (self.root / "locks").mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / "locks" / f"{name}-{path.stem}.lock"):      # let go by the system even when its holder is killed
+            if not path.exists() or (self.force and path not in self.fresh): return self._compute(name, path, compute, poisoned)
+        tensors, meta = load_state(path)
+        record = json.loads(meta["record"])
+        self.log.append((name, record["seconds"], True))
+        return tensors, record
+
+    def _compute(self, name: str, path: Path, compute, poisoned: bool) -> tuple[dict, dict]:
         t0, cpu0 = time.time(), time.process_time()
-        if path.exists() and (not self.force or path in self.fresh):
-            tensors, meta = load_state(path)
-            record = json.loads(meta["record"])
-            self.log.append((name, record["seconds"], True))
-            return tensors, record
         try:
             with Peak() as peak: tensors, record = compute()
         except Diverged as e:

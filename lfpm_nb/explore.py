@@ -18,7 +18,8 @@ from .core import check_same, choose, device, method, writing
 from .clip import Clip, features, logits
 from .measure import Suite, average, measure
 from .path import Path, curve, integrate
-from .experiment import DASHES, Lab, styles
+from .experiment import Lab
+from .results import DASHES, styles
 
 # %% ../nbs/20_explore.ipynb #3c4cdc8b
 KEEP = ("CA", "ASR_T", "ASR_N")

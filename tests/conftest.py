@@ -100,3 +100,23 @@ def lfpm(monkeypatch, capsys):
         io = capsys.readouterr()
         return code, io.out, io.err
     return call
+
+
+def fake(runs, folder, values, seed=0, preset="lab", config="aaaa", state="done", age=0., **more):
+    "A results folder with CA of each method; `age` seconds old."
+    import json, time
+    import pandas as pd
+    out = Path(runs) / "main" / folder
+    out.mkdir(parents=True)
+    rows = [dict(method=m, kind="model", task="average", metric="CA", lam=float("nan"), value=float(v), n=10, lo=None, hi=None, seed=seed) for m, v in values.items()]
+    rows += [dict(method=m, kind="path", task="average", metric="CA", lam=.5, value=999., n=10, lo=None, hi=None, seed=seed) for m in values]
+    rows += [dict(method=m, kind="model", task="signs", metric="CA", lam=float("nan"), value=999., n=10, lo=1., hi=2., seed=seed) for m in values]
+    pd.DataFrame(rows).to_parquet(out / "metrics.parquet")
+    if state:
+        (out / "status.json").write_text(json.dumps(dict(state=state, run="main", preset=preset, config=config, seed=seed, **more)))
+        os.utime(out / "status.json", (time.time() - age,) * 2)
+    return out
+
+
+@pytest.fixture
+def runs(dirs): return dirs / "runs"

@@ -14,9 +14,11 @@ from lfpm_nb import cli, experiment as E
 from lfpm_nb.attack import attacks
 from lfpm_nb.clip import data_cards
 from lfpm_nb.defend import defences
-from lfpm_nb.experiment import parameters, settings_of
+from lfpm_nb.experiment import parameters
+from lfpm_nb.runs import settings_of
 from lfpm_nb.merge import merges
-from test_experiment import fake, paths
+from conftest import fake
+from test_results import paths
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,11 +91,32 @@ def test_code_hash_follows_imports(tmp_path, monkeypatch, spelling):
     assert code_hash("top") != before["top"] and code_hash("mid") != before["mid"] and code_hash("apart") == before["apart"]
 
 
+def test_code_hash_does_not_see_comments_and_docstrings(tmp_path, monkeypatch):
+    (tmp_path / "one.py").write_text('"About."\ndef f(x):\n    "Says."\n    return x\n')
+    monkeypatch.setattr(core, "__file__", str(tmp_path / "core.py"))
+    before = code_hash("one")
+    (tmp_path / "one.py").write_text('"Other."\n# why\ndef f(x): return x   # so\n')
+    assert code_hash("one") == before
+    (tmp_path / "one.py").write_text("def f(x): return -x\n")
+    assert code_hash("one") != before
+
+
+def test_several_processes_that_want_one_stage_compute_it_once(tmp_path):
+    "Threads with a Stages of their own: the lock is on the file, so for processes too."
+    calls, results = [], []
+    def compute(): calls.append(1); time.sleep(.3); return {"w": torch.ones(2)}, {}
+    def want(): results.append(Stages(tmp_path)("s", ("k",), compute))
+    threads = [threading.Thread(target=want) for _ in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join(30)
+    assert len(calls) == 1 and len(results) == 4 and all(torch.equal(r[0]["w"], torch.ones(2)) for r in results)
+
+
 def test_code_hash_of_every_module_sees_a_change_in_core(tmp_path, monkeypatch):
     package = Path(core.__file__).parent
     modules = [p.stem for p in package.glob("*.py") if p.stem[0] != "_" and (p.stem == "core" or "\nfrom ." in p.read_text())]      # `checks` stands alone
     before = {m: code_hash(m) for m in modules}
-    for m in modules: (tmp_path / f"{m}.py").write_text((package / f"{m}.py").read_text() + "# changed\n" * (m == "core"))
+    for m in modules: (tmp_path / f"{m}.py").write_text((package / f"{m}.py").read_text() + "changed = 1\n" * (m == "core"))
     monkeypatch.setattr(core, "__file__", str(tmp_path / "core.py"))
     assert len(modules) > 10 and [m for m in modules if code_hash(m) == before[m]] == []
 
@@ -279,7 +302,7 @@ def test_an_interrupted_stage_leaves_nothing_and_runs_again(tmp_path, error):
     calls, stages = [], Stages(tmp_path)
     def dies(): raise error
     with pytest.raises(error): stages("s", ("k",), dies)
-    assert list(tmp_path.rglob("*.*")) == [] and stages.log == []
+    assert [p for p in tmp_path.rglob("*.*") if p.suffix != ".lock"] == [] and stages.log == []
     assert stages("s", ("k",), computing(calls))[0]["x"].item() == 1 and calls == [1.]
 
 

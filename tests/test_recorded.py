@@ -9,7 +9,8 @@ import torch
 from conftest import near
 from lfpm_nb import recorded as R
 from lfpm_nb.core import Stages, proj_path, save_state
-from lfpm_nb.experiment import Lab, MainParams, settings_of
+from lfpm_nb.experiment import Lab, MainParams
+from lfpm_nb.runs import settings_of
 from lfpm_nb.recorded import Recorded, load_recorded, load_vector, record, save_vector
 
 SHIPPED = proj_path("data", "recorded", "lab")

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from lfpm_nb.cli import app
-from lfpm_nb.experiment import run_notebook, settings_of
+from lfpm_nb.runs import run_notebook, settings_of
 from typer.testing import CliRunner
 
 ROWS = ["individual (clean)", "individual", "letters alone, poisoned", "TA (clean)", "TA", "fine-tuning", "LFPM", "LFPM (clean)"]
