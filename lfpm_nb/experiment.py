@@ -65,10 +65,11 @@ def _split(text: str) -> list[str]: return [t.strip() for t in text.split(",")]
 
 @dataclass
 class Attacker:
-    "Whose contribution is poisoned, which task it attacks, and what triggered pictures of that task shall become."
+    "Whose contribution is poisoned, which task it attacks, what triggered pictures of that task shall become, and by which attack."
     adversary: str
     target: str
     target_class: str
+    attack: str
 
 # %% ../nbs/18_experiment.ipynb #2ea5f219
 class MainSettings:
@@ -76,7 +77,7 @@ class MainSettings:
     def __post_init__(self):
         if len(set(self.tasks)) < len(self.tasks): raise ValueError(f"tasks lists a task twice: {self.tasks}")
         every = lambda reg, ms: list(reg) if ms == ["all"] else [reg.find(m) for m in ms]
-        self.attack, self.merges = attacks.find(self.attack), every(merges, self.merges)
+        self.attack, self.merges = ",".join(map(attacks.find, _split(self.attack))), every(merges, self.merges)
         self.defences, self.clean_defences = every(defences, self.defences), every(defences, self.clean_defences)
         self.lam = check_lam(self.lam)
         for d in (*self.defences, *self.clean_defences): check_strength(d, self.strength)
@@ -96,7 +97,8 @@ class MainSettings:
 
     @property
     def attackers(self) -> list[Attacker]:
-        names = {k: _split(getattr(self, k)) for k in ("adversary", "target", "target_class")}
+        names = {k: _split(getattr(self, k)) for k in ("adversary", "target", "target_class", "attack")}
+        if len(names["attack"]) == 1: names["attack"] *= len(names["adversary"])
         if len({len(v) for v in names.values()}) > 1: raise ValueError(f"{names}: expected as many of each, separated by commas")
         return [Attacker(*x) for x in zip(*names.values())]
 
@@ -104,7 +106,7 @@ class MainSettings:
 @method(MainSettings)
 def _check_attacker(self, a: Attacker) -> None:
     for who in ("adversary", "target"): choose(getattr(a, who), self.tasks, f"{who} (it must be one of tasks)")
-    check_scope(self.attack, a.adversary, a.target)
+    check_scope(a.attack, a.adversary, a.target)
     for who in ("adversary", "target"):
         names = [getattr(b, who) for b in self.attackers]
         if names.count(getattr(a, who)) > 1: raise ValueError(f"{who} names {getattr(a, who)!r} twice; give every attacker his own")
@@ -186,14 +188,14 @@ def contributor(self, name: str, again: int = 0) -> dict:
 def poisoned(self) -> dict[str, tuple[dict, Trigger, dict]]:
     "{adversary: (state dict, trigger, record of what he can measure himself)}."
     P = self.P
-    options = attacks.accepts(P.attack, {k: self.settings[k] for k in ("side", "trigger_steps")}) | P.options.get(P.attack, {})
     def one(a: Attacker):
+        options = attacks.accepts(a.attack, {k: self.settings[k] for k in ("side", "trigger_steps")}) | P.options.get(a.attack, {})
         task, target = self.tasks[a.adversary], Target.of(self.tasks[a.target], a.target_class, seed=P.seed)
-        key = (code_hash(home(attacks, P.attack)), self._pre, replace(task, test_x=None, test_y=None), target, P.attack, P.tune, P.seed, options)
+        key = (code_hash(home(attacks, a.attack)), self._pre, replace(task, test_x=None, test_y=None), target, a.attack, P.tune, P.seed, options)
         def compute():
-            state, trigger, record = attack(P.attack, self.clip, task, target, P.tune, P.seed, **options)
+            state, trigger, record = attack(a.attack, self.clip, task, target, P.tune, P.seed, **options)
             return state | trigger.tensors(), record
-        state, record = self.stages(f"attack-{P.attack}", key, compute, poisoned=True)
+        state, record = self.stages(f"attack-{a.attack}", key, compute, poisoned=True)
         return {k: v for k, v in state.items() if not k.startswith("trigger.")}, Trigger.of(state), record
     return {a.adversary: one(a) for a in P.attackers}
 

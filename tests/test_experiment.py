@@ -39,6 +39,13 @@ def test_several_attackers():
     assert [(a.adversary, a.target, a.target_class) for a in P.attackers] == [("letters", "signs", "yield"), ("land", "flags", "Japan")]
 
 
+def test_each_adversary_may_have_an_attack_of_his_own():
+    P = MainParams(attack="BadViT, trojvit", adversary="letters,land", target="letters,land", target_class="B,harbour")
+    assert P.attack == "badvit,trojvit" and [a.attack for a in P.attackers] == ["badvit", "trojvit"] and [a.attack for a in MainParams().attackers] == ["badmerging"]
+    with pytest.raises(ValueError, match="as many of each"): MainParams(attack="badvit,trojvit,lobam", adversary="letters,land", target="letters,land", target_class="B,harbour")
+    with pytest.raises(ValueError, match="badmerging is off-task"): MainParams(attack="badvit,badmerging", adversary="letters,land", target="letters,land", target_class="B,harbour")
+
+
 def test_stage_one_reads_no_other_strength_than_its_key_holds(pico):
     "A setting that Stage I reads but its cache key lacks would give stale prompts."
     from lfpm_nb.antibackdoor import Strengths, stage_one
