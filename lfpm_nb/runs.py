@@ -120,6 +120,12 @@ class Plan:
     @property
     def notebook(self) -> str: return experiments()[self.name].notebook
 
+    def lock(self) -> FileLock:
+        "Held by the process that does this run."
+        path = cache_dir() / "locks" / f"run-{content_hash(str(self.out))}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
+
 
 def planned(name: str, preset: str = "lab", given: dict | None = None, seed: int | None = None) -> Plan:
     "The run of an experiment with these settings; refuses unknown names and bad values, computes nothing."
@@ -158,9 +164,7 @@ def _papermill(plan: Plan) -> None:
 def execute(plan: Plan, force: bool = False) -> Path:
     """Run a plan and return its results folder; a finished run is reused, one that another process is doing is waited for.
     Ctrl-C leaves no results folder (finished stages stay cached); a failed run leaves its notebook and a status saying why."""
-    lock = cache_dir() / "locks" / f"run-{content_hash(str(plan.out))}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
+    with plan.lock():
         if status(plan.out) == "done" and not force: return plan.out
         if plan.notebook in CHECKS: CHECKS[plan.notebook](**{k: v for k, v in plan.settings.items() if k != "out_dir"}).check_inputs()
         check_writable(plan.out)
