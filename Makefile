@@ -17,7 +17,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 STALE := stale
 endif
 
-.PHONY: help install lab test slow check clean distclean stale
+.PHONY: help install lab browser test slow check clean distclean stale
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -39,12 +39,17 @@ lab: install  ## the main run at laptop scale: table and figure in minutes; a re
 	$(BIN)/lfpm run main --preset lab
 	$(BIN)/lfpm table main  # the last line says where the figure lies
 
-test: install  ## every fast test: the library notebooks, then pytest
+browser:  # a Chromium for the tests that look at pages; where it cannot be installed they say why they are skipped
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+	  echo "no chromium here and none could be installed: tests in a browser will be skipped. On Debian or Ubuntu: sudo apt-get install chromium" >&2
+
+test: install browser  ## every fast test: the library notebooks, then pytest
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	LFPM_RUNS="$$tmp/runs" LFPM_CACHE="$$tmp/cache" LFPM_QUIET=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 -m "not slow"
 
-slow: install  ## the tests marked slow (minutes); none selected is no failure
+slow: install browser  ## the tests marked slow (minutes); none selected is no failure
 	$(BIN)/python -m pytest -q --durations=5 -m slow || [ $$? -eq 5 ]
 
 check: install  ## are notebooks and modules in step and clean, and outputs within the limits? Repairs what it can
