@@ -195,6 +195,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lfpm_nb.core.choose': ('core.html#choose', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.code_hash': ('core.html#code_hash', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.content_hash': ('core.html#content_hash', 'lfpm_nb/core.py'),
+                              'lfpm_nb.core.cpu_name': ('core.html#cpu_name', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.device': ('core.html#device', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.generator': ('core.html#generator', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.imported': ('core.html#imported', 'lfpm_nb/core.py'),

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .core import code_hash, content_hash, method, versions, write_json, writing
+from .core import code_hash, content_hash, cpu_name, method, versions, write_json, writing
 from .experiment import Lab
 
 # %% ../nbs/18a_results.ipynb #5755bbf4
@@ -99,7 +99,7 @@ def save(self, folder) -> Path:
     folder, df = Path(folder), self.frame()
     with writing(folder / "metrics.parquet") as tmp: df.to_parquet(tmp, index=False)
     write_json(folder / "params.json", dict(params=self.settings, hash=content_hash(self.settings, self._pre, code_hash("experiment")), versions=versions(),
-                                            time=time.strftime("%F %T"), backbone=self.clip.card["sha256"],
+                                            time=time.strftime("%F %T"), cpu=cpu_name(), backbone=self.clip.card["sha256"],
                                             defences=self.records, stages=[dict(name=n, seconds=s, reused=r) for n, s, r in self.stages.log]))
     if (df.kind == "path").any():
         with writing(folder / "path.png") as tmp: draw_path(df).savefig(tmp, format="png", dpi=130)
