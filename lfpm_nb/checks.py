@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'same', 'Hint', 'Case', 'show', 'judge', 'exercise', 'merge', 'cosine', 'asr', 'interpolate', 'ctl_gap',
-           'coefficient', 'p_clean', 'mining_loss']
+           'coefficient', 'p_clean', 'inside', 'mining_loss', 'worst_step']
 
 # %% ../nbs/24_checks.ipynb #e9017710
 import copy
@@ -208,7 +208,24 @@ def p_clean():
             "you subtracted twice the part: that is the mirror image": h - 2 * part,
         }, by_hand="with U = e_1 the first number becomes 0 and the others stay")
 
+# %% ../nbs/24_checks.ipynb #81cc8364
+@exercise("lengths add up as squares, so the share inside U and the share outside add up to 1; r directions out of d hold r/d of a random vector")
+def inside():
+    "f(U, v) -> share (N,) of |v|^2 in the span of U's orthonormal columns, one for each row; U (d, r), v (N, d)."
+    v = torch.tensor([[3., 4., 0.], [2., 3., 6.]])
+    for U in (torch.eye(3)[:, :2], torch.tensor([[0.6], [0.8], [0.]])):
+        coords, size = v @ U, v.square().sum(1)
+        right = coords.square().sum(1) / size
+        yield Case((U, v), right, {
+            "this is the share of the length; squares are what adds up to 1 over directions at right angles": right.sqrt(),
+            "this is what lies outside: 1 minus the share": 1 - right,
+            "this is the squared length inside, not a share: divide by |v|^2": coords.square().sum(1),
+            "you divided by |v|, not by its square": coords.square().sum(1) / size.sqrt(),
+            "you summed over all rows first, so long vectors count for more; one share for each row is asked": coords.square().sum() / size.sum(),
+            "you averaged the rows; one share for each row is asked": right.mean(),
+        }, by_hand="with U = (e_1, e_2) the second vector has (2^2 + 3^2) / (2^2 + 3^2 + 6^2)")
 
+# %% ../nbs/24_checks.ipynb #94d88357
 def _mining(ref, ref_p, h, h_p, c0: float, unit: bool = True) -> tuple:
     "c0 semantic - separation + compact of features (N, d) without a partition, and the terms, step by step."
     n = (lambda v: v / v.norm(dim=-1, keepdim=True)) if unit else (lambda v: v)
@@ -233,3 +250,20 @@ def mining_loss():
         "you swapped the two models: the pretrained one shall stay, the merged one shall move": 3 * sep - sem + comp,
         "you rewarded scattered features: compactness is a distance from the mean, so it is added": 3 * sem - sep - comp,
     }, by_hand="distances are squared ones between unit features, averaged over images")
+
+# %% ../nbs/24_checks.ipynb #50512d15
+@exercise("the gradient says where the loss rises fastest, its length is divided out, and the step is as long as rho allows")
+def worst_step():
+    "f(p, g, rho) -> p + rho |p| g / |g|, the prompt after one worst-case step; p and its gradient g (k, width), norms over all numbers."
+    p, g = torch.tensor([[3., 0.], [0., 4.]]), torch.tensor([[0., 2.], [-1., 2.]])
+    size, up = p.norm(), g / g.norm()
+    for rho in (0.1, 0.5):
+        yield Case((p, g, rho), p + rho * size * up, {
+            "you went down: the worst prompt is where the loss is *higher*, so the step is added": p - rho * size * up,
+            "you did not divide by the gradient's length: the step would grow with the gradient": p + rho * size * g,
+            "rho is in units of the prompt's length: multiply by |p|": p + rho * up,
+            "you return the step; add it to the prompt": rho * size * up,
+            "you normalised every token on its own: one length over the whole gradient, or unimportant tokens move as far as the others":
+                p + rho * size * g / g.norm(dim=-1, keepdim=True),
+            "you took the sign of the gradient: that bounds every number, rho bounds the length": p + rho * size * g.sign(),
+        }, by_hand="|p| = 5 and |g| = 3: at rho = 0.1 the first row becomes (3, 0) + 0.1 * 5 / 3 * (0, 2)")

@@ -55,6 +55,15 @@ def test_every_known_mistake_gets_its_own_hint(name):
     assert len(hints) >= 2, "two different mistakes, two different hints"
 
 
+@pytest.mark.parametrize("name, wrong, why", [
+    ("inside", lambda U, v: (v @ U).norm(dim=1) / v.norm(dim=1), "share of the length"),
+    ("inside", lambda U, v: (v - v @ U @ U.T).square().sum(1) / v.square().sum(1), "lies outside"),
+    ("worst_step", lambda p, g, rho: p - rho * p.norm() * g / g.norm(), "you went down"),
+    ("worst_step", lambda p, g, rho: p + rho * g / g.norm(), "in units of the prompt's length")])
+def test_wrong_functions_get_the_intended_hint(name, wrong, why):
+    with pytest.raises(Hint, match=why): CHECKS[name](wrong)
+
+
 def test_other_answers_are_told_what_was_expected():
     case = Case((torch.tensor([1., 2.]),), torch.tensor([2., 4.]), by_hand="1 + 1")
     for f, why in ((lambda x: None, "returns nothing"), (lambda x: x * 3, "by hand: 1 \\+ 1"), (lambda x: x[:1], "shape"), (lambda x: 1 / 0, "ZeroDivisionError"),
