@@ -97,6 +97,9 @@ def test_notation_and_glossary_name_what_exists():
             at = importlib.import_module(f"lfpm_nb.{module}")
             for p in parts: assert hasattr(at, p), f"{name} is not in the library"; at = getattr(at, p)
         assert set(re.findall(r"\d+", lessons)) and set(re.findall(r"\d+", lessons)) <= set("12345678")
+    for words, *_, lessons in glossary:
+        said = [text(p).lower() for p in LESSONS if p.name[0] in lessons]
+        for word in words.lower().split(", "): assert all(word in t for t in said), f"{word!r} is not in lesson {lessons}"
 
 
 def test_lesson_8_leaves_the_registry_as_it_was():
