@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'same', 'Hint', 'Case', 'show', 'judge', 'exercise', 'merge', 'cosine', 'asr', 'interpolate', 'ctl_gap',
-           'coefficient', 'p_clean', 'inside', 'mining_loss', 'worst_step']
+           'coefficient', 'p_clean', 'inside', 'mining_loss', 'worst_step', 'sam_point', 'path_loss', 'path_asr',
+           'lam_rule', 'coupling', 'defence_contract', 'drop_largest']
 
 # %% ../nbs/24_checks.ipynb #e9017710
 import copy
@@ -14,13 +15,13 @@ import torch
 
 # %% ../nbs/24_checks.ipynb #7fa0b4ab
 def same(a, b, tol: float = 1e-5) -> bool:
-    "Is `a` what `b` is: same structure, same shapes, numbers within `tol` (absolute, and relative to b)? Dicts are compared by key."
+    "Is `a` what `b` is: same structure, same shapes, numbers within `tol` (absolute, and relative to b; NaN is NaN)? Dicts are compared by key."
     if isinstance(b, dict): return isinstance(a, dict) and a.keys() == b.keys() and all(same(a[k], b[k], tol) for k in b)
     if isinstance(b, (tuple, list)): return isinstance(a, (tuple, list)) and len(a) == len(b) and all(same(x, y, tol) for x, y in zip(a, b))
     if isinstance(b, str) or b is None: return type(a) is type(b) and a == b
     try: a, b = (torch.as_tensor(v).detach().double().cpu() for v in (a, b))
     except (TypeError, ValueError, RuntimeError): return False
-    return a.shape == b.shape and torch.allclose(a, b, rtol=tol, atol=tol)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=tol, atol=tol, equal_nan=True)
 
 # %% ../nbs/24_checks.ipynb #8e65a9f2
 class Hint(AssertionError):
@@ -267,3 +268,131 @@ def worst_step():
                 p + rho * size * g / g.norm(dim=-1, keepdim=True),
             "you took the sign of the gradient: that bounds every number, rho bounds the length": p + rho * size * g.sign(),
         }, by_hand="|p| = 5 and |g| = 3: at rho = 0.1 the first row becomes (3, 0) + 0.1 * 5 / 3 * (0, 2)")
+
+# %% ../nbs/24_checks.ipynb #6a1f0c22
+@exercise("SAM looks at the highest point within rho, one ball over all weights, and takes its gradient there")
+def sam_point():
+    "f(w, g, rho) -> w + rho g / ||g||, dicts of tensors, one length over all of them."
+    w, g, rho = {"w": torch.tensor([1., 2.]), "b": torch.tensor([0.])}, {"w": torch.tensor([2., 1.]), "b": torch.tensor([2.])}, 0.5
+    n = _flat(g).norm()
+    yield Case((w, g, rho), _map(lambda a, b: a + rho * b / n, w, g), {
+        "you divided each tensor by its own length: the ball is one, over all tensors": _map(lambda a, b: a + rho * b / b.norm(), w, g),
+        "you went down: SAM first climbs to the worst point nearby; the step down comes after, with the gradient found there":
+            _map(lambda a, b: a - rho * b / n, w, g),
+        "you did not divide by the length: rho would be a learning rate, and no radius": _map(lambda a, b: a + rho * b, w, g),
+        "you divided by the squared length: norm() is already the length": _map(lambda a, b: a + rho * b / n ** 2, w, g),
+        "you took the sign: that is the corner of a box; SAM's ball is round": _map(lambda a, b: a + rho * b.sign(), w, g),
+        "this is the offset; add it to the weights": _map(lambda b: rho * b / n, g),
+    }, by_hand="the length over both tensors is 3: w[0] = 1 + 0.5 * 2 / 3")
+
+# %% ../nbs/24_checks.ipynb #6a1f0c24
+@exercise("every model on the path is asked, and each counts the same: two feature passes are enough for all of them")
+def path_loss():
+    "f(h_mm, h_anti, y, W, points) -> mean over s of CE(W (h_s / ||h_s||), y), h_s = (1-s) h_mm + s h_anti; features (N, d), W (C, d)."
+    F, h0, h1 = torch.nn.functional, torch.tensor([[2., 0.], [1., 1.]]), torch.tensor([[0., 1.], [-1., 2.]])
+    y, W, points = torch.tensor([1, 1]), torch.tensor([[2., 0.], [0., 2.], [-1., 0.]]), [0.5, 0.7, 1.0]
+    out = lambda h: F.normalize(h, dim=-1) @ W.t()
+    ce, mean = (lambda h: F.cross_entropy(out(h), y).item()), lambda v: sum(v) / len(v)
+    mix = lambda a, b: [(1 - s) * a + s * b for s in points]
+    yield Case((h0, h1, y, W, points), mean([ce(h) for h in mix(h0, h1)]), {
+        "s belongs to the anti-backdoor features, you gave it to the merged ones": mean([ce(h) for h in mix(h1, h0)]),
+        "you summed over the points: the loss would grow with their number; take the mean": sum(ce(h) for h in mix(h0, h1)),
+        "you averaged the features and asked one model, the one in the middle: first the losses, then the mean": ce(mean(mix(h0, h1))),
+        "you mixed logits: the head normalises what it gets, so features are mixed first": mean([F.cross_entropy(z, y).item() for z in mix(out(h0), out(h1))]),
+        "you mixed the losses of the two ends: no model between them was asked": mean(mix(ce(h0), ce(h1))),
+        "you forgot that the head divides by the feature's length": mean([F.cross_entropy(h @ W.t(), y).item() for h in mix(h0, h1)]),
+        "you asked the two ends of the interval only": mean([ce(h) for h in (mix(h0, h1)[0], mix(h0, h1)[-1])]),
+    }, by_hand="for s = 0.5 the first feature is (1, 0.5); divide it by its length, then W")
+
+# %% ../nbs/24_checks.ipynb #6a1f0c26
+@exercise("Path-ASR is the mean over the path, by trapezoids: a point counts as much as the path around it, an end half")
+def path_asr():
+    "f(lams, asr) -> trapezoid integral of asr over lams, divided by the length of lams; lists of equal length, lams rising from 0."
+    for lams, asr in (([0., .5, 1.], [90., 10., 0.]), ([0., .1, .5], [80., 40., 8.])):
+        steps = list(zip(lams, lams[1:], asr, asr[1:]))
+        area = sum((m - l) * (a + b) / 2 for l, m, a, b in steps)
+        left, right = (sum((m - l) * v for (l, m, *_), v in zip(steps, vs)) for vs in (asr, asr[1:]))
+        yield Case((lams, asr), area / lams[-1], {
+            "this is the mean of the points: the ends have a path on one side only, so they count half, and wide steps count more": sum(asr) / len(asr),
+            "you took each step at its left end: that overstates a curve that falls": left / lams[-1],
+            "you took each step at its right end: that flatters a curve that falls": right / lams[-1],
+            "you forgot the half of (a + b) / 2": 2 * area / lams[-1],
+            **({} if lams[-1] == 1 else {"you forgot to divide by the length of the path: up to λ = 0.5 the mean is asked, in percent": area}),
+        }, by_hand="step by step (width times the mean of both ends), then divided by the last λ")
+
+# %% ../nbs/24_checks.ipynb #6a1f0c28
+@exercise("the rule stops at the first λ from which the next step buys less than `least` nats per unit of λ")
+def lam_rule():
+    "f(lams, loss, least) -> the first lam whose next step lowers the loss by less than least * (step), the last lam if there is none."
+    lams = [0., .1, .2, .3, .4, .5]
+    lowest, next_one = "you took the lowest loss: it keeps falling a little for a long way, and every further step costs accuracy", \
+        "one step too far: stop where the next step no longer pays, before taking it"
+    yield Case((lams, [5., 3., 2.97, 2.5, 2.49, 2.48], 0.5), 0.1, {lowest: 0.5, next_one: 0.2,
+        "you took the last such λ: the rule stops at the first": 0.4,
+        "you looked for the steepest fall: that is where to go on": 0.0,
+    }, by_hand="falls of 2, 0.03, 0.47, ...; a step of 0.1 must buy 0.5 * 0.1 = 0.05")
+    yield Case((lams, [5., 3., 2.7, 2.66, 2.65, 2.66], 0.5), 0.2, {lowest: 0.4, next_one: 0.3,
+        "you compared the fall of one step with `least`: it is meant per unit of λ, so multiply it by the step": 0.1,
+    }, by_hand="falls of 2, 0.3, 0.04, ...; a step of 0.1 must buy 0.5 * 0.1 = 0.05")
+    yield Case((lams, [5., 4., 3., 2., 1., 0.5], 0.5), 0.5, {
+        "every step pays, so the rule goes to the last λ; you stopped one before it": 0.4,
+        "every step pays, so the rule goes to the last λ; you stayed at the first": 0.0,
+    }, by_hand="all falls are above 0.05")
+
+# %% ../nbs/24_checks.ipynb #6a1f0c2a
+@exercise("the adaptive attacker pays for every degree between triggered pictures and the class they shall look like")
+def coupling():
+    "f(h_b, refs) -> 1 - mean cosine of triggered features h_b (N, d) to the mean of the references refs (M, d)."
+    t, cos = torch.tensor, lambda a, b: torch.nn.functional.cosine_similarity(a, b, dim=-1)
+    h, refs = t([[3., 0.], [1., 2.]]), t([[2., 0.], [0., 2.], [0., 1.]])
+    mu, unit = refs.mean(0, keepdim=True), lambda v: v / v.norm(dim=-1, keepdim=True)
+    yield Case((h, refs), 1 - cos(h, mu).mean().item(), {
+        "this is the cosine: the loss is minimised, so the attacker pays 1 - cos": cos(h, mu).mean().item(),
+        "this is a dot product: the cosine divides by both lengths, as a head does": (1 - (h @ mu.t()).mean()).item(),
+        "you averaged the triggered features first: each picture has its own angle": 1 - cos(h.mean(0), mu[0]).item(),
+        "you compared with every reference and averaged: the anchor is their mean feature": 1 - torch.stack([cos(h, r[None]) for r in refs]).mean().item(),
+        "you made the references unit vectors before taking their mean: Eq 27 takes the features as they come":
+            1 - cos(h, unit(refs).mean(0, keepdim=True)).mean().item(),
+    }, by_hand="the mean reference is (2/3, 1); one cosine for each row of h_b")
+
+# %% ../nbs/24_checks.ipynb #6a1f0c2b
+@exercise("a defence returns a whole, finite model, leaves integer buffers alone and does not touch what it was given")
+def defence_contract():
+    "f(before, after, end) -> does `end`, a defence's model, keep the contract? before, after: the merged model before and after the call."
+    t, merged = torch.tensor, {"w": torch.tensor([1., 2.]), "n": torch.tensor(3)}
+    def case(hint, kept=False, after=merged, **end):
+        return Case((merged, after, {k: v for k, v in (merged | {"w": t([1., 1.])} | end).items() if v is not None}), kept, {hint: not kept},
+                    by_hand="same keys, same shapes, finite, integers unchanged, inputs unchanged")
+    yield case("you refuse a model that keeps the contract: weights may change, all of them", kept=True)
+    yield case("a tensor is missing from `end` and you did not see it: compare the keys", w=None)
+    yield case("`end` has a tensor too many and you did not see it: compare the keys in both directions", extra=t([1.]))
+    yield case("a tensor changed its shape and you did not see it: (1,) broadcasts with (2,), so compare shapes", w=t([1.]))
+    yield case("`end` holds NaN and you did not see it: ask isfinite() of every floating-point tensor", w=t([1., float("nan")]))
+    yield case("`end` holds infinity and you did not see it: isnan() is not enough, ask isfinite()", w=t([1., float("inf")]))
+    yield case("an integer buffer changed and you did not see it: such tensors count or index, nobody trains them", n=t(4))
+    yield case("the defence wrote into the merged model and you did not see it: compare before and after", after=merged | {"w": t([1., 1.])})
+
+# %% ../nbs/24_checks.ipynb #6a1f0c2d
+def _dropped(merged: dict, pre: dict, size: dict, n: int) -> dict:
+    "`merged`, with pre's values at the n entries where `size` is largest over all tensors."
+    limit = _flat(size).sort(descending=True).values[n - 1]
+    return {k: torch.where(size[k] >= limit, pre[k], merged[k]) for k in merged}
+
+
+@exercise("what was moved furthest goes back to the pretrained value; everything else stays as it was merged")
+def drop_largest():
+    "f(merged, pre, share) -> merged, with the `share` of entries of largest |merged - pre| over all tensors back at pre."
+    t = torch.tensor
+    pre, merged = {"w": t([1., 2.]), "b": t([0.5, 0., -1., -7.])}, {"w": t([5., -1.]), "b": t([1.5, -2., -.5, -7.])}
+    tau = _map(lambda m, p: m - p, merged, pre)
+    size = _map(torch.abs, tau)
+    yield Case((merged, pre, 1 / 3), _dropped(merged, pre, size, 2), {
+        "you set them to zero: they go back to the *pretrained* value": _dropped(merged, _map(torch.zeros_like, pre), size, 2),
+        "you dropped the smallest": _dropped(merged, pre, _map(torch.neg, size), 2),
+        "you dropped the largest weights, whoever put them there: compare with pre first": _dropped(merged, pre, _map(torch.abs, merged), 2),
+        "you forgot the absolute value: a large step down is as large as one up": _dropped(merged, pre, tau, 2),
+        "you dropped the share of each tensor: a tensor that hardly moved loses as much as one that moved far; one ranking for all":
+            {k: _dropped({k: merged[k]}, {k: pre[k]}, {k: size[k]}, round(len(size[k]) / 3))[k] for k in merged},
+        "this is the task vector; add it to pre": _map(lambda d, p: d - p, _dropped(merged, pre, size, 2), pre),
+        "you kept only the largest and dropped the rest": _dropped(merged, pre, _map(torch.neg, size), 4),
+    }, by_hand="task vectors (4, -3) and (1, -2, 0.5, 0): a third of six entries are two, 4 and -3")

@@ -1,4 +1,5 @@
 """Lessons run top to bottom on few pictures, have the promised form, and their folded answers pass their checks; known mistakes get their own hints."""
+import importlib
 import json
 import os
 import re
@@ -73,3 +74,43 @@ def test_other_answers_are_told_what_was_expected():
 
 def test_a_mistake_that_gives_the_right_result_is_refused():
     with pytest.raises(ValueError, match="choose inputs"): Case((1.,), 2., {"no mistake": 2.})
+
+
+# --- lessons 6 to 8, notation ------------------------------------------------------------------------------------------------
+
+WRONG = {"the points' mean": ("path_asr", lambda lams, asr: sum(asr) / len(asr), "ends have a path on one side only"),
+         "lowest loss": ("lam_rule", lambda lams, loss, least: lams[loss.index(min(loss))], "you took the lowest loss"),
+         "never looks": ("defence_contract", lambda before, after, end: True, "a tensor is missing"),
+         "only keys": ("defence_contract", lambda before, after, end: before.keys() == end.keys(), "changed its shape"),
+         "down": ("sam_point", lambda w, g, rho: {k: w[k] - rho * g[k] / torch.cat([v.flatten() for v in g.values()]).norm() for k in w}, "you went down"),
+         "no angle": ("coupling", lambda h, refs: 1 - (h @ refs.mean(0)).mean(), "dot product"),
+         "zeros": ("drop_largest", lambda merged, pre, share: {k: torch.where((merged[k] - pre[k]).abs() > 2.5, 0., merged[k]) for k in merged}, "pretrained")}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_function_gets_the_hint_that_fits(name):
+    check, f, hint = WRONG[name]
+    with pytest.raises(Hint, match=hint): CHECKS[check](f)
+
+
+def rows_of(page, heading): return [[v.strip() for v in r.strip("| ").split(" | ")] for r in page[page.index(heading):].split("\n\n")[1].splitlines()[2:] if r.startswith("| ")]
+
+
+def test_notation_and_glossary_name_what_exists():
+    page = text(ROOT / "nbs" / "lessons" / "notation.ipynb")
+    notation, glossary = rows_of(page, "## Notation"), rows_of(page, "## Glossary")
+    assert len(notation) >= 20 and len(glossary) >= 40 and len({r[0] for r in glossary}) == len(glossary)
+    for *_, library, lessons in notation + glossary:
+        for name in re.findall(r"`([\w.]+)`", library):
+            module, *parts = name.split(".")
+            at = importlib.import_module(f"lfpm_nb.{module}")
+            for p in parts: assert hasattr(at, p), f"{name} is not in the library"; at = getattr(at, p)
+        assert set(re.findall(r"\d+", lessons)) and set(re.findall(r"\d+", lessons)) <= set("12345678")
+    for words, *_, lessons in glossary:
+        said = [text(p).lower() for p in LESSONS if p.name[0] in lessons]
+        for word in words.lower().split(", "): assert all(word in t for t in said), f"{word!r} is not in lesson {lessons}"
+
+
+def test_lesson_8_leaves_the_registry_as_it_was():
+    code = text(ROOT / "nbs" / "lessons" / "8_break_it.ipynb")
+    assert code.index("patch.dict") < code.index("@defence(") < code.rindex("@defence(") < code.index("scope.close()")
