@@ -614,6 +614,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lfpm_nb.report.paper_frames': ('report.html#paper_frames', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report.paper_table': ('report.html#paper_table', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report.plotly': ('report.html#plotly', 'lfpm_nb/report.py'),
+                                'lfpm_nb.report.plotly_div': ('report.html#plotly_div', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report.ratio': ('report.html#ratio', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report.read_results': ('report.html#read_results', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report.results_of': ('report.html#results_of', 'lfpm_nb/report.py'),
