@@ -9,7 +9,8 @@ __all__ = ['ROW', 'SOURCES', 'VERDICTS', 'claims', 'RIVALS', 'OTHER', 'ORDERS', 
            'ratio', 'worst', 'claim', 'both', 'same_price', 'without', 'paper_frames', 'judge_paper', 'spread',
            'ours_beside', 'beside', 'Mark', 'Chart', 'squeeze', 'mpl', 'span', 'plotly', 'chart_claims', 'chart_rivals',
            'chart_merges', 'chart_lines', 'over_seeds', 'figures', 'html_table', 'plotly_div', 'said', 'claim_card',
-           'Report', 'ledger', 'section', 'tables', 'page', 'small_png', 'markdown', 'write_gallery', 'write_report']
+           'Report', 'ledger', 'section', 'tables', 'page', 'small_png', 'markdown', 'write_gallery', 'write',
+           'write_report']
 
 # %% ../nbs/23_report.ipynb #29e667e8
 import html, io, json, shutil, time
@@ -914,15 +915,19 @@ def write_gallery(report: Report, folder: Path, drawn: dict) -> Path:
     return folder
 
 
-def write_report(folder, preset: str = "lab", roots: list | None = None, gallery=None) -> Path:
-    """Write `report.html` to `folder` from result files alone (see `gather`), and the small gallery to the folder `gallery` if given; returns the page's path.
-    ValueError if there is not a single finished run."""
-    report = Report.of(preset, roots)
-    if not report.found:
-        left = "".join(f"\n  {k}: {why}" for k, why in report.left.items())
-        raise ValueError(f"no finished run of any experiment with preset {preset}; make one: lfpm run main --preset {preset}{left}")
-    drawn = {k: figures(r, report.printed.get(k)) for k, r in report.found.items()}
+@method(Report)
+def write(self, folder, gallery=None) -> Path:
+    "Write `report.html` to `folder`, and the small gallery to the folder `gallery` if given; the page's path. ValueError if there is not a single finished run."
+    if not self.found:
+        left = "".join(f"\n  {k}: {why}" for k, why in self.left.items())
+        raise ValueError(f"no finished run of any experiment with preset {self.preset}; make one: lfpm run main --preset {self.preset}{left}")
+    drawn = {k: figures(r, self.printed.get(k)) for k, r in self.found.items()}
     out = Path(folder) / "report.html"
-    with writing(out) as tmp: tmp.write_text(report.page(drawn), encoding="utf-8")
-    if gallery: write_gallery(report, Path(gallery), drawn)
+    with writing(out) as tmp: tmp.write_text(self.page(drawn), encoding="utf-8")
+    if gallery: write_gallery(self, Path(gallery), drawn)
     return out
+
+
+def write_report(folder, preset: str = "lab", roots: list | None = None, gallery=None) -> Path:
+    "`Report.write` of the results under `roots` (see `gather`)."
+    return Report.of(preset, roots).write(folder, gallery)
