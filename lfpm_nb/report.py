@@ -429,10 +429,10 @@ claim("succession", "No merge removes the backdoor of a poisoned task (successio
 claim("transfer", "The backdoor reaches tasks whose contributor is clean (transfer).", "DAM Figs 3 and 8, Table 13", "succession_transfer", "ASR(N) of Task Arithmetic minus that of the individual models",
       lambda f: higher(f["succession_transfer"], "TA", ["individual"], "ASR_N"), swap=both("succession_transfer", "TA", "individual"),
       on_paper=lambda f: higher(f["dam_mixed"], "TA", ["individual"], "ASR_N"))              # Table 9 prints the same clean contributors
-claim("learnt-merges", "Merges that learn their coefficients, DAM too, still carry a backdoor.", "DAM Finding 1, Table 2", "merging",
-      "lowest ASR(T) of AdaMerging, Concrete AdaMerging and DAM above that of the clean merge under the same trigger, attack BadMerging",
-      lambda f: worst(1, *((m, higher(f["merging"], m, [f"{m} (clean)"], "ASR_T")) for m in (*LEARNT, "DAM"))), limit=10, swap=both("merging", "DAM", "DAM (clean)"),
-      on_paper=lambda f: worst(1, *((m, (at(f["dam_two"], m, "ASR_T"), {"ASR(T)": at(f["dam_two"], m, "ASR_T")})) for m in (*LEARNT, "DAM"))),
+claim("learnt-merges", "Merges that learn their coefficients still carry a backdoor.", "DAM Finding 1, Table 2", "merging",
+      "lowest ASR(T) of AdaMerging and Concrete AdaMerging above that of the clean merge under the same trigger, attack BadMerging",
+      lambda f: worst(1, *((m, higher(f["merging"], m, [f"{m} (clean)"], "ASR_T")) for m in LEARNT)), limit=10, swap=both("merging", "AdaLayer", "AdaLayer (clean)"),
+      on_paper=lambda f: worst(1, *((m, (at(f["dam_two"], m, "ASR_T"), {"ASR(T)": at(f["dam_two"], m, "ASR_T")})) for m in LEARNT)),
       differs="The paper's attack is TrojViT, ours BadMerging: our poisoned task vector is long and costs the other tasks accuracy, entropy notices, and its coefficient falls to a quarter of its clean twin's.")
 claim("dam-badmerging", "BadMerging does not get through DAM.", "DAM Table 5, Sec 4.2", "merging", "ASR(T) of DAM with the poisoned contributor minus with his clean twin",
       lambda f: higher(f["merging"], "DAM", ["DAM (clean)"], "ASR_T"), sense=-1, limit=5, swap=both("merging", "DAM", "TA"))
@@ -446,6 +446,8 @@ for name, words, where in (("two", "two poisoned contributors", "Table 2"), ("fo
                            ("other", "two other poisoned contributors", "Table 11"), ("domain", "one poisoned contributor from another domain", "Table 15")):
     claim(f"dam-{name}", f"With {words}, DAM leaves less than any other merge that learns.", f"DAM {where}, Sec 4.2", f"dam_{name}", "lowest ASR(T) of AdaMerging and Concrete AdaMerging, task- and layer-wise, minus DAM's",
           lambda f, e=f"dam_{name}": lower(f[e], "DAM", LEARNT, "ASR_T"), swap=both(f"dam_{name}", "DAM", "ConcreteLayer"))
+claim("dam-rest", "Even DAM leaves most of the backdoor of the poisoned tasks (its table, not its text).", "DAM Table 2", "dam_two", "ASR(T) of DAM",
+      lambda f: (at(f["dam_two"], "DAM", "ASR_T"), {m: at(f["dam_two"], m, "ASR_T") for m in ("SA", "DAM")}), limit=30, unit="%", swap=both("dam_two", "DAM", "individual (clean)"))
 claim("dam-ca", "DAM gives up only about a point of accuracy.", "DAM Table 2, Sec 4.2", "dam_two", "highest CA of ten merges minus DAM's",
       lambda f: (lambda v, p: (-v, p))(*higher(f["dam_two"], "DAM", (*PLAIN, *LEARNT), "CA")), sense=-1, limit=2, swap=both("dam_two", "DAM", "SA"))
 claim("domain-weak", "A single backdoor from another domain is weakened by merging alone.", "DAM Table 15, App C.5", "dam_domain", "ASR(T) of the poisoned contributor minus that of layer-wise AdaMerging",
