@@ -12,8 +12,8 @@ __all__ = ['ROW', 'SOURCES', 'VERDICTS', 'claims', 'RIVALS', 'OTHER', 'ORDERS', 
            'Report', 'ledger', 'section', 'tables', 'page', 'small_png', 'markdown', 'write_gallery', 'write',
            'write_report']
 
-# %% ../nbs/23_report.ipynb #29e667e8
-import html, io, json, shutil, time
+# %% ../nbs/23_report.ipynb #503773bb
+import functools, html, io, json, shutil, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
@@ -42,11 +42,16 @@ def slips(paper: pd.DataFrame, within: float = 0.015) -> pd.DataFrame:
     return both[(both.value - both["mean"]).abs() > within].reset_index(drop=True)
 
 
-def load_paper() -> pd.DataFrame:
-    "All printed numbers (ROW, task, value, unit) with `slip`: the mean over the row's own tasks where the printed average is not it, else NaN."
+@functools.cache
+def _paper() -> pd.DataFrame:
     paper = pd.read_csv(proj_path("data", "paper", "tables.csv"), keep_default_na=False)
     bad = slips(paper).rename(columns={"mean": "slip"})[[*ROW, "task", "slip"]]
     return paper.merge(bad, on=[*ROW, "task"], how="left")
+
+
+def load_paper() -> pd.DataFrame:
+    "All printed numbers (ROW, task, value, unit) with `slip`: the mean over the row's own tasks where the printed average is not it, else NaN."
+    return _paper().copy()
 
 # %% ../nbs/23_report.ipynb #61738f6f
 def paper_table(table: int, paper: str = "LFPM") -> pd.DataFrame:
@@ -536,7 +541,7 @@ def _by_epoch(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
     out = {(title, "ours"): of[of.metric == k].groupby(["method", "epoch"], sort=False).value.apply(spread) for k, title in keys.items()}
     if printed is not None:
         out |= {(keys[k], "paper"): g.set_index(["method", "epoch"]).value.map("{:.2f}".format) for k, g in printed.groupby("metric") if k in keys}
-    t = pd.DataFrame(out).fillna("–").sort_index(kind="stable")
+    t = pd.DataFrame(out).astype(object).fillna("–").sort_index(kind="stable")
     return t.set_axis([f"{m}, epoch {e:.2g}" for m, e in t.index]).sort_index(axis=1, kind="stable")
 
 
@@ -652,7 +657,7 @@ def chart_claims(verdicts: dict[str, Verdict]) -> Chart:
         of = [(claims[k], s, v) for k in order if judged[k].verdict == word for s, v in judged[k].value.items()]
         if of: marks.append(Mark(word, [c.sense * (v - c.limit) for c, _, v in of], [c.id for c, _, _ in of], colour, dict(confirmed="o", contradicted="x").get(word, "s"),
                                  hover=[f"{c.text}<br>seed {s}: {v:.3g} {c.unit}, expected {c.threshold}" for c, s, v in of]))
-    return Chart("distance from the claim's threshold, every seed", "wrong side  ←  0  →  as the paper says (the claim's own unit: points, seconds, factors)", "", marks, True, True, 120 + 19 * max(len(order), 3), order)
+    return Chart("distance from the claim's threshold, every seed", "wrong side  ←  0  →  as the paper says, in the claim's own unit", "", marks, True, True, 120 + 19 * max(len(order), 3), order)
 
 
 def chart_rivals(df: pd.DataFrame, printed: pd.DataFrame) -> Chart:
@@ -732,14 +737,15 @@ th{font-weight:600;background:var(--band)} td:first-child,th:first-child{text-al
 .claim{border:1px solid var(--line);border-left-width:6px;border-radius:4px;margin:7px 0;padding:8px 12px;display:grid;grid-template-columns:172px minmax(0,1fr) minmax(0,300px);gap:4px 16px;break-inside:avoid}
 .claim .v{font-weight:650} .claim h3{margin:0;font-weight:600;font-size:15px} .claim .num{font-size:13px} .claim details{grid-column:1/-1;font-size:13px} .claim.c{border-left-style:solid} .claim.x{border-left-style:double} .claim.o{border-left-style:dotted}
 figure{margin:10px 0;break-inside:avoid} figcaption{font-size:13px;color:var(--soft)} .note{border:1px solid #c98500;border-left-width:6px;padding:6px 12px;border-radius:4px;font-size:13px}
-@media(max-width:860px){body{padding:12px 14px 50px} .claim{grid-template-columns:1fr} }
-@media print{body{max-width:none;font-size:11px;padding:0} .bar,nav,.modebar{display:none!important} h2{break-after:avoid} table{font-size:9px} th,td{padding:1px 4px} figure{max-width:17cm;overflow:hidden}}
+@media screen and (max-width:860px){body{padding:12px 14px 50px} .claim{grid-template-columns:1fr} table{font-size:11.5px} th,td{padding:3px 4px}}
+@media print{body{max-width:none;font-size:10px;padding:0} h1{font-size:18px} h2{font-size:14px;margin-top:16px;padding-top:8px;break-after:avoid} .claim h3{font-size:10.5px} .soft,.claim .num,.claim details,figcaption{font-size:9px}
+.claim{margin:3px 0;padding:3px 8px;grid-template-columns:112px minmax(0,1fr) minmax(0,190px)} .claim details,.bar,nav{display:none!important} table{font-size:8.5px} th,td{padding:1px 3px} figure{max-width:17cm;overflow:hidden}}
 """
 SCRIPT = """
 const cards=[...document.querySelectorAll(".claim")],buttons=[...document.querySelectorAll(".bar button")];
 function show(v){cards.forEach(c=>c.hidden=v!=="all"&&c.dataset.v!==v);cards.forEach(c=>c.style.display=c.hidden?"none":"");buttons.forEach(b=>b.setAttribute("aria-pressed",b.dataset.v===v))}
 buttons.forEach(b=>b.addEventListener("click",()=>show(b.dataset.v)));
-addEventListener("beforeprint",()=>{show("all");document.querySelectorAll(".js-plotly-plot").forEach(p=>Plotly.relayout(p,{width:620}))});
+addEventListener("beforeprint",()=>{show("all");document.querySelectorAll("details.made").forEach(d=>d.open=true);document.querySelectorAll(".js-plotly-plot").forEach(p=>Plotly.relayout(p,{width:620}))});
 addEventListener("afterprint",()=>document.querySelectorAll(".js-plotly-plot").forEach(p=>Plotly.relayout(p,{width:null,autosize:true})));
 """
 
@@ -846,7 +852,7 @@ def section(self, r: Results, drawn: dict) -> str:
             + (f"; ASR(T) counts {', '.join(map(str, sorted({int(x) for x in n})))} pictures a seed" if len(n) else ""))
     figs = "".join(f"<figure>{plotly_div(fig)}<figcaption>{html.escape(caption)}</figcaption></figure>" for _, fig, caption in drawn.values())
     table = html_table(beside(r, self.printed.get(r.name)), "ours: mean ± std over seeds")
-    return (f"<h2 id={r.name}>{r.name}: {paper} {f'Table {number}' if number else 'Fig 5'}</h2>{table}{figs}<details><summary class=soft>{made}</summary>"
+    return (f"<h2 id={r.name}>{r.name}: {paper} {f'Table {number}' if number else 'Fig 5'}</h2>{table}{figs}<details class=made><summary class=soft>{made}</summary>"
             f"<pre>{html.escape(chr(10).join(r.command))}</pre></details>")
 
 

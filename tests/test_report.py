@@ -96,7 +96,8 @@ def test_pairing_by_seed():
 
 def test_papers_own_tables():
     "No claim is refuted by the very table it is taken from; what the papers print as figures only cannot be judged."
-    own = {k: judge_paper(c, paper_frames()) for k, c in claims.items()}
+    printed = paper_frames()
+    own = {k: judge_paper(c, printed) for k, c in claims.items()}
     assert [k for k, v in own.items() if v.verdict == "contradicted"] == []
     assert sum(v.verdict == "confirmed" for v in own.values()) >= 40
     assert own["equal-asr"].value.item() == pytest.approx(11.95) and own["adaptive-rise"].parts["LFPM rises by"].item() == pytest.approx(1.89)
@@ -215,7 +216,8 @@ def test_over_seeds():
 
 
 def test_figures_of_every_kind(world):
-    draw = lambda name, df: figures(results(name, df), paper_frames().get(name))
+    printed = paper_frames()
+    draw = lambda name, df: figures(results(name, df), printed.get(name))
     rivals = pd.concat([world["rivals"].assign(lo=np.nan, hi=np.nan), rows({("TA (clean)", "ASR_T"): 1, ("TA (clean)", "CA"): 75})])
     made = draw("rivals", rivals) | draw("curvature", world["curvature"]) | draw("ctl", world["ctl"]) | draw("merging", pd.concat([world["merging"], rows({("TA (clean)", "ASR_T"): 1})]))
     assert set(made) == {"rivals-scatter", "rivals-path", "curvature-curvature", "curvature-delta", "ctl-clean", "ctl-prompted", "merging"}
