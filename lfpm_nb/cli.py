@@ -104,7 +104,7 @@ def report_(out: str = typer.Option(None, help="folder of the page (default: run
     "Judge the claims of both papers by the results there are, and put every table and figure beside the printed one: one HTML file that needs no network."
     r = Report.of(preset)
     page = r.write(out or runs_dir() / "report", proj_path("data", "gallery") if gallery else None)
-    print("\n".join([r.summary, *(f"- {w}" for w in r.warnings()), f"written: {page}"]))
+    print("\n".join([r.summary(), *(f"- {w}" for w in r.warnings()), f"written: {page}"]))
 
 # %% ../nbs/25_cli.ipynb #fcc2aa9d
 @app.command("record")

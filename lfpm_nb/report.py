@@ -9,8 +9,8 @@ __all__ = ['ROW', 'SOURCES', 'VERDICTS', 'claims', 'RIVALS', 'OTHER', 'ORDERS', 
            'ratio', 'worst', 'claim', 'both', 'same_price', 'without', 'paper_frames', 'judge_paper', 'spread',
            'ours_beside', 'beside', 'Mark', 'Chart', 'squeeze', 'mpl', 'span', 'plotly', 'chart_claims', 'chart_rivals',
            'chart_merges', 'chart_lines', 'over_seeds', 'figures', 'html_table', 'plotly_div', 'said', 'claim_card',
-           'Report', 'ledger', 'section', 'tables', 'page', 'small_png', 'markdown', 'write_gallery', 'write',
-           'write_report']
+           'Report', 'counts', 'summary', 'warnings', 'ledger', 'section', 'tables', 'page', 'small_png', 'markdown',
+           'write_gallery', 'write', 'write_report']
 
 # %% ../nbs/23_report.ipynb #503773bb
 import functools, html, io, json, shutil, time
@@ -41,7 +41,7 @@ def slips(paper: pd.DataFrame, within: float = 0.015) -> pd.DataFrame:
     both = pd.concat(found, ignore_index=True)
     return both[(both.value - both["mean"]).abs() > within].reset_index(drop=True)
 
-
+# %% ../nbs/23_report.ipynb #94a544f3
 @functools.cache
 def _paper() -> pd.DataFrame:
     paper = pd.read_csv(proj_path("data", "paper", "tables.csv"), keep_default_na=False)
@@ -53,7 +53,7 @@ def load_paper() -> pd.DataFrame:
     "All printed numbers (ROW, task, value, unit) with `slip`: the mean over the row's own tasks where the printed average is not it, else NaN."
     return _paper().copy()
 
-# %% ../nbs/23_report.ipynb #61738f6f
+# %% ../nbs/23_report.ipynb #43e1a64c
 def paper_table(table: int, paper: str = "LFPM") -> pd.DataFrame:
     "A printed table: one row a method (and setting, where it has several), one column a task and metric, as text; a slip shows the tasks' own mean behind a dagger."
     every = load_paper()
@@ -65,7 +65,7 @@ def paper_table(table: int, paper: str = "LFPM") -> pd.DataFrame:
     wide = of.assign(show=show).pivot_table(index=["method", *varies], columns=["task", "metric"], values="show", aggfunc="first", sort=False)
     return wide.rename_axis(columns=[None, None]).fillna("–")
 
-# %% ../nbs/23_report.ipynb #5b5fc9bb
+# %% ../nbs/23_report.ipynb #59d23fd0
 @dataclass
 class Results:
     "The finished runs of one experiment's newest configuration: tidy rows of all seeds, where they lie, seconds, versions; what was left out."
@@ -84,7 +84,7 @@ class Results:
     @property
     def command(self) -> list[str]: return [f"lfpm run {self.name} --preset {self.preset} --seed {s}" for s in self.seeds]
 
-
+# %% ../nbs/23_report.ipynb #d954c7ff
 def _look(folder: Path) -> tuple[dict, pd.DataFrame, dict] | str:
     "(status, rows, parameters) of a results folder, or why it cannot be used."
     try: status = json.loads((folder / "status.json").read_text())
@@ -95,7 +95,7 @@ def _look(folder: Path) -> tuple[dict, pd.DataFrame, dict] | str:
     if df.empty or not {"method", "metric", "value", "seed"} <= set(df): return "half-written: its table has no rows or lacks columns"
     return status, df, params
 
-# %% ../nbs/23_report.ipynb #0df6600a
+# %% ../nbs/23_report.ipynb #ce89229e
 def read_results(name: str, preset: str, root: Path) -> tuple[Results | None, dict]:
     "(Results or None, {folder that was left out: why}) of one experiment under `root`; runs of another preset are another matter and stay silent."
     good, bad = [], {}
@@ -113,7 +113,7 @@ def read_results(name: str, preset: str, root: Path) -> tuple[Results | None, di
     return Results(name, preset, df, config, [x[3] for x in mine.values()], sum(x[0]["seconds"] for x in mine.values()), list(mine.values())[-1][2].get("versions", {}),
                    {c: fs for c, fs in by.items() if c != config}), bad
 
-# %% ../nbs/23_report.ipynb #51ee8b05
+# %% ../nbs/23_report.ipynb #35f15e1a
 def gather(preset: str = "lab", roots: list | None = None) -> tuple[dict[str, Results], dict]:
     """({experiment: Results}, {folder: why it was left out}) of all experiments; per experiment the first of `roots` (default: your runs, then
     what the kit ships) that has finished runs. A folder that no experiment is called after is named."""
@@ -130,7 +130,7 @@ def gather(preset: str = "lab", roots: list | None = None) -> tuple[dict[str, Re
             if r: found[name] = r
     return found, bad
 
-# %% ../nbs/23_report.ipynb #b2c2d275
+# %% ../nbs/23_report.ipynb #9f3865cd
 SOURCES = {"main": ("LFPM", 1), "rivals": ("LFPM", 1), "lobam": ("LFPM", 2), "adaptive": ("LFPM", 3), "merging": ("LFPM", 6), "multi_adversary": ("LFPM", 7),
            "sequence2": ("LFPM", 8), "sequence2_lobam": ("LFPM", 9), "sequence3": ("LFPM", 10), "sequence3_lobam": ("LFPM", 11), "backbone": ("LFPM", 12),
            "ctl": ("LFPM", None), "curvature": ("LFPM", 13), "cost": ("LFPM", 14), "efficiency": ("LFPM", 15),
@@ -147,7 +147,7 @@ def results_of(name: str, preset: str = "lab", roots: list | None = None) -> Res
     left = "; ".join(f"{k} {v}" for k, v in bad.items() if k.startswith(f"{name}/"))
     raise FileNotFoundError(f"no finished run of {name} with preset {preset}{f' ({left})' if left else ''}; make one: lfpm run {name} --preset {preset}")
 
-# %% ../nbs/23_report.ipynb #f2ef78bf
+# %% ../nbs/23_report.ipynb #c4cad252
 VERDICTS = {"confirmed": ("✓", "#0072b2"), "contradicted": ("✗", "#d55e00"), "not testable here": ("○", "#767676")}
 
 
@@ -159,7 +159,7 @@ class Verdict:
     parts: dict = field(default_factory=dict)
     why: str = ""
 
-
+# %% ../nbs/23_report.ipynb #9e46f85b
 @dataclass
 class Claim:
     """A sentence of a paper and its test. `check(frames)` -> (number by seed, parts); confirmed if it is above `limit` (below, if `sense` is -1) in every seed.
@@ -183,7 +183,7 @@ class Claim:
     @property
     def threshold(self) -> str: return f"{'>' if self.sense > 0 else '<'} {self.limit:g} {self.unit}".strip()
 
-# %% ../nbs/23_report.ipynb #e7223ddf
+# %% ../nbs/23_report.ipynb #aadd3af6
 def judge(c: Claim, frames: dict[str, pd.DataFrame], preset: str = "lab") -> Verdict:
     "The claim's verdict on {experiment: tidy rows}; not testable where an experiment or a row is missing, or no seed can be compared."
     missing = [n for n in c.needs if n not in frames]
@@ -204,7 +204,7 @@ def swapped(frames: dict, a: tuple, b: tuple) -> dict:
         out[e] = pd.concat([out[e][out[e].method != m], new.assign(method=m)], ignore_index=True)
     return out
 
-# %% ../nbs/23_report.ipynb #7cd397b5
+# %% ../nbs/23_report.ipynb #f5ecf847
 def at(df: pd.DataFrame, who: str, metric: str, task: str = "average") -> pd.Series:
     "One method's number by seed; LookupError names what is missing."
     of = df[(df.method == who) & (df.metric == metric) & (df.task == task) & df.kind.isin(["model", "summary"])]
@@ -223,7 +223,7 @@ def higher(df: pd.DataFrame, mine: str, others, metric: str) -> tuple[pd.Series,
     parts = {m: at(df, m, metric) for m in (mine, *others)}
     return parts[mine] - pd.DataFrame({o: parts[o] for o in others}).max(axis=1, skipna=False), parts
 
-
+# %% ../nbs/23_report.ipynb #37c2f77f
 def ratio(df: pd.DataFrame, mine: str, other: str, metric: str) -> tuple[pd.Series, dict]:
     "`mine` divided by `other`."
     parts = {m: at(df, m, metric) for m in (mine, other)}
@@ -235,7 +235,7 @@ def worst(sense: int, *tests) -> tuple[pd.Series, dict]:
     values = pd.DataFrame({name: v for name, (v, _) in tests})
     return (values.min(axis=1, skipna=False) if sense > 0 else values.max(axis=1, skipna=False)), {f"{name}: {k}": p for name, (_, ps) in tests for k, p in ps.items()}
 
-# %% ../nbs/23_report.ipynb #7c186d11
+# %% ../nbs/23_report.ipynb #7f2859e8
 claims: dict[str, Claim] = {}
 RIVALS = ("IBVS", "SAU", "SAM", "PAM")                              # the paper's
 
@@ -259,7 +259,7 @@ claim("survives", "One poisoned contributor is enough: the backdoor survives the
       "ASR(T) of the poisoned merge minus that of the clean merge under the same trigger", lambda f: higher(f["main"], "TA", ["TA (clean)"], "ASR_T"), limit=50,
       swap=both("main", "TA", "TA (clean)"), on_paper=lambda f: (at(f["main"], "TA", "ASR_T"), dict(TA=at(f["main"], "TA", "ASR_T"))))
 
-# %% ../nbs/23_report.ipynb #95519570
+# %% ../nbs/23_report.ipynb #8b2389d7
 claim("lowest-asr", "LFPM leaves the least of the backdoor.", "LFPM Table 1, Sec 5.1", "rivals", "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's, each at the blind rule's λ",
       lambda f: lower(f["rivals"], "LFPM", RIVALS, "ASR_T"), swap=both("rivals", "LFPM", "PAM"))
 claim("lowest-leak", "LFPM disturbs the other tasks' predictions least under the trigger.", "LFPM Table 1, Sec 5.1", "rivals", "lowest ASR(N) of IBVS, SAU, SAM, PAM minus LFPM's",
@@ -277,7 +277,7 @@ def same_price(df: pd.DataFrame, others, column: str) -> pd.DataFrame:
     wide = pd.DataFrame({s: versus(g, "LFPM").set_index("method")[column] for s, g in df.groupby("seed")}).T
     return wide[list(others)].astype(float)
 
-# %% ../nbs/23_report.ipynb #bf41cdf1
+# %% ../nbs/23_report.ipynb #6dab1a79
 def _equal_asr(f: dict) -> tuple[pd.Series, dict]:
     "LFPM's CA minus the highest CA anywhere on SAM's or PAM's path where at most one point more of the backdoor is left; a path without such a point keeps 0."
     df = f["rivals"]
@@ -299,7 +299,7 @@ claim("equal-asr", "At equal attack success LFPM keeps more clean accuracy than 
 claim("equal-ca", "At equal clean accuracy LFPM leaves the least of the backdoor.", "LFPM Table 1 (our comparison)", "rivals",
       "lowest ASR(T) on any rival's path within 2 points of LFPM's CA, minus LFPM's", _equal_ca, swap=both("rivals", "LFPM", "SAM"))
 
-# %% ../nbs/23_report.ipynb #a5ba6046
+# %% ../nbs/23_report.ipynb #fa60a78b
 claim("path", "Along the whole path from the merged model, LFPM is the safest.", "LFPM Fig 2, Sec 5.2", "rivals", "lowest Path-ASR of IBVS, SAU, SAM, PAM minus LFPM's",
       lambda f: lower(f["rivals"], "LFPM", RIVALS, "path_ASR"), swap=both("rivals", "LFPM", "PAM"))
 claim("path-lora", "The same under LoBAM.", "LFPM Fig 2, Sec 5.2", "lobam", "lowest Path-ASR of IBVS, SAU, SAM, PAM minus LFPM's",
@@ -312,16 +312,18 @@ claim("ibvs-weak", "IBVS leaves most of the backdoor.", "LFPM Table 1, Sec 5.1",
 claim("ibvs-costs", "IBVS costs much clean accuracy.", "LFPM Table 1, Sec 5.1", "rivals", "CA of the poisoned merge minus that after IBVS",
       lambda f: higher(f["rivals"], "TA", ["IBVS"], "CA"), limit=10, swap=both("rivals", "TA", "IBVS"),
       differs="The blind rule gives IBVS a small strength here; it then costs little and removes little.")
-claim("sau-lora", "SAU works against LoBAM and fails against full fine-tuning.", "LFPM Tables 1 and 2, Sec 5.1", ("rivals", "lobam"), "ASR(T) after SAU under BadMerging minus under LoBAM",
+claim("sau-lora", "SAU works against LoBAM and fails against full fine-tuning.", "LFPM Tables 1 and 2, Sec 5.1", ("rivals", "lobam"),
+      "ASR(T) after SAU under BadMerging minus under LoBAM",
       lambda f: (at(f["rivals"], "SAU", "ASR_T") - at(f["lobam"], "SAU", "ASR_T"), {"BadMerging": at(f["rivals"], "SAU", "ASR_T"), "LoBAM": at(f["lobam"], "SAU", "ASR_T")}),
       limit=20, swap=(("rivals", "SAU"), ("lobam", "SAU")))
 
-# %% ../nbs/23_report.ipynb #160a8a58
+# %% ../nbs/23_report.ipynb #2a0c347f
 claim("lora-asr", "Under LoBAM LFPM leaves about as little as SAM and PAM.", "LFPM Table 2, Sec 5.1", "lobam", "LFPM's ASR(T) minus the lower of SAM's and PAM's",
       lambda f: (lambda v, p: (-v, p))(*lower(f["lobam"], "LFPM", ("SAM", "PAM"), "ASR_T")), sense=-1, limit=2, swap=both("lobam", "LFPM", "TA"))
 claim("lora-ca", "Under LoBAM LFPM keeps slightly more clean accuracy than SAM and PAM.", "LFPM Table 2, Sec 5.1", "lobam", "LFPM's CA minus the higher of SAM's and PAM's",
       lambda f: higher(f["lobam"], "LFPM", ("SAM", "PAM"), "CA"), swap=both("lobam", "LFPM", "SAM"))
-claim("adaptive", "An attacker who knows LFPM does not get past it: it still leaves the least.", "LFPM Table 3, Sec 5.3", "adaptive", "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's",
+claim("adaptive", "An attacker who knows LFPM does not get past it: it still leaves the least.", "LFPM Table 3, Sec 5.3", "adaptive",
+      "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's",
       lambda f: lower(f["adaptive"], "LFPM", RIVALS, "ASR_T"), swap=both("adaptive", "LFPM", "PAM"))
 
 
@@ -334,34 +336,40 @@ def _rise(f: dict) -> tuple[pd.Series, dict]:
 claim("adaptive-rise", "The adaptive attack gains less against LFPM than against SAU, SAM and PAM.", "LFPM Table 3, Sec 5.3", ("rivals", "adaptive"),
       "smallest rise of ASR(T) from BadMerging to the adaptive attack among SAU, SAM, PAM, minus LFPM's", _rise, swap=both("adaptive", "LFPM", "PAM"))
 
-# %% ../nbs/23_report.ipynb #b3aac421
+# %% ../nbs/23_report.ipynb #9d7b4548
 OTHER = ("SA", "TIES", "DELLA")                                    # the paper's merges besides Task Arithmetic
 claim("merges-asr", "LFPM works on top of any merge: little of the backdoor is left.", "LFPM Table 6, App E.1", "merging", "highest ASR(T) of SA, TIES, DELLA after LFPM",
-      lambda f: worst(-1, *((m, (at(f["merging"], f"{m} + LFPM", "ASR_T"), {"before": at(f["merging"], m, "ASR_T"), "after": at(f["merging"], f"{m} + LFPM", "ASR_T")})) for m in OTHER)),
+      lambda f: worst(-1, *((m, (at(f["merging"], f"{m} + LFPM", "ASR_T"), {k: at(f["merging"], m + k, "ASR_T") for k in ("", " + LFPM")})) for m in OTHER)),
       sense=-1, limit=5, unit="%", swap=both("merging", "SA + LFPM", "SA"))
 claim("merges-ca", "It costs little accuracy there, 3 to 4 points.", "LFPM Table 6, App E.1", "merging", "largest loss of CA by LFPM on SA, TIES, DELLA",
       lambda f: worst(-1, *((m, higher(f["merging"], m, [f"{m} + LFPM"], "CA")) for m in OTHER)), sense=-1, limit=5, swap=both("merging", "SA", "individual"))
-claim("multi-lowest", "With two attackers LFPM still leaves the least.", "LFPM Table 7, App E.2", "multi_adversary", "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's, mean over both targets",
+claim("multi-lowest", "With two attackers LFPM still leaves the least.", "LFPM Table 7, App E.2", "multi_adversary",
+      "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's, mean over both targets",
       lambda f: lower(f["multi_adversary"], "LFPM", RIVALS, "ASR_T"), swap=both("multi_adversary", "LFPM", "PAM"))
 claim("multi-ca", "With two attackers LFPM keeps the most clean accuracy.", "LFPM Table 7, App E.2", "multi_adversary", "LFPM's CA minus the highest of IBVS, SAU, SAM, PAM",
       lambda f: higher(f["multi_adversary"], "LFPM", RIVALS, "CA"), swap=both("multi_adversary", "LFPM", "PAM"))
-claim("multi-leak", "With two attackers LFPM removes most of the leak into other tasks.", "LFPM Table 7, App E.2", "multi_adversary", "ASR(N) after LFPM divided by that of the poisoned merge",
+claim("multi-leak", "With two attackers LFPM removes most of the leak into other tasks.", "LFPM Table 7, App E.2", "multi_adversary",
+      "ASR(N) after LFPM divided by that of the poisoned merge",
       lambda f: ratio(f["multi_adversary"], "LFPM", "TA", "ASR_N"), sense=-1, limit=.5, unit="of it", swap=both("multi_adversary", "LFPM", "TA"))
 
-# %% ../nbs/23_report.ipynb #6e3e5b3b
+# %% ../nbs/23_report.ipynb #cafcfc0d
 ORDERS = ("sequence2", "sequence3")
-claim("orders-asr", "In other task orders LFPM leaves the least too.", "LFPM Tables 8 and 10, App E.3", ORDERS, "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's, the worse of two orders",
+claim("orders-asr", "In other task orders LFPM leaves the least too.", "LFPM Tables 8 and 10, App E.3", ORDERS,
+      "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's, the worse of two orders",
       lambda f: worst(1, *((e, lower(f[e], "LFPM", RIVALS, "ASR_T")) for e in ORDERS)), swap=both("sequence3", "LFPM", "PAM"))
-claim("orders-ca", "In other task orders LFPM costs next to no clean accuracy.", "LFPM Tables 8 and 10, App E.3", ORDERS, "CA of the poisoned merge minus LFPM's, the worse of two orders",
+claim("orders-ca", "In other task orders LFPM costs next to no clean accuracy.", "LFPM Tables 8 and 10, App E.3", ORDERS,
+      "CA of the poisoned merge minus LFPM's, the worse of two orders",
       lambda f: worst(-1, *((e, higher(f[e], "TA", ["LFPM"], "CA")) for e in ORDERS)), sense=-1, limit=2, swap=both("sequence3", "TA", "individual"))
-claim("orders-path", "In other task orders LFPM's path is the safest too.", "LFPM Figs 3 and 4, App E.3", ORDERS, "lowest Path-ASR of IBVS, SAU, SAM, PAM minus LFPM's, the worse of two orders",
+claim("orders-path", "In other task orders LFPM's path is the safest too.", "LFPM Figs 3 and 4, App E.3", ORDERS,
+      "lowest Path-ASR of IBVS, SAU, SAM, PAM minus LFPM's, the worse of two orders",
       lambda f: worst(1, *((e, lower(f[e], "LFPM", RIVALS, "path_ASR")) for e in ORDERS)), swap=both("sequence2", "LFPM", "PAM"))
-claim("orders-lora", "In task order 2 under LoBAM LFPM leaves the least (in order 3 IBVS does).", "LFPM Table 9, App E.3", "sequence2_lobam", "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's",
+claim("orders-lora", "In task order 2 under LoBAM LFPM leaves the least (in order 3 IBVS does).", "LFPM Table 9, App E.3", "sequence2_lobam",
+      "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's",
       lambda f: lower(f["sequence2_lobam"], "LFPM", RIVALS, "ASR_T"), swap=both("sequence2_lobam", "LFPM", "PAM"))
 claim("backbone", "On a larger backbone LFPM still removes the backdoor.", "LFPM Table 12, App E.4", "backbone", "ASR(T) after LFPM",
       lambda f: (at(f["backbone"], "LFPM", "ASR_T"), {m: at(f["backbone"], m, "ASR_T") for m in ("TA", "LFPM")}), sense=-1, limit=5, unit="%", swap=both("backbone", "LFPM", "TA"))
 
-# %% ../nbs/23_report.ipynb #ef464992
+# %% ../nbs/23_report.ipynb #6e627fa5
 def _off(df: pd.DataFrame, who: str) -> tuple[pd.Series, dict]:
     "The CTL coefficient's largest distance from 1 on the path to `who`, output features, clean and prompted pictures: the larger of both by seed."
     of = df[(df.method == who) & (df.metric == "coefficient") & df.kind.isin(["ctl clean", "ctl prompted"])]
@@ -383,26 +391,32 @@ def _fall(df: pd.DataFrame, who: str) -> tuple[pd.Series, dict]:
     e = _epochs(df, who, "E_over_delta")
     return e.iloc[:, -1] / e.iloc[:, 0], {f"{who}, first": e.iloc[:, 0], f"{who}, last": e.iloc[:, -1]}
 
-# %% ../nbs/23_report.ipynb #d84586d7
-claim("ctl-before", "Before Stage II the path is linear in feature space everywhere.", "LFPM Fig 5, App E.5", "ctl", "largest distance of the CTL coefficient from 1, clean or prompted pictures",
+# %% ../nbs/23_report.ipynb #6ba9fa1e
+claim("ctl-before", "Before Stage II the path is linear in feature space everywhere.", "LFPM Fig 5, App E.5", "ctl",
+      "largest distance of the CTL coefficient from 1, clean or prompted pictures",
       lambda f: _off(f["ctl"], "four steps"), sense=-1, limit=.05, unit="", swap=both("ctl", "four steps", "LFPM"))
 claim("ctl-after", "After Stage II it is linear only on a part of the path.", "LFPM Fig 5, App E.5", "ctl", "largest distance of the CTL coefficient from 1, clean or prompted pictures",
       lambda f: _off(f["ctl"], "LFPM"), limit=.05, unit="", swap=both("ctl", "four steps", "LFPM"))
 claim("delta-grows", "‖Δ‖ grows in every epoch of Stage II.", "LFPM Table 13, App E.6", "curvature", "smallest growth factor of ‖Δ‖ from one look to the next",
       lambda f: (lambda d: ((d.T / d.T.shift()).min(), {"first": d.iloc[:, 0], "last": d.iloc[:, -1]}))(_epochs(f["curvature"], "LFPM", "delta")), limit=1, unit="×")
-claim("curvature-falls", "The effective curvature E/‖Δ‖ falls during Stage II.", "LFPM Table 13, App E.6", "curvature", "E/‖Δ‖ after the last epoch divided by that after the first step, prompted pictures",
+claim("curvature-falls", "The effective curvature E/‖Δ‖ falls during Stage II.", "LFPM Table 13, App E.6", "curvature",
+      "E/‖Δ‖ after the last epoch divided by that after the first step, prompted pictures",
       lambda f: _fall(f["curvature"], "LFPM"), sense=-1, limit=1, unit="×",
       differs="E is the Hessian of the loss along Δ; see nbs/15a_curvature.ipynb for both readings of the ratio and for the Rayleigh quotient.")
 claim("curvature-own", "The fall is LFPM's doing.", "LFPM Table 13, App E.6", "curvature", "the same quotient of plain fine-tuning minus LFPM's",
       lambda f: (_fall(f["curvature"], "fine-tuning")[0] - _fall(f["curvature"], "LFPM")[0], {m: _fall(f["curvature"], m)[0] for m in ("LFPM", "fine-tuning")}), unit="×",
       swap=both("curvature", "LFPM", "fine-tuning"), differs="The paper shows no other method; plain fine-tuning flattens its path as well.")
 
-# %% ../nbs/23_report.ipynb #4008af7a
-claim("cost-time", "LFPM takes less time than SAU and IBVS.", "LFPM Table 14, App E.7", "rivals", "lower CPU seconds of IBVS and SAU minus LFPM's, Stage I and choice of strength included",
-      lambda f: lower(f["rivals"], "LFPM", ("IBVS", "SAU"), "cpu_seconds"), unit="s", swap=both("rivals", "LFPM", "IBVS"), on_paper=lambda f: lower(f["rivals"], "LFPM", ("IBVS", "SAU"), "seconds"),
+# %% ../nbs/23_report.ipynb #1146b703
+claim("cost-time", "LFPM takes less time than SAU and IBVS.", "LFPM Table 14, App E.7", "rivals",
+      "lower CPU seconds of IBVS and SAU minus LFPM's, Stage I and choice of strength included",
+      lambda f: lower(f["rivals"], "LFPM", ("IBVS", "SAU"), "cpu_seconds"), unit="s", swap=both("rivals", "LFPM", "IBVS"),
+      on_paper=lambda f: lower(f["rivals"], "LFPM", ("IBVS", "SAU"), "seconds"),
       differs="Our IBVS trains its two vectors on the same few shadow pictures as everybody else.")
-claim("cost-memory", "LFPM needs about twice SAM's memory.", "LFPM Tables 14 and 15, App E.8", "rivals", "peak memory of LFPM divided by SAM's", lambda f: ratio(f["rivals"], "LFPM", "SAM", "peak_mb"),
-      limit=1.5, unit="×", swap=both("rivals", "LFPM", "SAM"), differs="Our peak includes Stage I, which all defences share and which is the largest step here; on a CPU small activations hide behind it.")
+claim("cost-memory", "LFPM needs about twice SAM's memory.", "LFPM Tables 14 and 15, App E.8", "rivals", "peak memory of LFPM divided by SAM's",
+      lambda f: ratio(f["rivals"], "LFPM", "SAM", "peak_mb"),
+      limit=1.5, unit="×", swap=both("rivals", "LFPM", "SAM"),
+      differs="Our peak includes Stage I, which all defences share and which is the largest step here; on a CPU small activations hide behind it.")
 claim("efficiency-order", "The three mechanisms of Stage II cost time.", "LFPM Table 15, App E.8", "efficiency", "seconds with all three divided by SAM's",
       lambda f: ratio(f["efficiency"], "C1 + C2 + C3", "SAM", "seconds"), limit=1, unit="×", swap=both("efficiency", "C1 + C2 + C3", "SAM"))
 claim("efficiency-small", "But not much.", "LFPM Table 15, App E.8", "efficiency", "seconds with all three divided by SAM's",
@@ -415,23 +429,26 @@ def without(f: dict, full: str, less: str, metric: str) -> tuple[pd.Series, dict
     name = lambda e: " + ".join(e.removeprefix("ablation_").upper())
     return a - b, {name(less): a, name(full): b}
 
-# %% ../nbs/23_report.ipynb #031a5b3b
+# %% ../nbs/23_report.ipynb #42cf64b6
 claim("without-A", "Without the subspace partition (A) clean accuracy drops.", "LFPM Table 16, App E.9", ("ablation_abc", "ablation_bc"), "CA with A + B + C minus CA with B + C",
       lambda f: without(f, "ablation_bc", "ablation_abc", "CA"), swap=(("ablation_abc", "LFPM"), ("ablation_bc", "LFPM")),
       differs="In this lab a working trigger moves features inside the space that classes need, so the partition hides it (nbs/12_subspace.ipynb).")
-claim("without-C", "Without accumulation and path integral (C) most of the backdoor stays.", "LFPM Table 16, App E.9", ("ablation_abc", "ablation_ab"), "ASR(T) with A + B minus ASR(T) with A + B + C",
+claim("without-C", "Without accumulation and path integral (C) most of the backdoor stays.", "LFPM Table 16, App E.9", ("ablation_abc", "ablation_ab"),
+      "ASR(T) with A + B minus ASR(T) with A + B + C",
       lambda f: without(f, "ablation_abc", "ablation_ab", "ASR_T"), limit=10, swap=(("ablation_abc", "LFPM"), ("ablation_ab", "LFPM")))
-claim("C-beats-B", "C removes more of the backdoor than the worst-case prompt (B) does.", "LFPM Table 16, App E.9", ("ablation_ac", "ablation_ab"), "ASR(T) with A + B minus ASR(T) with A + C",
+claim("C-beats-B", "C removes more of the backdoor than the worst-case prompt (B) does.", "LFPM Table 16, App E.9", ("ablation_ac", "ablation_ab"),
+      "ASR(T) with A + B minus ASR(T) with A + C",
       lambda f: without(f, "ablation_ac", "ablation_ab", "ASR_T"), swap=(("ablation_ac", "LFPM"), ("ablation_ab", "LFPM")))
 
-# %% ../nbs/23_report.ipynb #c8bc3f88
+# %% ../nbs/23_report.ipynb #f42654bf
 PLAIN = ("SA", "Fisher", "RegMean", "TA", "TIES", "ConcreteTA")
 LEARNT = ("AdaTask", "AdaLayer", "ConcreteTask", "ConcreteLayer")     # coefficients learnt from unlabelled pictures
 POST = ("ANP", "AWM", "SAU")                                          # on the best merge without a defence, Concrete layer-wise
 claim("succession", "No merge removes the backdoor of a poisoned task (succession).", "DAM Figs 2 and 7, Tables 2 and 14", "succession_transfer", "lowest ASR(T) of ten merges",
       lambda f: worst(1, *((m, (at(f["succession_transfer"], m, "ASR_T"), {"ASR(T)": at(f["succession_transfer"], m, "ASR_T")})) for m in (*PLAIN, *LEARNT))),
       limit=50, unit="%", swap=both("succession_transfer", "SA", "individual (clean)"))
-claim("transfer", "The backdoor reaches tasks whose contributor is clean (transfer).", "DAM Figs 3 and 8, Table 13", "succession_transfer", "ASR(N) of Task Arithmetic minus that of the individual models",
+claim("transfer", "The backdoor reaches tasks whose contributor is clean (transfer).", "DAM Figs 3 and 8, Table 13", "succession_transfer",
+      "ASR(N) of Task Arithmetic minus that of the individual models",
       lambda f: higher(f["succession_transfer"], "TA", ["individual"], "ASR_N"), swap=both("succession_transfer", "TA", "individual"),
       on_paper=lambda f: higher(f["dam_mixed"], "TA", ["individual"], "ASR_N"))              # Table 9 prints the same clean contributors
 claim("learnt-merges", "Merges that learn their coefficients still carry a backdoor.", "DAM Finding 1, Table 2", "merging",
@@ -442,23 +459,27 @@ claim("learnt-merges", "Merges that learn their coefficients still carry a backd
 claim("dam-badmerging", "BadMerging does not get through DAM.", "DAM Table 5, Sec 4.2", "merging", "ASR(T) of DAM with the poisoned contributor minus with his clean twin",
       lambda f: higher(f["merging"], "DAM", ["DAM (clean)"], "ASR_T"), sense=-1, limit=5, swap=both("merging", "DAM", "TA"))
 
-# %% ../nbs/23_report.ipynb #885bcd73
-claim("layer-wise", "Layer-wise coefficients are more accurate than task-wise ones.", "DAM App C.2, Table 2", "succession_transfer", "CA layer-wise minus task-wise, the smaller of AdaMerging's and Concrete's",
-      lambda f: worst(1, *((b, higher(f["succession_transfer"], b, [a], "CA")) for a, b in (("AdaTask", "AdaLayer"), ("ConcreteTask", "ConcreteLayer")))), swap=both("succession_transfer", "AdaTask", "AdaLayer"))
+# %% ../nbs/23_report.ipynb #4ec6e8a7
+claim("layer-wise", "Layer-wise coefficients are more accurate than task-wise ones.", "DAM App C.2, Table 2", "succession_transfer",
+      "CA layer-wise minus task-wise, the smaller of AdaMerging's and Concrete's",
+      lambda f: worst(1, *((b, higher(f["succession_transfer"], b, [a], "CA")) for a, b in (("AdaTask", "AdaLayer"), ("ConcreteTask", "ConcreteLayer")))),
+      swap=both("succession_transfer", "AdaTask", "AdaLayer"))
 claim("ties-poor", "TIES is less safe than Fisher and RegMean.", "DAM App C.2, Table 2", "succession_transfer", "ASR(T) of TIES minus the higher of Fisher's and RegMean's",
       lambda f: higher(f["succession_transfer"], "TIES", ("Fisher", "RegMean"), "ASR_T"), swap=both("succession_transfer", "TIES", "Fisher"))
 for name, words, where in (("two", "two poisoned contributors", "Table 2"), ("four", "four poisoned contributors", "Table 3"), ("mixed", "two kinds of attack", "Table 9"),
                            ("other", "two other poisoned contributors", "Table 11"), ("domain", "one poisoned contributor from another domain", "Table 15")):
-    claim(f"dam-{name}", f"With {words}, DAM leaves less than any other merge that learns.", f"DAM {where}, Sec 4.2", f"dam_{name}", "lowest ASR(T) of AdaMerging and Concrete AdaMerging, task- and layer-wise, minus DAM's",
+    claim(f"dam-{name}", f"With {words}, DAM leaves less than any other merge that learns.", f"DAM {where}, Sec 4.2", f"dam_{name}",
+          "lowest ASR(T) of AdaMerging and Concrete AdaMerging, task- and layer-wise, minus DAM's",
           lambda f, e=f"dam_{name}": lower(f[e], "DAM", LEARNT, "ASR_T"), swap=both(f"dam_{name}", "DAM", "ConcreteLayer"))
 claim("dam-rest", "Even DAM leaves most of the backdoor of the poisoned tasks (its table, not its text).", "DAM Table 2", "dam_two", "ASR(T) of DAM",
       lambda f: (at(f["dam_two"], "DAM", "ASR_T"), {m: at(f["dam_two"], m, "ASR_T") for m in ("SA", "DAM")}), limit=30, unit="%", swap=both("dam_two", "DAM", "individual (clean)"))
 claim("dam-ca", "DAM gives up only about a point of accuracy.", "DAM Table 2, Sec 4.2", "dam_two", "highest CA of ten merges minus DAM's",
       lambda f: (lambda v, p: (-v, p))(*higher(f["dam_two"], "DAM", (*PLAIN, *LEARNT), "CA")), sense=-1, limit=2, swap=both("dam_two", "DAM", "SA"))
-claim("domain-weak", "A single backdoor from another domain is weakened by merging alone.", "DAM Table 15, App C.5", "dam_domain", "ASR(T) of the poisoned contributor minus that of layer-wise AdaMerging",
+claim("domain-weak", "A single backdoor from another domain is weakened by merging alone.", "DAM Table 15, App C.5", "dam_domain",
+      "ASR(T) of the poisoned contributor minus that of layer-wise AdaMerging",
       lambda f: higher(f["dam_domain"], "individual", ["AdaLayer"], "ASR_T"), limit=20, swap=both("dam_domain", "individual", "AdaLayer"))
 
-# %% ../nbs/23_report.ipynb #3a635cd3
+# %% ../nbs/23_report.ipynb #bda303de
 def _post_time(f: dict) -> tuple[pd.Series, dict]:
     "CPU seconds of the best merge and a defence after it, the cheapest of three, minus DAM's."
     df, dam = f["dam_two"], at(f["dam_two"], "DAM", "cpu_seconds")
@@ -466,16 +487,19 @@ def _post_time(f: dict) -> tuple[pd.Series, dict]:
     return pd.DataFrame(total).min(axis=1, skipna=False) - dam, {"DAM": dam, **total}
 
 
-claim("dam-post", "DAM leaves less than merging first and defending afterwards (ANP, AWM, SAU).", "DAM Table 2, Sec 4.2", "dam_two", "lowest ASR(T) of the best merge after ANP, AWM or SAU minus DAM's",
+claim("dam-post", "DAM leaves less than merging first and defending afterwards (ANP, AWM, SAU).", "DAM Table 2, Sec 4.2", "dam_two",
+      "lowest ASR(T) of the best merge after ANP, AWM or SAU minus DAM's",
       lambda f: lower(f["dam_two"], "DAM", [f"ConcreteLayer + {d}" for d in POST], "ASR_T"), swap=both("dam_two", "DAM", "SA"))
-claim("dam-time", "DAM takes less time than merging and then defending.", "DAM Table 8, App C.4", "dam_two", "CPU seconds of the best merge and the cheapest of ANP, AWM, SAU after it, minus DAM's",
+claim("dam-time", "DAM takes less time than merging and then defending.", "DAM Table 8, App C.4", "dam_two",
+      "CPU seconds of the best merge and the cheapest of ANP, AWM, SAU after it, minus DAM's",
       _post_time, unit="s", swap=both("dam_two", "DAM", "ConcreteLayer + ANP"), on_paper=lambda f: lower(f["dam_cost"], "DAM", POST, "minutes"))
 claim("dam-masks", "Both of DAM's masks are needed: without either one more of the backdoor stays.", "DAM Table 6", "dam_masks", "lowest ASR(T) without one or both masks minus DAM's",
       lambda f: lower(f["dam_masks"], "DAM", ("DAM without M1", "DAM without M2", "DAM without masks"), "ASR_T"), swap=both("dam_masks", "DAM", "DAM without M2"))
-claim("wag-asr", "DAM leaves less than averaging with clean twins (WAG).", "DAM Table 4", "wag", "ASR(T) of WAG minus DAM's", lambda f: lower(f["wag"], "DAM", ["WAG"], "ASR_T"), swap=both("wag", "DAM", "WAG"))
+claim("wag-asr", "DAM leaves less than averaging with clean twins (WAG).", "DAM Table 4", "wag", "ASR(T) of WAG minus DAM's",
+      lambda f: lower(f["wag"], "DAM", ["WAG"], "ASR_T"), swap=both("wag", "DAM", "WAG"))
 claim("wag-ca", "DAM is more accurate than WAG.", "DAM Table 4", "wag", "CA of DAM minus WAG's", lambda f: higher(f["wag"], "DAM", ["WAG"], "CA"), swap=both("wag", "DAM", "WAG"))
 
-# %% ../nbs/23_report.ipynb #11e5e099
+# %% ../nbs/23_report.ipynb #9a116634
 def _printed(name: str, every: pd.DataFrame) -> pd.DataFrame:
     "The printed table of an experiment in our terms: LFPM's ablations are LFPM, DAM's attack success is ASR_T on poisoned tasks and ASR_N on clean ones."
     paper, number = SOURCES[name]
@@ -486,15 +510,16 @@ def _printed(name: str, every: pd.DataFrame) -> pd.DataFrame:
         return of[of.method == keep].assign(method="LFPM")
     if number == 13 and paper == "LFPM": return of.assign(kind="curvature prompted", epoch=of.task.str[-1].astype(int))
     if paper == "LFPM": return of[of.task != "epoch"].replace(dict(task={"total": "average"}))
-    asr, whole = of[of.metric == "ASR"], of[of.task == "average"]
+    asr = of[of.metric == "ASR"]
     hit = asr[asr.task == "poisoned tasks"].assign(task="average", metric="ASR_T")
     single = asr[~asr.task.isin(["average", "poisoned tasks"])]
     spared = single[~attacked(single)].groupby("method", sort=False).value.mean().reset_index()
     if hit.empty: hit = asr[asr.task == "average"].assign(metric="ASR_T")                      # only the mean over all tasks is printed
-    out = pd.concat([of[of.metric == "CA"], hit, spared.assign(task="average", metric="ASR_N", kind="model", n=0, lam=np.nan), whole[whole.metric == "minutes"], of[of.metric == "minutes"].assign(task="average")])
+    spared = spared.assign(task="average", metric="ASR_N", kind="model", n=0, lam=np.nan)
+    out = pd.concat([of[of.metric == "CA"], hit, spared, of[of.metric == "minutes"].assign(task="average")])
     return out.assign(method=out.method.replace({d: f"ConcreteLayer + {d}" for d in POST}) if name != "dam_cost" else out.method)
 
-
+# %% ../nbs/23_report.ipynb #1e049a58
 def paper_frames() -> dict[str, pd.DataFrame]:
     "{experiment: its printed table as tidy rows of seed 0}; `rivals` has the costs of Table 14 too."
     every = load_paper()
@@ -507,7 +532,7 @@ def judge_paper(c: Claim, frames: dict) -> Verdict:
     "The claim on its paper's own printed numbers."
     return judge(replace(c, check=c.on_paper or c.check, needs=c.needs if c.on_paper is None else ()), frames)
 
-# %% ../nbs/23_report.ipynb #a87dbd07
+# %% ../nbs/23_report.ipynb #a26bae74
 TITLES = {"CA": "CA %", "ASR_T": "ASR(T) %", "ASR_N": "ASR(N) %", "path_ASR": "Path-ASR %", "lam": "λ", "cpu_seconds": "CPU s", "peak_mb": "peak MB"}
 DIGITS = {"lam": 2, "cpu_seconds": 0, "peak_mb": 0}
 
@@ -524,16 +549,17 @@ def _by_method(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
     avg = r.df[(r.df.task == "average") & r.df.kind.isin(["model", "summary"])]
     methods = list(dict.fromkeys(avg.method))
     theirs = {} if printed is None else printed[printed.task == "average"].set_index(["method", "metric"]).value.to_dict()
+    show = lambda m, k: f"{theirs[m, k]:.{DIGITS.get(k, 2)}f}" if (m, k) in theirs else "–"
     methods += [m for m in dict.fromkeys(m for m, _ in theirs) if m not in methods]
     out = {}
     for metric, title in TITLES.items():
         of = avg[avg.metric == metric]
         if len(of): out[title, "ours"] = {m: spread(of[of.method == m].value, DIGITS.get(metric)) for m in methods}
-        if len(of) and any(k == metric for _, k in theirs): out[title, "paper"] = {m: f"{theirs[m, metric]:.{DIGITS.get(metric, 2)}f}" if (m, metric) in theirs else "–" for m in methods}
+        if len(of) and any(k == metric for _, k in theirs): out[title, "paper"] = {m: show(m, metric) for m in methods}
     seeds = avg.groupby("method").seed.nunique()
     return pd.DataFrame(out | {("seeds", ""): {m: str(seeds.get(m, 0) or "–") for m in methods}}).loc[methods]
 
-# %% ../nbs/23_report.ipynb #0be8e730
+# %% ../nbs/23_report.ipynb #4f4660a5
 def _by_epoch(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
     "A curvature run: one row a method and epoch, ours (prompted pictures) beside Table 13."
     of = r.df[r.df.kind == "curvature prompted"]
@@ -544,7 +570,7 @@ def _by_epoch(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
     t = pd.DataFrame(out).astype(object).fillna("–").sort_index(kind="stable")
     return t.set_axis([f"{m}, epoch {e:.2g}" for m, e in t.index]).sort_index(axis=1, kind="stable")
 
-
+# %% ../nbs/23_report.ipynb #5639c912
 def _by_path(r: Results) -> pd.DataFrame:
     "A CTL run: how far coefficient and cosine of the output features stray from 1 on each path."
     of = r.df[(r.df.block == "feature") & r.df.metric.isin(["coefficient", "cosine"])]
@@ -563,7 +589,7 @@ def beside(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
     if "epoch" in r.df: return _by_epoch(r, printed)
     return _by_path(r) if "block" in r.df else _by_method(r, printed)
 
-# %% ../nbs/23_report.ipynb #0559744a
+# %% ../nbs/23_report.ipynb #d3b631c2
 @dataclass
 class Mark:
     "Points, a line (`dash`) or bars (`bar`) of one name: numbers x against numbers or categories y."
@@ -578,7 +604,7 @@ class Mark:
     hover: list = field(default_factory=list)
     size: float = 8
 
-
+# %% ../nbs/23_report.ipynb #041a70ac
 @dataclass
 class Chart:
     "Marks with titles; `symlog`: the x axis is linear within ±1 and logarithmic outside; `zero`: a line there; `tall`: height in pixels."
@@ -597,7 +623,7 @@ def squeeze(v):
     v = np.asarray(v, float)
     return np.where(np.abs(v) <= 1, v, np.sign(v) * (1 + np.log10(np.maximum(np.abs(v), 1))))
 
-# %% ../nbs/23_report.ipynb #a594db76
+# %% ../nbs/23_report.ipynb #0e46939e
 TICKS = (-1000, -100, -10, -1, 0, 1, 10, 100, 1000)
 
 
@@ -622,14 +648,14 @@ def mpl(self):
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), fontsize=8)
     return fig
 
-
+# %% ../nbs/23_report.ipynb #39352563
 @method(Chart)
 def span(self) -> tuple:
     "x limits of a symlog chart, in squeezed units."
     far = max((abs(v) for m in self.marks for v in squeeze(m.x)), default=1) + .3
     return -far, far
 
-# %% ../nbs/23_report.ipynb #d4ae53e6
+# %% ../nbs/23_report.ipynb #6b014245
 @method(Chart)
 def plotly(self):
     "The chart as a plotly figure."
@@ -640,14 +666,16 @@ def plotly(self):
         also = dict(name=m.name, legendgroup=m.name, showlegend=m.name not in named, text=text, hovertemplate="%{text}<extra></extra>"); named.add(m.name)
         if m.bar: fig.add_bar(x=x, y=list(m.y), orientation="h", marker=dict(color=m.colour, pattern=dict(shape=m.bar)), textposition="none", **also); continue
         shape = MARKS[m.symbol] + ("-open" if m.hollow else "")
-        fig.add_scatter(x=x, y=list(m.y), mode="lines+markers" if m.dash else "markers", line=dict(color=m.colour, dash=m.dash or "solid"), marker=dict(color=m.colour, symbol=shape, size=m.size, line=dict(width=2 if m.hollow else 0)), **also)
+        fig.add_scatter(x=x, y=list(m.y), mode="lines+markers" if m.dash else "markers", line=dict(color=m.colour, dash=m.dash or "solid"),
+                        marker=dict(color=m.colour, symbol=shape, size=m.size, line=dict(width=2 if m.hollow else 0)), **also)
     if self.categories: fig.update_yaxes(categoryorder="array", categoryarray=self.categories[::-1], tickfont=dict(size=11), automargin=True)
     if self.symlog: fig.update_xaxes(tickvals=list(squeeze(TICKS)), ticktext=[f"{t:g}" for t in TICKS], range=self.span())
     if self.zero: fig.add_vline(0, line=dict(color="#555", width=1))
     fig.update_xaxes(title=self.xlabel); fig.update_yaxes(title=self.ylabel)
-    return fig.update_layout(template="plotly_white", height=self.tall, margin=dict(l=50, r=15, t=40, b=50), title=dict(text=self.title, font=dict(size=14)), legend=dict(orientation="h", traceorder="reversed" if self.categories else "normal", yanchor="top", y=-60 / max(self.tall - 150, 1)))
+    return fig.update_layout(template="plotly_white", height=self.tall, margin=dict(l=50, r=15, t=40, b=50), title=dict(text=self.title, font=dict(size=14)),
+        legend=dict(orientation="h", traceorder="reversed" if self.categories else "normal", yanchor="top", y=-60 / max(self.tall - 150, 1)))
 
-# %% ../nbs/23_report.ipynb #7867322c
+# %% ../nbs/23_report.ipynb #236412fe
 def chart_claims(verdicts: dict[str, Verdict]) -> Chart:
     "One line a judged claim, one mark a seed; right of zero is where the paper says it should be."
     judged = {k: v for k, v in verdicts.items() if len(v.value)}
@@ -657,7 +685,8 @@ def chart_claims(verdicts: dict[str, Verdict]) -> Chart:
         of = [(claims[k], s, v) for k in order if judged[k].verdict == word for s, v in judged[k].value.items()]
         if of: marks.append(Mark(word, [c.sense * (v - c.limit) for c, _, v in of], [c.id for c, _, _ in of], colour, dict(confirmed="o", contradicted="x").get(word, "s"),
                                  hover=[f"{c.text}<br>seed {s}: {v:.3g} {c.unit}, expected {c.threshold}" for c, s, v in of]))
-    return Chart("distance from the claim's threshold, every seed", "wrong side  ←  0  →  as the paper says, in the claim's own unit", "", marks, True, True, 120 + 19 * max(len(order), 3), order)
+    return Chart("distance from the claim's threshold, every seed", "wrong side  ←  0  →  as the paper says, in the claim's own unit", "", marks, True, True,
+                 120 + 19 * max(len(order), 3), order)
 
 
 def chart_rivals(df: pd.DataFrame, printed: pd.DataFrame) -> Chart:
@@ -668,23 +697,27 @@ def chart_rivals(df: pd.DataFrame, printed: pd.DataFrame) -> Chart:
     for m in names:
         colour, _, symbol = look[m]
         seeds = avg[(avg.method == m) & avg.metric.isin(["CA", "ASR_T"])].pivot_table(index="seed", columns="metric", values="value")
-        marks.append(Mark(m, seeds.CA.tolist(), seeds.ASR_T.tolist(), colour, symbol, hover=[f"{m}, seed {s}: CA {a:.1f} %, ASR(T) {b:.1f} %" for s, a, b in zip(seeds.index, seeds.CA, seeds.ASR_T)]))
+        marks.append(Mark(m, seeds.CA.tolist(), seeds.ASR_T.tolist(), colour, symbol,
+                          hover=[f"{m}, seed {s}: CA {a:.1f} %, ASR(T) {b:.1f} %" for s, a, b in zip(seeds.index, seeds.CA, seeds.ASR_T)]))
         p = printed[(printed.method == m) & (printed.task == "average")].set_index("metric").value
         if {"CA", "ASR_T"} <= set(p.index):
             marks.append(Mark(f"{m}, paper", [p["CA"]], [p["ASR_T"]], colour, symbol, hollow=True, size=11, hover=[f"{m}, paper: CA {p['CA']:.1f} %, ASR(T) {p['ASR_T']:.1f} %"]))
     return Chart("every defence at the λ of its rule: filled ours, one mark a seed; hollow the paper", "clean accuracy CA, %  →  better", "ASR(T), %  ↓ better", marks, tall=560)
 
-# %% ../nbs/23_report.ipynb #ef7cdf0b
+# %% ../nbs/23_report.ipynb #616fda88
 def chart_merges(df: pd.DataFrame) -> Chart:
     "ASR(T) of every merge: poisoned, after LFPM, and the clean merge under the same trigger; mean over seeds."
     mean = df[(df.task == "average") & (df.metric == "ASR_T") & (df.kind == "model")].groupby("method", sort=False).value.mean()
     names = [m for m in mean.index if f"{m} (clean)" in mean and not m.startswith("individual")]
     first = names[0]
-    rows = (("poisoned merge", "#d55e00", "/", lambda m: m), ("after LFPM", "#0072b2", "x", lambda m: f"{m} + LFPM" if m != first else "LFPM"), ("clean merge, same trigger", "#555555", ".", lambda m: f"{m} (clean)"))
-    marks = [Mark(name, [mean.get(row(m), np.nan) for m in names], names, colour, bar=hatch, hover=[f"{row(m)}: {mean.get(row(m), np.nan):.1f} %" for m in names]) for name, colour, hatch, row in rows]
-    return Chart(f"attack success of every merge, mean over {df.seed.nunique()} seed{'s' * (df.seed.nunique() > 1)}", "ASR(T), %", "", marks, tall=140 + 34 * len(names), categories=names)
+    rows = (("poisoned merge", "#d55e00", "/", lambda m: m), ("after LFPM", "#0072b2", "x", lambda m: f"{m} + LFPM" if m != first else "LFPM"),
+        ("clean merge, same trigger", "#555555", ".", lambda m: f"{m} (clean)"))
+    marks = [Mark(name, [mean.get(row(m), np.nan) for m in names], names, colour, bar=hatch,
+        hover=[f"{row(m)}: {mean.get(row(m), np.nan):.1f} %" for m in names]) for name, colour, hatch, row in rows]
+    return Chart(f"attack success of every merge, mean over {df.seed.nunique()} seed{'s' * (df.seed.nunique() > 1)}", "ASR(T), %", "", marks,
+                 tall=140 + 34 * len(names), categories=names)
 
-
+# %% ../nbs/23_report.ipynb #292f5b1d
 def chart_lines(df: pd.DataFrame, kind: str, metric: str, x: str, title: str, xlabel: str, printed: pd.DataFrame | None = None) -> Chart:
     "One line a method of a CTL or curvature run (mean over seeds), the paper's dotted and hollow."
     of = df[(df.kind == kind) & (df.metric == metric)]
@@ -706,7 +739,7 @@ def over_seeds(df: pd.DataFrame) -> pd.DataFrame:
     chosen = out[(out.kind == "summary") & (out.metric == "lam")].set_index("method").value
     return out.assign(lam=out.lam.where(out.kind != "summary", out.method.map(chosen)), lo=np.nan, hi=np.nan, seed=0)
 
-# %% ../nbs/23_report.ipynb #8a023eaa
+# %% ../nbs/23_report.ipynb #fc42e78c
 def figures(r: Results, printed: pd.DataFrame | None) -> dict[str, tuple]:
     "{file name: (matplotlib figure, plotly figure, caption)} of one experiment."
     out, seeds = {}, f"mean over seeds {', '.join(map(str, r.seeds))}"
@@ -715,7 +748,8 @@ def figures(r: Results, printed: pd.DataFrame | None) -> dict[str, tuple]:
         add(f"{r.name}-curvature", chart_lines(r.df, "curvature prompted", "E_over_delta", "epoch", "E/‖Δ‖ on prompted pictures", "epochs", printed), seeds)
         add(f"{r.name}-delta", chart_lines(r.df, "curvature prompted", "delta", "epoch", "‖Δ‖, distance from the merged model", "epochs", printed), seeds)
     elif "block" in r.df:
-        for kind in ("clean", "prompted"): add(f"{r.name}-{kind}", chart_lines(r.df, f"ctl {kind}", "coefficient", "lam", f"CTL coefficient of the output features, {kind} pictures", "λ"), seeds)
+        for kind in ("clean", "prompted"):
+            add(f"{r.name}-{kind}", chart_lines(r.df, f"ctl {kind}", "coefficient", "lam", f"CTL coefficient of the output features, {kind} pictures", "λ"), seeds)
     elif r.name == "merging": add(r.name, chart_merges(r.df), seeds)
     elif (r.df.kind == "path").any():
         if r.name == "rivals": add("rivals-scatter", chart_rivals(r.df, printed), "a rival to the lower right of LFPM would be better than it")
@@ -723,7 +757,7 @@ def figures(r: Results, printed: pd.DataFrame | None) -> dict[str, tuple]:
         out[f"{r.name}-path"] = (draw_path(mean), plot_path(mean), f"along λ, {seeds}; thin grey lines: what innocent models reach under the same trigger")
     return out
 
-# %% ../nbs/23_report.ipynb #b21d44c3
+# %% ../nbs/23_report.ipynb #cc53e782
 STYLE_SHEET = """
 :root{--ink:#1b1f24;--soft:#5b6470;--line:#d9dee4;--bg:#fff;--band:#f5f7f9}
 *{box-sizing:border-box} body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--bg);margin:0 auto;max-width:1220px;padding:18px 22px 60px}
@@ -749,7 +783,7 @@ addEventListener("beforeprint",()=>{show("all");document.querySelectorAll("detai
 addEventListener("afterprint",()=>document.querySelectorAll(".js-plotly-plot").forEach(p=>Plotly.relayout(p,{width:null,autosize:true})));
 """
 
-# %% ../nbs/23_report.ipynb #fddac669
+# %% ../nbs/23_report.ipynb #bb134089
 def html_table(t: pd.DataFrame, left: str = "") -> str:
     "A text table as HTML; a column group gets one heading, rows called `(clean)` are set apart, the papers' numbers are greyed."
     heads = [c if isinstance(c, tuple) else (c,) for c in t.columns]
@@ -774,7 +808,7 @@ def plotly_div(fig) -> str:
     "A plotly figure as a piece of the page; plotly.js itself is there once."
     return fig.to_html(full_html=False, include_plotlyjs=False, config=dict(responsive=True, displayModeBar=False))
 
-
+# %% ../nbs/23_report.ipynb #5c0f1158
 def said(c: Claim, v: Verdict) -> str:
     "The deciding number in words: mean (lowest to highest seed), unit, in how many seeds the test holds; a dash where there is none."
     if v.value.empty: return "–"
@@ -783,7 +817,7 @@ def said(c: Claim, v: Verdict) -> str:
     many = f" ({v.value.min():.{d}f} to {v.value.max():.{d}f}), holds in {held} of {n} seeds" if n > 1 else ""
     return (f"{v.value.mean():.{d}f} {c.unit}".strip() + many).replace("-", "−")
 
-# %% ../nbs/23_report.ipynb #b45b4755
+# %% ../nbs/23_report.ipynb #eb1a4a99
 def claim_card(c: Claim, v: Verdict, own: Verdict) -> str:
     "One line of the ledger: verdict (word, sign and border, colour only in addition), claim and test, our number and the paper's, details by seed."
     sign, colour = VERDICTS[v.verdict]
@@ -799,7 +833,7 @@ def claim_card(c: Claim, v: Verdict, own: Verdict) -> str:
             f"<div><h3>{e(c.text)}</h3><div class=soft><code>{c.id}</code> {e(c.where)}. Test: {e(c.words)}, {e(c.threshold)} in every seed.</div></div>"
             f"<div class=num>{ours}<br><b>paper</b> {e(theirs)}</div><details><summary>numbers by seed, experiments {e(', '.join(c.needs))}</summary>{why}{seeds}{flips}</details></section>")
 
-# %% ../nbs/23_report.ipynb #2b1ac36e
+# %% ../nbs/23_report.ipynb #8b8dcb79
 @dataclass
 class Report:
     "All that the page shows: results, what was left out, verdicts on ours and on the papers' own tables."
@@ -814,35 +848,44 @@ class Report:
     def of(cls, preset: str = "lab", roots: list | None = None) -> "Report":
         found, left = gather(preset, roots)
         printed, frames = paper_frames(), {k: r.df for k, r in found.items()}
-        return cls(preset, dict(sorted(found.items(), key=lambda x: list(SOURCES).index(x[0]))), left, printed, {k: judge(c, frames, preset) for k, c in claims.items()}, {k: judge_paper(c, printed) for k, c in claims.items()})
+        return cls(preset, dict(sorted(found.items(), key=lambda x: list(SOURCES).index(x[0]))), left, printed,
+                   {k: judge(c, frames, preset) for k, c in claims.items()}, {k: judge_paper(c, printed) for k, c in claims.items()})
 
-    @property
-    def counts(self) -> dict[str, int]: return {v: sum(x.verdict == v for x in self.verdicts.values()) for v in VERDICTS}
+# %% ../nbs/23_report.ipynb #bd646d35
+@method(Report)
+def counts(self) -> dict[str, int]:
+    "{verdict: how many claims}."
+    return {v: sum(x.verdict == v for x in self.verdicts.values()) for v in VERDICTS}
 
-    @property
-    def summary(self) -> str:
-        seconds, seeds = sum(r.seconds for r in self.found.values()), sorted({s for r in self.found.values() for s in r.seeds})
-        return (f"{len(claims)} claims of two papers: " + ", ".join(f"{n} {v}" for v, n in self.counts.items()) + f". Preset {self.preset}, {len(self.found)} experiments, seeds {', '.join(map(str, seeds)) or 'none'}, "
-                f"{seconds / 3600:.1f} hours of computing (a stage that several runs share is counted in the first).")
 
-    def warnings(self) -> list[str]:
-        "What was left out or does not fit together."
-        out = [f"{r.name}: configuration {r.config} (the one started last) is shown; left out: {', '.join(f'{c} ({len(fs)} runs)' for c, fs in r.others.items())}" for r in self.found.values() if r.others]
-        versions = {json.dumps(r.versions, sort_keys=True) for r in self.found.values()}
-        if len(versions) > 1: out.append(f"the experiments were computed with {len(versions)} different sets of versions; compare numbers within one experiment only")
-        return out + [f"{k}: {why}" for k, why in self.left.items()]
+@method(Report)
+def summary(self) -> str:
+    "One paragraph: verdicts, preset, seeds, hours."
+    seconds, seeds = sum(r.seconds for r in self.found.values()), sorted({s for r in self.found.values() for s in r.seeds})
+    return (f"{len(claims)} claims of two papers: " + ", ".join(f"{n} {v}" for v, n in self.counts().items())
+            + f". Preset {self.preset}, {len(self.found)} experiments, seeds {', '.join(map(str, seeds)) or 'none'}, "
+            f"{seconds / 3600:.1f} hours of computing (a stage that several runs share is counted in the first).")
 
-# %% ../nbs/23_report.ipynb #7f987e3c
+
+@method(Report)
+def warnings(self) -> list[str]:
+    "What was left out or does not fit together."
+    out = [f"{r.name}: configuration {r.config} (the one started last) is shown; left out: {', '.join(f'{c} ({len(fs)} runs)' for c, fs in r.others.items())}" for r in self.found.values() if r.others]
+    versions = {json.dumps(r.versions, sort_keys=True) for r in self.found.values()}
+    if len(versions) > 1: out.append(f"the experiments were computed with {len(versions)} different sets of versions; compare numbers within one experiment only")
+    return out + [f"{k}: {why}" for k, why in self.left.items()]
+
+# %% ../nbs/23_report.ipynb #0679dea9
 @method(Report)
 def ledger(self) -> str:
     buttons = "".join(f'<button data-v="{v}" aria-pressed="{"true" if v == "all" else "false"}">{s} <b>{n}</b> {v}</button>' for v, s, n in
-                      [("all", "", len(claims)), *((v, VERDICTS[v][0], n) for v, n in self.counts.items())])
+                      [("all", "", len(claims)), *((v, VERDICTS[v][0], n) for v, n in self.counts().items())])
     picture = plotly_div(chart_claims(self.verdicts).plotly())
     order = sorted(claims, key=lambda k: (list(VERDICTS).index(self.verdicts[k].verdict) == 2))          # what can be judged first, else as registered
     cards = "".join(claim_card(claims[k], self.verdicts[k], self.own[k]) for k in order)
     return f'<h2 id=claims>Claims</h2><p>A claim is confirmed if its test holds in every seed. Select:</p><div class=bar role=group aria-label="filter by verdict">{buttons}</div><figure>{picture}</figure>{cards}'
 
-
+# %% ../nbs/23_report.ipynb #3911887e
 @method(Report)
 def section(self, r: Results, drawn: dict) -> str:
     "One experiment: what it repeats, its table beside the paper's, figures, how it was made."
@@ -855,7 +898,7 @@ def section(self, r: Results, drawn: dict) -> str:
     return (f"<h2 id={r.name}>{r.name}: {paper} {f'Table {number}' if number else 'Fig 5'}</h2>{table}{figs}<details class=made><summary class=soft>{made}</summary>"
             f"<pre>{html.escape(chr(10).join(r.command))}</pre></details>")
 
-
+# %% ../nbs/23_report.ipynb #e976cbd0
 @method(Report)
 def tables(self) -> str:
     "Every printed table, folded, slips marked."
@@ -865,7 +908,7 @@ def tables(self) -> str:
         out.append(f"<details><summary>{paper} Table {number}{f', slips †: {bad}' if bad else ''}</summary>{html_table(paper_table(number, paper), 'printed')}</details>")
     return "<h2 id=printed>What the papers print</h2><p>† behind an average: the mean of its own tasks, which differs by more than rounding. Comparisons use that mean.</p>" + "".join(out)
 
-# %% ../nbs/23_report.ipynb #dffc76f9
+# %% ../nbs/23_report.ipynb #ab9fbd28
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>lfpm_nb: claims and results</title>
 <style>{style}</style><script>{plotly}</script><body><h1>Backdoors in model merging: what holds of two papers' claims</h1>
 <p>{summary}</p><p class=soft>Written {time}. Our numbers come from a small CLIP on small pictures; they test mechanisms and orders, not the papers' digits. LFPM: arXiv 2606.12498. DAM: Yang et al., Defense-Aware Merging.</p>
@@ -878,10 +921,11 @@ def page(self, drawn: dict[str, dict]) -> str:
     from plotly.offline import get_plotlyjs
     notes = "".join(f"<li>{html.escape(w)}</li>" for w in self.warnings())
     body = self.ledger() + "".join(self.section(r, drawn[k]) for k, r in self.found.items()) + self.tables()
-    return PAGE.format(style=STYLE_SHEET, script=SCRIPT, plotly=get_plotlyjs(), summary=html.escape(self.summary), time=time.strftime("%F %T"), body=body,
-                       notes=f"<div class=note><b>Left out, or not of one piece</b><ul>{notes}</ul></div>" if notes else "", links="".join(f"<a href='#{k}'>{k}</a>" for k in self.found))
+    return PAGE.format(style=STYLE_SHEET, script=SCRIPT, plotly=get_plotlyjs(), summary=html.escape(self.summary()), time=time.strftime("%F %T"), body=body,
+                       notes=f"<div class=note><b>Left out, or not of one piece</b><ul>{notes}</ul></div>" if notes else "",
+                       links="".join(f"<a href='#{k}'>{k}</a>" for k in self.found))
 
-# %% ../nbs/23_report.ipynb #c56bb2e4
+# %% ../nbs/23_report.ipynb #ff9c00c7
 def small_png(fig, path: Path) -> None:
     "A matplotlib figure as a PNG of few colours, by rename."
     from PIL import Image
@@ -896,7 +940,8 @@ def markdown(self, drawn: dict) -> str:
     e = lambda x: str(x).replace("|", "\\|")
     line = lambda k: f"| {VERDICTS[self.verdicts[k].verdict][0]} {self.verdicts[k].verdict} | {e(claims[k].text)} | {e(said(claims[k], self.verdicts[k]))} | {e(said(claims[k], self.own[k]))} | {claims[k].threshold} | {claims[k].where} |"
     judged = [k for k in claims if len(self.verdicts[k].value)]
-    out = ["# Claims and results", "", "Written by `lfpm report --gallery`; do not edit.", "", self.summary, "", "![every seed's distance from each claim's threshold](claims.png)", "",
+    out = ["# Claims and results", "", "Written by `lfpm report --gallery`; do not edit.", "", self.summary(), "",
+        "![every seed's distance from each claim's threshold](claims.png)", "",
            "| verdict | claim | ours | paper | expected in every seed | where |", "|---|---|---|---|---|---|", *map(line, judged), ""]
     out += ["Not testable yet: " + ", ".join(f"{k} (`lfpm run {' '.join(claims[k].needs[:1])}`)" for k in claims if k not in judged) + ".", ""]
     for name, r in self.found.items():
@@ -907,7 +952,7 @@ def markdown(self, drawn: dict) -> str:
         out += [line for k, (_, _, caption) in drawn[name].items() for line in (f"![{name}: {caption}]({k}.png)", "")]
     return "\n".join(out)
 
-# %% ../nbs/23_report.ipynb #c3db9e34
+# %% ../nbs/23_report.ipynb #0532d09f
 def write_gallery(report: Report, folder: Path, drawn: dict) -> Path:
     "README.md and PNGs in `folder`, replaced as a whole: nothing of an older gallery stays."
     folder = Path(folder)
@@ -922,7 +967,7 @@ def write_gallery(report: Report, folder: Path, drawn: dict) -> Path:
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-
+# %% ../nbs/23_report.ipynb #637bb703
 @method(Report)
 def write(self, folder, gallery=None) -> Path:
     "Write `report.html` to `folder`, and the small gallery to the folder `gallery` if given; the page's path. ValueError if there is not a single finished run."
