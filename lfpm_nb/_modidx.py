@@ -582,6 +582,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lfpm_nb.report._fall': ('report.html#_fall', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report._look': ('report.html#_look', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report._off': ('report.html#_off', 'lfpm_nb/report.py'),
+                                'lfpm_nb.report._own_fall': ('report.html#_own_fall', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report._paper': ('report.html#_paper', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report._post_time': ('report.html#_post_time', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report._printed': ('report.html#_printed', 'lfpm_nb/report.py'),

@@ -403,11 +403,19 @@ claim("curvature-falls", "The effective curvature E/‖Δ‖ falls during Stage 
       "E/‖Δ‖ after the last epoch divided by that after the first step, prompted pictures",
       lambda f: _fall(f["curvature"], "LFPM"), sense=-1, limit=1, unit="×",
       differs="E is the Hessian of the loss along Δ; see nbs/15a_curvature.ipynb for both readings of the ratio and for the Rayleigh quotient.")
-claim("curvature-own", "The fall is LFPM's doing.", "LFPM Table 13, App E.6", "curvature", "the same quotient of plain fine-tuning minus LFPM's",
-      lambda f: (_fall(f["curvature"], "fine-tuning")[0] - _fall(f["curvature"], "LFPM")[0], {m: _fall(f["curvature"], m)[0] for m in ("LFPM", "fine-tuning")}), unit="×",
-      swap=both("curvature", "LFPM", "fine-tuning"), differs="The paper shows no other method; plain fine-tuning flattens its path as well.")
 
-# %% ../nbs/23_report.ipynb #1146b703
+# %% ../nbs/23_report.ipynb #12046e4d
+def _own_fall(f: dict) -> tuple[pd.Series, dict]:
+    "How far LFPM's quotient is below 1 and below plain fine-tuning's, the smaller of both."
+    fall = {m: _fall(f["curvature"], m)[0] for m in ("LFPM", "fine-tuning")}
+    return np.minimum(1, fall["fine-tuning"]) - fall["LFPM"], fall
+
+
+claim("curvature-own", "The fall is LFPM's doing.", "LFPM Table 13, App E.6", "curvature",
+      "1 and the same quotient of plain fine-tuning, the smaller of both, minus LFPM's", _own_fall, unit="×",
+      swap=both("curvature", "LFPM", "fine-tuning"), differs="The paper shows no other method. Ours trains two epochs on prompts that move the merged model much, and plain fine-tuning is measured beside it.")
+
+# %% ../nbs/23_report.ipynb #cfc1dfad
 claim("cost-time", "LFPM takes less time than SAU and IBVS.", "LFPM Table 14, App E.7", "rivals",
       "lower CPU seconds of IBVS and SAU minus LFPM's, Stage I and choice of strength included",
       lambda f: lower(f["rivals"], "LFPM", ("IBVS", "SAU"), "cpu_seconds"), unit="s", swap=both("rivals", "LFPM", "IBVS"),
@@ -429,7 +437,7 @@ def without(f: dict, full: str, less: str, metric: str) -> tuple[pd.Series, dict
     name = lambda e: " + ".join(e.removeprefix("ablation_").upper())
     return a - b, {name(less): a, name(full): b}
 
-# %% ../nbs/23_report.ipynb #42cf64b6
+# %% ../nbs/23_report.ipynb #6c8d8cff
 claim("without-A", "Without the subspace partition (A) clean accuracy drops.", "LFPM Table 16, App E.9", ("ablation_abc", "ablation_bc"), "CA with A + B + C minus CA with B + C",
       lambda f: without(f, "ablation_bc", "ablation_abc", "CA"), swap=(("ablation_abc", "LFPM"), ("ablation_bc", "LFPM")),
       differs="In this lab a working trigger moves features inside the space that classes need, so the partition hides it (nbs/12_subspace.ipynb).")
@@ -440,7 +448,7 @@ claim("C-beats-B", "C removes more of the backdoor than the worst-case prompt (B
       "ASR(T) with A + B minus ASR(T) with A + C",
       lambda f: without(f, "ablation_ac", "ablation_ab", "ASR_T"), swap=(("ablation_ac", "LFPM"), ("ablation_ab", "LFPM")))
 
-# %% ../nbs/23_report.ipynb #f42654bf
+# %% ../nbs/23_report.ipynb #7accff03
 PLAIN = ("SA", "Fisher", "RegMean", "TA", "TIES", "ConcreteTA")
 LEARNT = ("AdaTask", "AdaLayer", "ConcreteTask", "ConcreteLayer")     # coefficients learnt from unlabelled pictures
 POST = ("ANP", "AWM", "SAU")                                          # on the best merge without a defence, Concrete layer-wise
@@ -459,7 +467,7 @@ claim("learnt-merges", "Merges that learn their coefficients still carry a backd
 claim("dam-badmerging", "BadMerging does not get through DAM.", "DAM Table 5, Sec 4.2", "merging", "ASR(T) of DAM with the poisoned contributor minus with his clean twin",
       lambda f: higher(f["merging"], "DAM", ["DAM (clean)"], "ASR_T"), sense=-1, limit=5, swap=both("merging", "DAM", "TA"))
 
-# %% ../nbs/23_report.ipynb #4ec6e8a7
+# %% ../nbs/23_report.ipynb #0fc7e91c
 claim("layer-wise", "Layer-wise coefficients are more accurate than task-wise ones.", "DAM App C.2, Table 2", "succession_transfer",
       "CA layer-wise minus task-wise, the smaller of AdaMerging's and Concrete's",
       lambda f: worst(1, *((b, higher(f["succession_transfer"], b, [a], "CA")) for a, b in (("AdaTask", "AdaLayer"), ("ConcreteTask", "ConcreteLayer")))),
@@ -479,7 +487,7 @@ claim("domain-weak", "A single backdoor from another domain is weakened by mergi
       "ASR(T) of the poisoned contributor minus that of layer-wise AdaMerging",
       lambda f: higher(f["dam_domain"], "individual", ["AdaLayer"], "ASR_T"), limit=20, swap=both("dam_domain", "individual", "AdaLayer"))
 
-# %% ../nbs/23_report.ipynb #bda303de
+# %% ../nbs/23_report.ipynb #fadd3867
 def _post_time(f: dict) -> tuple[pd.Series, dict]:
     "CPU seconds of the best merge and a defence after it, the cheapest of three, minus DAM's."
     df, dam = f["dam_two"], at(f["dam_two"], "DAM", "cpu_seconds")
@@ -499,7 +507,7 @@ claim("wag-asr", "DAM leaves less than averaging with clean twins (WAG).", "DAM 
       lambda f: lower(f["wag"], "DAM", ["WAG"], "ASR_T"), swap=both("wag", "DAM", "WAG"))
 claim("wag-ca", "DAM is more accurate than WAG.", "DAM Table 4", "wag", "CA of DAM minus WAG's", lambda f: higher(f["wag"], "DAM", ["WAG"], "CA"), swap=both("wag", "DAM", "WAG"))
 
-# %% ../nbs/23_report.ipynb #9a116634
+# %% ../nbs/23_report.ipynb #e00f8e21
 def _printed(name: str, every: pd.DataFrame) -> pd.DataFrame:
     "The printed table of an experiment in our terms: LFPM's ablations are LFPM, DAM's attack success is ASR_T on poisoned tasks and ASR_N on clean ones."
     paper, number = SOURCES[name]
@@ -519,7 +527,7 @@ def _printed(name: str, every: pd.DataFrame) -> pd.DataFrame:
     out = pd.concat([of[of.metric == "CA"], hit, spared, of[of.metric == "minutes"].assign(task="average")])
     return out.assign(method=out.method.replace({d: f"ConcreteLayer + {d}" for d in POST}) if name != "dam_cost" else out.method)
 
-# %% ../nbs/23_report.ipynb #1e049a58
+# %% ../nbs/23_report.ipynb #3be0a6fc
 def paper_frames() -> dict[str, pd.DataFrame]:
     "{experiment: its printed table as tidy rows of seed 0}; `rivals` has the costs of Table 14 too."
     every = load_paper()
@@ -532,7 +540,7 @@ def judge_paper(c: Claim, frames: dict) -> Verdict:
     "The claim on its paper's own printed numbers."
     return judge(replace(c, check=c.on_paper or c.check, needs=c.needs if c.on_paper is None else ()), frames)
 
-# %% ../nbs/23_report.ipynb #a26bae74
+# %% ../nbs/23_report.ipynb #4f3c923a
 TITLES = {"CA": "CA %", "ASR_T": "ASR(T) %", "ASR_N": "ASR(N) %", "path_ASR": "Path-ASR %", "lam": "λ", "cpu_seconds": "CPU s", "peak_mb": "peak MB"}
 DIGITS = {"lam": 2, "cpu_seconds": 0, "peak_mb": 0}
 
@@ -559,7 +567,7 @@ def _by_method(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
     seeds = avg.groupby("method").seed.nunique()
     return pd.DataFrame(out | {("seeds", ""): {m: str(seeds.get(m, 0) or "–") for m in methods}}).loc[methods]
 
-# %% ../nbs/23_report.ipynb #4f4660a5
+# %% ../nbs/23_report.ipynb #79f9045b
 def _by_epoch(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
     "A curvature run: one row a method and epoch, ours (prompted pictures) beside Table 13."
     of = r.df[r.df.kind == "curvature prompted"]
@@ -570,7 +578,7 @@ def _by_epoch(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
     t = pd.DataFrame(out).astype(object).fillna("–").sort_index(kind="stable")
     return t.set_axis([f"{m}, epoch {e:.2g}" for m, e in t.index]).sort_index(axis=1, kind="stable")
 
-# %% ../nbs/23_report.ipynb #5639c912
+# %% ../nbs/23_report.ipynb #0ca4a835
 def _by_path(r: Results) -> pd.DataFrame:
     "A CTL run: how far coefficient and cosine of the output features stray from 1 on each path."
     of = r.df[(r.df.block == "feature") & r.df.metric.isin(["coefficient", "cosine"])]
@@ -589,7 +597,7 @@ def beside(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
     if "epoch" in r.df: return _by_epoch(r, printed)
     return _by_path(r) if "block" in r.df else _by_method(r, printed)
 
-# %% ../nbs/23_report.ipynb #d3b631c2
+# %% ../nbs/23_report.ipynb #06a2c7fe
 @dataclass
 class Mark:
     "Points, a line (`dash`) or bars (`bar`) of one name: numbers x against numbers or categories y."
@@ -604,7 +612,7 @@ class Mark:
     hover: list = field(default_factory=list)
     size: float = 8
 
-# %% ../nbs/23_report.ipynb #041a70ac
+# %% ../nbs/23_report.ipynb #4b9fb506
 @dataclass
 class Chart:
     "Marks with titles; `symlog`: the x axis is linear within ±1 and logarithmic outside; `zero`: a line there; `tall`: height in pixels."
@@ -623,7 +631,7 @@ def squeeze(v):
     v = np.asarray(v, float)
     return np.where(np.abs(v) <= 1, v, np.sign(v) * (1 + np.log10(np.maximum(np.abs(v), 1))))
 
-# %% ../nbs/23_report.ipynb #0e46939e
+# %% ../nbs/23_report.ipynb #6fdc7640
 TICKS = (-1000, -100, -10, -1, 0, 1, 10, 100, 1000)
 
 
@@ -648,14 +656,14 @@ def mpl(self):
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), fontsize=8)
     return fig
 
-# %% ../nbs/23_report.ipynb #39352563
+# %% ../nbs/23_report.ipynb #ebc4b53a
 @method(Chart)
 def span(self) -> tuple:
     "x limits of a symlog chart, in squeezed units."
     far = max((abs(v) for m in self.marks for v in squeeze(m.x)), default=1) + .3
     return -far, far
 
-# %% ../nbs/23_report.ipynb #6b014245
+# %% ../nbs/23_report.ipynb #51303902
 @method(Chart)
 def plotly(self):
     "The chart as a plotly figure."
@@ -675,7 +683,7 @@ def plotly(self):
     return fig.update_layout(template="plotly_white", height=self.tall, margin=dict(l=50, r=15, t=40, b=50), title=dict(text=self.title, font=dict(size=14)),
         legend=dict(orientation="h", traceorder="reversed" if self.categories else "normal", yanchor="top", y=-60 / max(self.tall - 150, 1)))
 
-# %% ../nbs/23_report.ipynb #236412fe
+# %% ../nbs/23_report.ipynb #aeb2dc79
 def chart_claims(verdicts: dict[str, Verdict]) -> Chart:
     "One line a judged claim, one mark a seed; right of zero is where the paper says it should be."
     judged = {k: v for k, v in verdicts.items() if len(v.value)}
@@ -704,7 +712,7 @@ def chart_rivals(df: pd.DataFrame, printed: pd.DataFrame) -> Chart:
             marks.append(Mark(f"{m}, paper", [p["CA"]], [p["ASR_T"]], colour, symbol, hollow=True, size=11, hover=[f"{m}, paper: CA {p['CA']:.1f} %, ASR(T) {p['ASR_T']:.1f} %"]))
     return Chart("every defence at the λ of its rule: filled ours, one mark a seed; hollow the paper", "clean accuracy CA, %  →  better", "ASR(T), %  ↓ better", marks, tall=560)
 
-# %% ../nbs/23_report.ipynb #616fda88
+# %% ../nbs/23_report.ipynb #f341ce75
 def chart_merges(df: pd.DataFrame) -> Chart:
     "ASR(T) of every merge: poisoned, after LFPM, and the clean merge under the same trigger; mean over seeds."
     mean = df[(df.task == "average") & (df.metric == "ASR_T") & (df.kind == "model")].groupby("method", sort=False).value.mean()
@@ -717,7 +725,7 @@ def chart_merges(df: pd.DataFrame) -> Chart:
     return Chart(f"attack success of every merge, mean over {df.seed.nunique()} seed{'s' * (df.seed.nunique() > 1)}", "ASR(T), %", "", marks,
                  tall=140 + 34 * len(names), categories=names)
 
-# %% ../nbs/23_report.ipynb #292f5b1d
+# %% ../nbs/23_report.ipynb #7fcac61f
 def chart_lines(df: pd.DataFrame, kind: str, metric: str, x: str, title: str, xlabel: str, printed: pd.DataFrame | None = None) -> Chart:
     "One line a method of a CTL or curvature run (mean over seeds), the paper's dotted and hollow."
     of = df[(df.kind == kind) & (df.metric == metric)]
@@ -739,7 +747,7 @@ def over_seeds(df: pd.DataFrame) -> pd.DataFrame:
     chosen = out[(out.kind == "summary") & (out.metric == "lam")].set_index("method").value
     return out.assign(lam=out.lam.where(out.kind != "summary", out.method.map(chosen)), lo=np.nan, hi=np.nan, seed=0)
 
-# %% ../nbs/23_report.ipynb #fc42e78c
+# %% ../nbs/23_report.ipynb #86f0f0bb
 def figures(r: Results, printed: pd.DataFrame | None) -> dict[str, tuple]:
     "{file name: (matplotlib figure, plotly figure, caption)} of one experiment."
     out, seeds = {}, f"mean over seeds {', '.join(map(str, r.seeds))}"
@@ -757,7 +765,7 @@ def figures(r: Results, printed: pd.DataFrame | None) -> dict[str, tuple]:
         out[f"{r.name}-path"] = (draw_path(mean), plot_path(mean), f"along λ, {seeds}; thin grey lines: what innocent models reach under the same trigger")
     return out
 
-# %% ../nbs/23_report.ipynb #cc53e782
+# %% ../nbs/23_report.ipynb #a8f7c3b9
 STYLE_SHEET = """
 :root{--ink:#1b1f24;--soft:#5b6470;--line:#d9dee4;--bg:#fff;--band:#f5f7f9}
 *{box-sizing:border-box} body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--bg);margin:0 auto;max-width:1220px;padding:18px 22px 60px}
@@ -783,7 +791,7 @@ addEventListener("beforeprint",()=>{show("all");document.querySelectorAll("detai
 addEventListener("afterprint",()=>document.querySelectorAll(".js-plotly-plot").forEach(p=>Plotly.relayout(p,{width:null,autosize:true})));
 """
 
-# %% ../nbs/23_report.ipynb #bb134089
+# %% ../nbs/23_report.ipynb #d9ee5362
 def html_table(t: pd.DataFrame, left: str = "") -> str:
     "A text table as HTML; a column group gets one heading, rows called `(clean)` are set apart, the papers' numbers are greyed."
     heads = [c if isinstance(c, tuple) else (c,) for c in t.columns]
@@ -808,7 +816,7 @@ def plotly_div(fig) -> str:
     "A plotly figure as a piece of the page; plotly.js itself is there once."
     return fig.to_html(full_html=False, include_plotlyjs=False, config=dict(responsive=True, displayModeBar=False))
 
-# %% ../nbs/23_report.ipynb #5c0f1158
+# %% ../nbs/23_report.ipynb #1d553522
 def said(c: Claim, v: Verdict) -> str:
     "The deciding number in words: mean (lowest to highest seed), unit, in how many seeds the test holds; a dash where there is none."
     if v.value.empty: return "–"
@@ -817,7 +825,7 @@ def said(c: Claim, v: Verdict) -> str:
     many = f" ({v.value.min():.{d}f} to {v.value.max():.{d}f}), holds in {held} of {n} seeds" if n > 1 else ""
     return (f"{v.value.mean():.{d}f} {c.unit}".strip() + many).replace("-", "−")
 
-# %% ../nbs/23_report.ipynb #eb1a4a99
+# %% ../nbs/23_report.ipynb #c24d25a4
 def claim_card(c: Claim, v: Verdict, own: Verdict) -> str:
     "One line of the ledger: verdict (word, sign and border, colour only in addition), claim and test, our number and the paper's, details by seed."
     sign, colour = VERDICTS[v.verdict]
@@ -833,7 +841,7 @@ def claim_card(c: Claim, v: Verdict, own: Verdict) -> str:
             f"<div><h3>{e(c.text)}</h3><div class=soft><code>{c.id}</code> {e(c.where)}. Test: {e(c.words)}, {e(c.threshold)} in every seed.</div></div>"
             f"<div class=num>{ours}<br><b>paper</b> {e(theirs)}</div><details><summary>numbers by seed, experiments {e(', '.join(c.needs))}</summary>{why}{seeds}{flips}</details></section>")
 
-# %% ../nbs/23_report.ipynb #8b8dcb79
+# %% ../nbs/23_report.ipynb #c6ac17cd
 @dataclass
 class Report:
     "All that the page shows: results, what was left out, verdicts on ours and on the papers' own tables."
@@ -851,7 +859,7 @@ class Report:
         return cls(preset, dict(sorted(found.items(), key=lambda x: list(SOURCES).index(x[0]))), left, printed,
                    {k: judge(c, frames, preset) for k, c in claims.items()}, {k: judge_paper(c, printed) for k, c in claims.items()})
 
-# %% ../nbs/23_report.ipynb #bd646d35
+# %% ../nbs/23_report.ipynb #b1e3aba9
 @method(Report)
 def counts(self) -> dict[str, int]:
     "{verdict: how many claims}."
@@ -875,7 +883,7 @@ def warnings(self) -> list[str]:
     if len(versions) > 1: out.append(f"the experiments were computed with {len(versions)} different sets of versions; compare numbers within one experiment only")
     return out + [f"{k}: {why}" for k, why in self.left.items()]
 
-# %% ../nbs/23_report.ipynb #0679dea9
+# %% ../nbs/23_report.ipynb #5e436ba0
 @method(Report)
 def ledger(self) -> str:
     buttons = "".join(f'<button data-v="{v}" aria-pressed="{"true" if v == "all" else "false"}">{s} <b>{n}</b> {v}</button>' for v, s, n in
@@ -885,7 +893,7 @@ def ledger(self) -> str:
     cards = "".join(claim_card(claims[k], self.verdicts[k], self.own[k]) for k in order)
     return f'<h2 id=claims>Claims</h2><p>A claim is confirmed if its test holds in every seed. Select:</p><div class=bar role=group aria-label="filter by verdict">{buttons}</div><figure>{picture}</figure>{cards}'
 
-# %% ../nbs/23_report.ipynb #3911887e
+# %% ../nbs/23_report.ipynb #45d969ce
 @method(Report)
 def section(self, r: Results, drawn: dict) -> str:
     "One experiment: what it repeats, its table beside the paper's, figures, how it was made."
@@ -898,7 +906,7 @@ def section(self, r: Results, drawn: dict) -> str:
     return (f"<h2 id={r.name}>{r.name}: {paper} {f'Table {number}' if number else 'Fig 5'}</h2>{table}{figs}<details class=made><summary class=soft>{made}</summary>"
             f"<pre>{html.escape(chr(10).join(r.command))}</pre></details>")
 
-# %% ../nbs/23_report.ipynb #e976cbd0
+# %% ../nbs/23_report.ipynb #9188f1da
 @method(Report)
 def tables(self) -> str:
     "Every printed table, folded, slips marked."
@@ -908,7 +916,7 @@ def tables(self) -> str:
         out.append(f"<details><summary>{paper} Table {number}{f', slips †: {bad}' if bad else ''}</summary>{html_table(paper_table(number, paper), 'printed')}</details>")
     return "<h2 id=printed>What the papers print</h2><p>† behind an average: the mean of its own tasks, which differs by more than rounding. Comparisons use that mean.</p>" + "".join(out)
 
-# %% ../nbs/23_report.ipynb #ab9fbd28
+# %% ../nbs/23_report.ipynb #2d5c8bec
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>lfpm_nb: claims and results</title>
 <style>{style}</style><script>{plotly}</script><body><h1>Backdoors in model merging: what holds of two papers' claims</h1>
 <p>{summary}</p><p class=soft>Written {time}. Our numbers come from a small CLIP on small pictures; they test mechanisms and orders, not the papers' digits. LFPM: arXiv 2606.12498. DAM: Yang et al., Defense-Aware Merging.</p>
@@ -925,7 +933,7 @@ def page(self, drawn: dict[str, dict]) -> str:
                        notes=f"<div class=note><b>Left out, or not of one piece</b><ul>{notes}</ul></div>" if notes else "",
                        links="".join(f"<a href='#{k}'>{k}</a>" for k in self.found))
 
-# %% ../nbs/23_report.ipynb #ff9c00c7
+# %% ../nbs/23_report.ipynb #c7646145
 def small_png(fig, path: Path) -> None:
     "A matplotlib figure as a PNG of few colours, by rename."
     from PIL import Image
@@ -952,7 +960,7 @@ def markdown(self, drawn: dict) -> str:
         out += [line for k, (_, _, caption) in drawn[name].items() for line in (f"![{name}: {caption}]({k}.png)", "")]
     return "\n".join(out)
 
-# %% ../nbs/23_report.ipynb #0532d09f
+# %% ../nbs/23_report.ipynb #f9551fb3
 def write_gallery(report: Report, folder: Path, drawn: dict) -> Path:
     "README.md and PNGs in `folder`, replaced as a whole: nothing of an older gallery stays."
     folder = Path(folder)
@@ -967,7 +975,7 @@ def write_gallery(report: Report, folder: Path, drawn: dict) -> Path:
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/23_report.ipynb #637bb703
+# %% ../nbs/23_report.ipynb #0ae8881b
 @method(Report)
 def write(self, folder, gallery=None) -> Path:
     "Write `report.html` to `folder`, and the small gallery to the folder `gallery` if given; the page's path. ValueError if there is not a single finished run."
