@@ -608,6 +608,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lfpm_nb.report.load_paper': ('report.html#load_paper', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report.lower': ('report.html#lower', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report.markdown': ('report.html#markdown', 'lfpm_nb/report.py'),
+                                'lfpm_nb.report.merges_of': ('report.html#merges_of', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report.mpl': ('report.html#mpl', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report.ours_beside': ('report.html#ours_beside', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report.over_seeds': ('report.html#over_seeds', 'lfpm_nb/report.py'),

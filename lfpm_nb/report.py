@@ -8,9 +8,9 @@ __all__ = ['ROW', 'SOURCES', 'VERDICTS', 'claims', 'RIVALS', 'OTHER', 'ORDERS', 
            'read_results', 'gather', 'results_of', 'Verdict', 'Claim', 'judge', 'swapped', 'at', 'lower', 'higher',
            'ratio', 'worst', 'claim', 'both', 'same_price', 'without', 'paper_frames', 'judge_paper', 'spread',
            'ours_beside', 'beside', 'Mark', 'Chart', 'squeeze', 'mpl', 'span', 'plotly', 'chart_claims', 'chart_rivals',
-           'chart_merges', 'chart_lines', 'over_seeds', 'figures', 'html_table', 'plotly_div', 'said', 'claim_card',
-           'Report', 'counts', 'summary', 'warnings', 'ledger', 'section', 'tables', 'page', 'small_png', 'markdown',
-           'write_gallery', 'write', 'write_report']
+           'merges_of', 'chart_merges', 'chart_lines', 'over_seeds', 'figures', 'html_table', 'plotly_div', 'said',
+           'claim_card', 'Report', 'counts', 'summary', 'warnings', 'ledger', 'section', 'tables', 'page', 'small_png',
+           'markdown', 'write_gallery', 'write', 'write_report']
 
 # %% ../nbs/23_report.ipynb #503773bb
 import functools, html, io, json, shutil, time
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .core import choose, method, proj_path, runs_dir, write_json, writing
-from .experiment import DASHES, MARKS, draw_path, notebooks, plot_path, styles, table, versus
+from .experiment import DASHES, MARKS, draw_path, notebooks, plot_path, styles, versus
 
 # %% ../nbs/23_report.ipynb #cb9ad549
 ROW = ["paper", "table", "attack", "finetuning", "sequence", "backbone", "method", "metric"]       # what one row and one column of a printed table share
@@ -267,7 +267,7 @@ claim("lowest-leak", "LFPM disturbs the other tasks' predictions least under the
       differs="ASR(N) counts every changed prediction; at the rule's small λ many pictures are still near the merged model's boundaries.")
 claim("highest-ca", "LFPM keeps the most clean accuracy.", "LFPM Table 1, Sec 5.1", "rivals", "LFPM's CA minus the highest of IBVS, SAU, SAM, PAM, each at the blind rule's λ",
       lambda f: higher(f["rivals"], "LFPM", RIVALS, "CA"), swap=both("rivals", "LFPM", "SAU"),
-      differs="Given LFPM's prompts, its steps and a blind λ, the rivals do not lose accuracy here; in the paper they lose 12 to 18 points, with settings it does not print.")
+      differs="Given LFPM's prompts, its steps and a blind λ, the rivals do not lose accuracy here; in the paper they lose much, with settings it does not print.")
 
 
 def same_price(df: pd.DataFrame, others, column: str) -> pd.DataFrame:
@@ -463,7 +463,7 @@ claim("learnt-merges", "Merges that learn their coefficients still carry a backd
       "lowest ASR(T) of AdaMerging and Concrete AdaMerging above that of the clean merge under the same trigger, attack BadMerging",
       lambda f: worst(1, *((m, higher(f["merging"], m, [f"{m} (clean)"], "ASR_T")) for m in LEARNT)), limit=10, swap=both("merging", "AdaLayer", "AdaLayer (clean)"),
       on_paper=lambda f: worst(1, *((m, (at(f["dam_two"], m, "ASR_T"), {"ASR(T)": at(f["dam_two"], m, "ASR_T")})) for m in LEARNT)),
-      differs="The paper's attack is TrojViT, ours BadMerging: our poisoned task vector is long and costs the other tasks accuracy, entropy notices, and its coefficient falls to a quarter of its clean twin's.")
+      differs="The paper's attack is TrojViT, ours BadMerging: our poisoned task vector is long and costs the other tasks accuracy, entropy notices, and its coefficient falls far below its clean twin's.")
 claim("dam-badmerging", "BadMerging does not get through DAM.", "DAM Table 5, Sec 4.2", "merging", "ASR(T) of DAM with the poisoned contributor minus with his clean twin",
       lambda f: higher(f["merging"], "DAM", ["DAM (clean)"], "ASR_T"), sense=-1, limit=5, swap=both("merging", "DAM", "TA"))
 
@@ -712,16 +712,23 @@ def chart_rivals(df: pd.DataFrame, printed: pd.DataFrame) -> Chart:
             marks.append(Mark(f"{m}, paper", [p["CA"]], [p["ASR_T"]], colour, symbol, hollow=True, size=11, hover=[f"{m}, paper: CA {p['CA']:.1f} %, ASR(T) {p['ASR_T']:.1f} %"]))
     return Chart("every defence at the λ of its rule: filled ours, one mark a seed; hollow the paper", "clean accuracy CA, %  →  better", "ASR(T), %  ↓ better", marks, tall=560)
 
-# %% ../nbs/23_report.ipynb #f341ce75
+# %% ../nbs/23_report.ipynb #4ee146fd
+def merges_of(df: pd.DataFrame) -> list[str]:
+    "The merges of a run: rows with a clean twin that are neither contributors nor defences (those have paths)."
+    walked = {*df[df.kind == "path"].method}
+    return [m for m in dict.fromkeys(df.method) if f"{m} (clean)" in set(df.method) and not m.startswith("individual") and m not in walked]
+
+
 def chart_merges(df: pd.DataFrame) -> Chart:
     "ASR(T) of every merge: poisoned, after LFPM, and the clean merge under the same trigger; mean over seeds."
     mean = df[(df.task == "average") & (df.metric == "ASR_T") & (df.kind == "model")].groupby("method", sort=False).value.mean()
-    names = [m for m in mean.index if f"{m} (clean)" in mean and not m.startswith("individual")]
+    names = merges_of(df)
     first = names[0]
     rows = (("poisoned merge", "#d55e00", "/", lambda m: m), ("after LFPM", "#0072b2", "x", lambda m: f"{m} + LFPM" if m != first else "LFPM"),
         ("clean merge, same trigger", "#555555", ".", lambda m: f"{m} (clean)"))
     marks = [Mark(name, [mean.get(row(m), np.nan) for m in names], names, colour, bar=hatch,
-        hover=[f"{row(m)}: {mean.get(row(m), np.nan):.1f} %" for m in names]) for name, colour, hatch, row in rows]
+        hover=[f"{row(m)}: {mean.get(row(m), np.nan):.1f} %" for m in names])
+             for name, colour, hatch, row in rows if any(row(m) in mean for m in names)]
     return Chart(f"attack success of every merge, mean over {df.seed.nunique()} seed{'s' * (df.seed.nunique() > 1)}", "ASR(T), %", "", marks,
                  tall=140 + 34 * len(names), categories=names)
 
@@ -758,7 +765,7 @@ def figures(r: Results, printed: pd.DataFrame | None) -> dict[str, tuple]:
     elif "block" in r.df:
         for kind in ("clean", "prompted"):
             add(f"{r.name}-{kind}", chart_lines(r.df, f"ctl {kind}", "coefficient", "lam", f"CTL coefficient of the output features, {kind} pictures", "λ"), seeds)
-    elif r.name == "merging": add(r.name, chart_merges(r.df), seeds)
+    elif len(merges_of(r.df)) > 2: add(r.name, chart_merges(r.df), seeds)
     elif (r.df.kind == "path").any():
         if r.name == "rivals": add("rivals-scatter", chart_rivals(r.df, printed), "a rival to the lower right of LFPM would be better than it")
         mean = over_seeds(r.df)
@@ -833,7 +840,7 @@ def claim_card(c: Claim, v: Verdict, own: Verdict) -> str:
     ours = f"<b>ours</b> {e(said(c, v))}" + (" (n = 1 seed)" if len(v.value) == 1 else "") if len(v.value) else f"<b>ours</b> {e(v.why)}".replace("`", "")
     theirs = said(c, own) if len(own.value) else "a figure without numbers" if "Fig" in c.where else "not printed"
     why = f"<p><b>Why ours may differ.</b> {e(c.differs)}</p>" if c.differs and v.verdict == "contradicted" else ""
-    text = lambda parts, name: {name(i): {k: f"{s[i]:.2f}" for k, s in parts.items() if i in s} for i in dict.fromkeys(i for s in parts.values() for i in s.index)}
+    text = lambda parts, name: {name(i): {k: f"{s[i]:.2f}" for k, s in parts.items() if i in s} for i in sorted({i for s in parts.values() for i in s.index})}
     parts = pd.DataFrame(text(v.parts, "seed {}".format) | text(own.parts, lambda _: "paper")).fillna("–")
     seeds = html_table(parts) if len(parts) else ""
     flips = f"<p class=soft>A confirmed verdict would be refuted by exchanging the rows of {' and '.join(f'{m} ({x})' for x, m in c.swap)}.</p>" if c.swap else ""
@@ -951,7 +958,8 @@ def markdown(self, drawn: dict) -> str:
     out = ["# Claims and results", "", "Written by `lfpm report --gallery`; do not edit.", "", self.summary(), "",
         "![every seed's distance from each claim's threshold](claims.png)", "",
            "| verdict | claim | ours | paper | expected in every seed | where |", "|---|---|---|---|---|---|", *map(line, judged), ""]
-    out += ["Not testable yet: " + ", ".join(f"{k} (`lfpm run {' '.join(claims[k].needs[:1])}`)" for k in claims if k not in judged) + ".", ""]
+    lacking = {k: [n for n in claims[k].needs if n not in self.found] or claims[k].needs for k in claims if k not in judged}
+    out += ["Not testable yet: " + ", ".join(f"{k} ({', '.join(f'`lfpm run {n}`' for n in names)})" for k, names in lacking.items()) + ".", ""]
     for name, r in self.found.items():
         t = beside(r, self.printed.get(name))
         heads = [" ".join(filter(None, c)) for c in t.columns]

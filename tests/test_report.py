@@ -219,7 +219,7 @@ def test_figures_of_every_kind(world):
     printed = paper_frames()
     draw = lambda name, df: figures(results(name, df), printed.get(name))
     rivals = pd.concat([world["rivals"].assign(lo=np.nan, hi=np.nan), rows({("TA (clean)", "ASR_T"): 1, ("TA (clean)", "CA"): 75})])
-    made = draw("rivals", rivals) | draw("curvature", world["curvature"]) | draw("ctl", world["ctl"]) | draw("merging", pd.concat([world["merging"], rows({("TA (clean)", "ASR_T"): 1})]))
+    made = draw("rivals", rivals) | draw("curvature", world["curvature"]) | draw("ctl", world["ctl"]) | draw("merging", pd.concat([world["merging"], rows({("TA (clean)", "ASR_T"): 1, ("SA (clean)", "ASR_T"): 1})]))
     assert set(made) == {"rivals-scatter", "rivals-path", "curvature-curvature", "curvature-delta", "ctl-clean", "ctl-prompted", "merging"}
     assert all(fig.axes and live.data for fig, live, _ in made.values())
     scatter = made["rivals-scatter"][1]
@@ -241,6 +241,10 @@ def test_bars_differ_by_more_than_colour():
     chart = chart_merges(df)
     assert chart.categories == ["TA", "SA"] and [m.x for m in chart.marks] == [[96, 40], [2, 7], [1, 1]] and len({m.bar for m in chart.marks}) == 3
     assert len({t.marker.pattern.shape for t in chart.plotly().data}) == 3
+    bare = chart_merges(df[~df.method.str.contains("LFPM")])
+    assert [m.name for m in bare.marks] == ["poisoned merge", "clean merge, same trigger"], "no bars of a defence that was not run"
+    main = pd.concat([df, rows({("LFPM (clean)", "ASR_T"): 1}), path("LFPM", [70, 60], [90, 1])])
+    assert report.merges_of(main) == ["TA", "SA"], "a defence with a clean twin is no merge"
 
 
 def test_charts_refuse_nothing_and_keep_order():
