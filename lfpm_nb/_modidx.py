@@ -584,6 +584,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lfpm_nb.report._off': ('report.html#_off', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report._own_fall': ('report.html#_own_fall', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report._paper': ('report.html#_paper', 'lfpm_nb/report.py'),
+                                'lfpm_nb.report._post': ('report.html#_post', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report._post_time': ('report.html#_post_time', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report._printed': ('report.html#_printed', 'lfpm_nb/report.py'),
                                 'lfpm_nb.report._rise': ('report.html#_rise', 'lfpm_nb/report.py'),

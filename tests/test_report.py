@@ -41,11 +41,11 @@ def ideal(seeds=(0, 1, 2)) -> dict[str, pd.DataFrame]:
     more = {"main": [rows({("TA (clean)", "ASR_T"): 1})], "rivals": [safe, costs, *paths], "lobam": [safe], "sequence2": [safe], "sequence3": [safe],
             "merging": [rows({(m + c, "ASR_T"): v for m in report.LEARNT for c, v in (("", 80), (" (clean)", 1))} | {("DAM", "ASR_T"): 2, ("DAM (clean)", "ASR_T"): 1, ("TA", "ASR_T"): 98})],
             "efficiency": [rows({("fine-tuning", "seconds"): 300})],
-            "succession_transfer": [rows({("individual (clean)", "ASR_T"): 1, ("individual", "ASR_N"): 20})],
-            "dam_two": [rows({("DAM", "cpu_seconds"): 35, ("ConcreteLayer", "cpu_seconds"): 2, **{(f"ConcreteLayer + {d}", "cpu_seconds"): v for d, v in dict(ANP=40, AWM=50, SAU=60).items()},
-                              ("individual (clean)", "ASR_T"): 1})],
-            "dam_masks": [], "curvature": [pd.concat([rows({("fine-tuning", "E_over_delta"): v}, kind="curvature prompted", epoch=e) for e, v in ((0, 1), (5, 2))])]}
+            "dam_two": [rows({("DAM", "cpu_seconds"): 35, ("individual (clean)", "ASR_T"): 1, ("individual", "ASR_N"): 20})],
+            "dam_two_defended": [rows({(d, "cpu_seconds"): v for d, v in dict(ANP=40, AWM=50, SAU=60).items()})],
+            "curvature": [pd.concat([rows({("fine-tuning", "E_over_delta"): v}, kind="curvature prompted", epoch=e) for e, v in ((0, 1), (5, 2))])]}
     f["ctl"] = pd.concat([rows({(m, "coefficient"): v}, kind=k, block="feature", lam=.5) for k in ("ctl clean", "ctl prompted") for m, v in (("four steps", 1.0), ("LFPM", .5))])
+    f["main"].loc[(f["main"].method == "LFPM") & (f["main"].metric == "CA"), "value"] = 55                    # B + C; Table 1's LFPM is A + B + C
     f = {k: pd.concat([df, *more.get(k, [])], ignore_index=True) for k, df in f.items()}
     return {k: pd.concat([df.assign(seed=s, value=df.value * (1 + .001 * s)) for s in seeds], ignore_index=True) for k, df in f.items()}
 
