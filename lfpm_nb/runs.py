@@ -120,6 +120,11 @@ class Plan:
     @property
     def notebook(self) -> str: return experiments()[self.name].notebook
 
+    @property
+    def computes(self) -> bool:
+        "Whether it makes numbers; a notebook that only shows those of other runs is never up to date."
+        return bool(set(_code(self.notebook)[1]) - {"core"})
+
     def lock(self) -> FileLock:
         "Held by the process that does this run."
         path = cache_dir() / "locks" / f"run-{content_hash(str(self.out))}.lock"
@@ -165,7 +170,7 @@ def execute(plan: Plan, force: bool = False) -> Path:
     """Run a plan and return its results folder; a finished run is reused, one that another process is doing is waited for.
     Ctrl-C leaves no results folder (finished stages stay cached); a failed run leaves its notebook and a status saying why."""
     with plan.lock():
-        if status(plan.out) == "done" and not force: return plan.out
+        if status(plan.out) == "done" and not force and plan.computes: return plan.out
         if plan.notebook in CHECKS: CHECKS[plan.notebook](**{k: v for k, v in plan.settings.items() if k != "out_dir"}).check_inputs()
         check_writable(plan.out)
         (plan.out / "status.json").unlink(missing_ok=True)
