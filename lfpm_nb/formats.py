@@ -253,7 +253,7 @@ def _random_clip(name: str) -> Clip:
     card = dict(name=name, quick_gelu=bool(open_clip.get_model_config(name).get("quick_gelu")), mean=list(pre["mean"]), std=list(pre["std"]))
     return Clip(model.float().eval(), open_clip.get_tokenizer(name), card)
 
-# %% ../nbs/21_formats.ipynb #dae2ab1a
+# %% ../nbs/21_formats.ipynb #3d5e49b4
 def backbone(name: str, base: Tower) -> Clip:
     """The model called `name` (a shipped backbone or one of open_clip's) with `base`'s weights as theta_pre, on `device()`. `card['text']` says whether the text
     tower carries weights. ValueError for unknown names and a base that does not fit."""
@@ -269,5 +269,5 @@ def backbone(name: str, base: Tower) -> Clip:
     clip.visual.load_state_dict(fitted(base, clip))
     clip.model.load_state_dict(text if complete else {}, strict=False)
     clip.model.to(device()).requires_grad_(False)
-    clip.card = {**clip.card, "text": complete or name in shipped, "base": base.sha256}
+    clip.card = {**clip.card, "text": complete or name in shipped}
     return clip
