@@ -99,7 +99,7 @@ def take(state: dict) -> Tower:
         elif k not in rest and not k.startswith(("vision_model.", "text_model.")): visual[k] = v           # a stranger: `fitted` will name it
     return Tower(visual, rest | text, form)
 
-# %% ../nbs/21_formats.ipynb #af5fa94e
+# %% ../nbs/21_formats.ipynb #4296374e
 def _ints(visual: dict, rest: dict) -> dict:
     "OpenAI's three whole numbers, as far as they can be known."
     s = sizes(visual)
@@ -122,7 +122,7 @@ def layout(visual: dict, rest: dict, form: str) -> tuple[dict, list[str]]:
         return add("model.visual.", visual) | add("model.", keep), sorted(rest.keys() - keep.keys())
     tower = add("vision_model.", split_qkv({k: v for k, v in visual.items() if k != "proj"})) | {k: v for k, v in ids.items() if k.startswith("vision_model.")}
     if form in ("hf", "hf5"):
-        left = sorted(["proj"] * ("proj" in visual) + list(rest.keys() - tower.keys()))
+        left = ["proj"] * ("proj" in visual) + sorted(rest.keys() - tower.keys())
         return {k.removeprefix("vision_model.") if form == "hf5" else k: v for k, v in tower.items()}, left
     both = visual | text
     tower |= ids | add("text_model.", split_qkv({k: v for k, v in text.items() if k not in ("logit_scale", "text_projection")}))

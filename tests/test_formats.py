@@ -56,7 +56,7 @@ def test_formats_look_as_their_libraries_write_them(whole):
 
 
 def test_what_a_format_cannot_hold_is_said(whole):
-    assert layout(whole.visual, whole.rest, "hf")[1] == sorted(["proj", *whole.rest]) and layout(whole.visual, whole.rest, "visual")[1] == sorted(whole.rest)
+    assert layout(whole.visual, whole.rest, "hf")[1] == ["proj", *sorted(whole.rest)] and layout(whole.visual, whole.rest, "visual")[1] == sorted(whole.rest)
     assert {k.split(".")[0] for k in layout(whole.visual, whole.rest, "task_vectors")[1]} == {"transformer"} and layout(whole.visual, whole.rest, "hf_clip")[1] == []
 
 

@@ -78,7 +78,7 @@ def test_convert_purify_back(stranger, done, lab, lfpm):
     code, out, err = lfpm("purify", a, "--base", str(stranger / "whole.safetensors"), "--model", "lfpm-lab", "--shadow", str(stranger / "shadow"), "--out", b, "--preset", "tiny", *args)
     assert code == 0 and "label kept on 20 held-out pictures" in out, err
     code, out, _ = lfpm("convert", b, c, "--to", "hf")
-    assert code == 0 and "have no place in hf: " in out and "proj" in out
+    assert code == 0 and "have no place in hf: proj, " in out
     before, after = load_state(stranger / "merged.safetensors")[0], load_state(c)[0]
     assert {k: (v.shape, v.dtype) for k, v in before.items()} == {k: (v.shape, v.dtype) for k, v in after.items()}
     clip = backbone("lfpm-lab", read_tower(stranger / "pre.safetensors"))
@@ -223,7 +223,7 @@ def test_bad_settings(stranger, bad, why):
 
 
 def test_diverging_keeps_the_last_good_state(stranger, lfpm):
-    with pytest.raises(Diverged, match="The last good weights are in .*diverged.safetensors") as e: call(stranger, anti_lr=float("inf"))
+    with pytest.raises(Diverged, match="The last good weights are in .*diverged.safetensors") as e: call(stranger, anti_lr=1e20)
     state, _ = load_state(str(e.value).split("weights are in ")[1])
     assert all(v.isfinite().all() for v in state.values()) and not list((stranger / "no").glob("*"))
 
@@ -273,7 +273,7 @@ def test_merge_command(stranger, lfpm, lab):
     assert code == 0 and "tower2.safetensors" in out, err
     ours, theirs = (load_state(stranger / f"{n}.safetensors")[0] for n in ("ours", "merged"))
     assert all(torch.allclose(v.float(), theirs[k].float(), atol=2e-3) and v.dtype == torch.float16 for k, v in ours.items()) and ours.keys() == theirs.keys()
-    for args, why in ((["--method", "AdaMerging"], "looks at pictures"), (["--method", "ties", "-p", "densty=1"], "did you mean 'density'"), (["--method", "ties", "-p", "density"], "not key=value"),
+    for args, why in ((["--method", "RegMean"], "looks at pictures"), (["--method", "ties", "-p", "densty=1"], "did you mean 'density'"), (["--method", "ties", "-p", "density"], "not key=value"),
                       (["--method", "ties", "-p", "density=3"], "density is 3.0"), (["--out", files[0]], "is an input")):
         code, out, err = lfpm("merge", *files, "--base", str(stranger / "pre.safetensors"), "--out", str(stranger / "no.safetensors"), *args)
         assert code == 2 and why in err and err.count("\n") == 1, err
@@ -313,6 +313,7 @@ def test_missing_files_are_one_line(lfpm, dirs, monkeypatch, name, args):
     assert (code, out, err.count("\n")) == (2, "", 1) and "no checkpoint at x" in err and not list(dirs.iterdir())
 
 
+@pytest.mark.slow
 def test_as_a_notebook(stranger, done, dirs):
     "`lfpm run purify` gives the same weights and leaves its files in the results folder."
     from lfpm_nb.experiment import run_notebook
