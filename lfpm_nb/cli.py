@@ -120,7 +120,7 @@ def purify_(merged: str = typer.Argument(..., help="merged vision tower: open_cl
     except KeyboardInterrupt: raise typer.Exit(_say("stopped; finished stages are kept, so the same command continues", 130)) from None
     except Diverged as e: raise RuntimeError(str(e)) from None
     c = got.card["cost"]
-    print(f"written: {out}, and beside it {', '.join(BESIDE)}\nλ = {got.card['lam']:g}; label kept on {c['merged']['n']} held-out pictures: "
+    print(f"written: {out}, and beside it {', '.join(BESIDE)}\nλ = {got.card['lam']:g}; of {c['merged']['n']} held-out pictures agree with their label: "
           f"{c['merged']['accuracy']:.1f} % merged, {c['purified']['accuracy']:.1f} % purified")
 
 # %% ../nbs/25_cli.ipynb #4d67ff29

@@ -194,7 +194,7 @@ def open_case(P: PurifySettings, stages: Stages | None = None) -> tuple[Case, To
     about = dict(folder=Path(P.shadow).name, found=pics.found, used=len(y), held=held, unreadable=len(pics.skipped), skipped=pics.skipped, **how)
     return Case(P.main, clip, theta, Shadow(pics.x, y, W, held), stages), merged, dict(shadow=about, base=base)
 
-# %% ../nbs/21a_purify.ipynb #193fc12c
+# %% ../nbs/21a_purify.ipynb #a309bb06
 @method(Case)
 def costs(self, d: Defended, n: int = 21) -> list[dict]:
     "{lam, accuracy, lo, hi, changed, n} at n points of the path and at d.lam: percent of held-out pictures with their label's word, and with another word than the merged model's."
@@ -211,7 +211,7 @@ def path_figure(d: Defended, rows: list[dict], title: str):
     "The plotly figure of path.html: accuracy and changed answers (percent) left, the two losses that λ was chosen on right, λ marked."
     from plotly.subplots import make_subplots
     fig = make_subplots(1, 2, subplot_titles=["held-out shadow pictures, %", "held-out loss, nats: what λ was chosen on"])
-    for k, name, dash, colour in (("accuracy", "label kept", "solid", "#0072b2"), ("changed", "answer changed", "dash", "#d55e00")):
+    for k, name, dash, colour in (("accuracy", "agrees with label", "solid", "#0072b2"), ("changed", "answer changed", "dash", "#d55e00")):
         fig.add_scatter(x=[r["lam"] for r in rows], y=[r[k] for r in rows], name=name, mode="lines+markers", line=dict(dash=dash, color=colour), row=1, col=1,
                         customdata=[r["n"] for r in rows], hovertemplate="λ %{x:.2f}: %{y:.1f} % (n = %{customdata})")
     for k, name, dash, colour in (("prompted", "under mined prompts", "solid", "#cc79a7"), ("clean", "plain", "dot", "#009e73")):
@@ -234,7 +234,7 @@ def make_card(P: PurifyParams, case: Case, merged: Tower, known: dict, d: Defend
                 length=norm(task_vector(case.theta, d.end)), length_tau=norm(task_vector(case.clip.state(), case.theta)), frozen=[] if "proj" in merged.visual else ["proj"],
                 shadow=known["shadow"], cost=dict(merged=at(0.0), purified=at(d.lam), end=at(1.0)), path=rows, versions=versions(), time=time.strftime("%F %T"))
 
-# %% ../nbs/21a_purify.ipynb #6eb39c6f
+# %% ../nbs/21a_purify.ipynb #3ab3c81d
 def card_text(c: dict) -> str:
     "The card as Markdown."
     row = lambda name, r: f"| {name} | {r['lam']:g} | {r['accuracy']:.1f} ({r['lo']:.1f} to {r['hi']:.1f}) | {r['changed']:.1f} |"
@@ -245,7 +245,7 @@ def card_text(c: dict) -> str:
         f"Activation: {'QuickGELU' if c['quick_gelu'] else 'GELU'} ({c['activation']}). Frozen: {', '.join(c['frozen']) or 'nothing'}. "
         f"The anti-backdoor vector is {c['length']:.2f} long, the merged task vector {c['length_tau']:.2f}.", "",
         "## What it costs", "", f"Held-out shadow pictures, n = {c['cost']['merged']['n']}, 95 % interval in brackets; labels: {s['labels']}.", "",
-        "| model | λ | label kept % | answers changed % |", "|---|---|---|---|", row("merged", c["cost"]["merged"]), row("**purified**", c["cost"]["purified"]), row("anti-backdoor", c["cost"]["end"]), "",
+        "| model | λ | agrees with label % | answers changed % |", "|---|---|---|---|", row("merged", c["cost"]["merged"]), row("**purified**", c["cost"]["purified"]), row("anti-backdoor", c["cost"]["end"]), "",
         "What it costs the merged tasks, and whether there was a backdoor, cannot be seen from here: measure it on your own test pictures (`lfpm path`).", "",
         "## How", "", f"Shadow set: {s['used']} of {s['found']} pictures, {s['unreadable']} unreadable{f' ({skipped})' if skipped else ''}, {s['held']} held out, {s['classes']} classes.",
         f"λ: {'the rule without knowledge of an attack (path.choose_lam)' if c['rule'] else 'given by hand'}. Strength: {c['strength']:g} ({c['stages']['knob']}).", "",

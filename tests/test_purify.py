@@ -76,7 +76,7 @@ def test_convert_purify_back(stranger, done, lab, lfpm):
     assert lfpm("convert", str(stranger / "merged.safetensors"), a, "--to", "open_clip", "--base", str(stranger / "whole.safetensors"))[0] == 0
     args = [x for k, v in QUICK.items() if k != "preset" for x in ("-p", f"{k}={v}")]
     code, out, err = lfpm("purify", a, "--base", str(stranger / "whole.safetensors"), "--model", "lfpm-lab", "--shadow", str(stranger / "shadow"), "--out", b, "--preset", "tiny", *args)
-    assert code == 0 and "label kept on 20 held-out pictures" in out, err
+    assert code == 0 and "of 20 held-out pictures agree with their label" in out, err
     code, out, _ = lfpm("convert", b, c, "--to", "hf")
     assert code == 0 and "have no place in hf: proj, " in out
     before, after = load_state(stranger / "merged.safetensors")[0], load_state(c)[0]
@@ -106,7 +106,7 @@ def test_card_says_everything(stranger, done):
     assert set(card["parameters"]) == set(parameters("purify")) - {"out_dir"} and card["lam"] == 0.5 and card["rule"] == {}
     assert [r["lam"] for r in card["path"]] == [i / 20 for i in range(21)] and card["cost"]["merged"]["changed"] == 0 and card["cost"]["purified"]["n"] == 20
     text = (done.folder / "card.md").read_text()
-    assert card["parents"]["base"]["sha256"] in text and "label kept %" in text and "pseudo-labels" in text and "n = 20" in text
+    assert card["parents"]["base"]["sha256"] in text and "agrees with label %" in text and "pseudo-labels" in text and "n = 20" in text
     assert str(stranger) not in text + (done.folder / "card.json").read_text(), "a card travels: no path of this machine in it"
     page = (done.folder / "path.html").read_text()
     assert "under mined prompts" in page and "plotly" in page and sorted(p.name for p in done.folder.iterdir()) == sorted(("purified.safetensors", *BESIDE))
