@@ -55,7 +55,7 @@ def read_pictures(folder, size: int, most: int = 10_000, seed: int = 0, least: i
         raise ValueError(f"{folder} holds {len(got)} readable pictures{bad}; at least {least} are needed, a few thousand are good ({', '.join(sorted(_IMAGES))})")
     return Pictures(_stack(list(got.values())), list(got), skipped, len(found))
 
-# %% ../nbs/21a_purify.ipynb #e64fe731
+# %% ../nbs/21a_purify.ipynb #4e9bd0a5
 def save_head(path, W: torch.Tensor, words: list[str]) -> None:
     "Write a head (C, d) with its words, for `--vocabulary` where the text tower is not at hand."
     if len(W) != len(words): raise ValueError(f"{len(W)} rows, {len(words)} words; expected one word for each row of the head")
@@ -84,7 +84,9 @@ class Vocabulary:
     @classmethod
     def of(cls, clip: Clip, path: str = "") -> "Vocabulary":
         "The words in a file, or the default ones of a backbone."
-        if clip.card["name"] in data_cards(): default, templates, source = SCENE_CLASSES, SCENE_TEMPLATES, "LabWorld's scenes"
+        if clip.card["name"] in data_cards():
+            things = clip.card.get("open_domain", dict(classes=SCENE_CLASSES, templates=SCENE_TEMPLATES))
+            default, templates, source = things["classes"], things["templates"], "the backbone's own open-domain things" if "open_domain" in clip.card else "LabWorld's scenes"
         else:
             from open_clip import IMAGENET_CLASSNAMES, SIMPLE_IMAGENET_TEMPLATES
             default, templates, source = IMAGENET_CLASSNAMES, [t("{}") for t in SIMPLE_IMAGENET_TEMPLATES], "ImageNet's class names"
