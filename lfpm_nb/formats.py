@@ -159,7 +159,7 @@ def fitted(tower: Tower, clip: Clip) -> dict:
     check_same({k: v.cpu() for k, v in own.items()}, visual, f"{name} and {tower.path}")
     return visual
 
-# %% ../nbs/21_formats.ipynb #e2e3f27e
+# %% ../nbs/21_formats.ipynb #f98531db
 def heads(clip: Clip) -> int:
     "Attention heads of clip's visual tower."
     return clip.visual.transformer.resblocks[0].attn.num_heads
@@ -172,7 +172,8 @@ def _check_meta(tower: Tower, clip: Clip) -> None:
     if quick is None or str(quick) == str(clip.card["quick_gelu"]): return
     says, has = ("QuickGELU" if str(q) == "True" else "GELU" for q in (quick, clip.card["quick_gelu"]))
     other = f"{name}-quickgelu" if says == "QuickGELU" else name.removesuffix("-quickgelu")
-    raise ValueError(f"{tower.path} was trained with {says}, {name} computes {has}: features would be silently wrong; name the model that matches, for example {other}")
+    hint = f", for example {other}" if other in plain_models() else ""
+    raise ValueError(f"{tower.path} was trained with {says}, {name} computes {has}: features would be silently wrong; name the model that matches{hint}")
 
 # %% ../nbs/21_formats.ipynb #54264cd8
 def file_sha(path) -> str:
