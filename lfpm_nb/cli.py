@@ -112,7 +112,7 @@ def purify_(merged: str = typer.Argument(..., help="merged vision tower: open_cl
             labels: str = typer.Option("", help="file of lines file,label; or none: the pretrained model names the pictures itself"),
             vocabulary: str = typer.Option("", help="its words, one a line, or a head file (default: LabWorld's scenes, ImageNet's classes)"),
             out: str = typer.Option("purified.safetensors", help="where the purified weights go; vector, card and path.html lie beside them"),
-            preset: str = typer.Option("lab", help="settings: tiny (a look), lab, paper"),
+            preset: str = typer.Option("", help="settings: tiny (a look), lab (default of shipped backbones), paper (default of open_clip's models)"),
             seed: int = typer.Option(0, help="which pictures are held out, prompts' starts, order of training"),
             p: list[str] = typer.Option([], "-p", help="key=value, repeatable; lfpm run purify --dry-run lists all keys")):
     "LFPM on a merged model of yours: train the backdoor away, whichever it is, without knowing whether there is one."

@@ -223,7 +223,7 @@ def path_figure(d: Defended, rows: list[dict], title: str):
     fig.update_xaxes(title="λ: 0 merged, 1 anti-backdoor model"); fig.update_yaxes(range=[-2, 102], row=1, col=1); fig.update_yaxes(rangemode="tozero", row=1, col=2)
     return fig.update_layout(title=title, height=440, margin=dict(l=40, r=20, t=70, b=40), template="plotly_white", legend=dict(orientation="h", y=-.2))
 
-# %% ../nbs/21a_purify.ipynb #5a6b0c4f
+# %% ../nbs/21a_purify.ipynb #f6e3de01
 def make_card(P: PurifyParams, case: Case, merged: Tower, known: dict, d: Defended, rows: list[dict]) -> dict:
     "Parents with sha256, every parameter, versions, λ with its rule's curve, costs on the shadow pictures."
     at = lambda lam: next(r for r in rows if r["lam"] == lam)
@@ -233,7 +233,7 @@ def make_card(P: PurifyParams, case: Case, merged: Tower, known: dict, d: Defend
     return dict(kind="purified", method="LFPM (arXiv 2606.12498)", model=case.clip.card["name"], quick_gelu=case.clip.card["quick_gelu"],
                 activation="the merged file says so" if said else "from the model's name; the file does not say", parents=parents, parameters=asdict(P) | names,
                 lam=d.lam, rule=d.rule, strength=d.strength, stages={k: d.log[k] for k in ("rank", "rho", "knob", "strength_rule", "loss", "passes", "seconds", "cpu_seconds", "peak_mb")},
-                length=norm(task_vector(case.theta, d.end)), length_tau=norm(task_vector(case.clip.state(), case.theta)), frozen=[] if "proj" in merged.visual else ["proj"],
+                length=norm(task_vector(case.theta, d.end)), length_tau=norm(task_vector({k: v.cpu() for k, v in case.clip.state().items()}, case.theta)), frozen=[] if "proj" in merged.visual else ["proj"],
                 shadow=known["shadow"], cost=dict(merged=at(0.0), purified=at(d.lam), end=at(1.0)), path=rows, versions=versions(), time=time.strftime("%F %T"))
 
 # %% ../nbs/21a_purify.ipynb #3ab3c81d
@@ -292,7 +292,7 @@ def write_all(out: Path, P: PurifyParams, case: Case, merged: Tower, theta: dict
         with writing(tmp / "card.md") as f: f.write_text(card_text(card), encoding="utf-8")
         with writing(tmp / "path.html") as f: path_figure(d, card["path"], f"{out.name}: {card['model']} purified").write_html(f, include_plotlyjs=True)
 
-# %% ../nbs/21a_purify.ipynb #78bec1c1
+# %% ../nbs/21a_purify.ipynb #e419c4d0
 @dataclass
 class Purified:
     "What purify wrote: the `folder`, the `card`, the purified state dict `theta` and the one at λ = 1, `end` (open_clip's visual names, float32)."
@@ -302,10 +302,11 @@ class Purified:
     end: dict
 
 
-def purify(merged, base, model: str, shadow, labels: str = "", out="purified.safetensors", preset: str = "lab", stages: Stages | None = None, **given) -> Purified:
-    """LFPM on the merged tower in file `merged`, pretrained `base`, architecture `model` (a shipped backbone or open_clip's name), with the pictures of folder `shadow`. `given`: further
-    parameters of the run notebook purify. ValueError or FileNotFoundError before any work; `Diverged` names the file with the last good weights."""
+def purify(merged, base, model: str, shadow, labels: str = "", out="purified.safetensors", preset: str = "", stages: Stages | None = None, **given) -> Purified:
+    """LFPM on the merged tower in file `merged`, pretrained `base`, architecture `model` (a shipped backbone or open_clip's name), with the pictures of folder `shadow`. `preset`: default
+    lab for shipped backbones, paper for open_clip's models; `given`: further parameters of the run notebook purify. ValueError or FileNotFoundError before any work; `Diverged` names the file with the last good weights."""
     files = dict(merged=merged, base=base, shadow=shadow, labels=labels, out=out)
+    preset = preset or ("lab" if str(model).lower() in data_cards() else "paper")       # lab's learning rate would wreck a real CLIP
     settings = settings_of("purify", preset, {**{k: str(v) for k, v in files.items()}, "model": model, **given})
     P = PurifyParams(**{k: v for k, v in settings.items() if k != "out_dir"})
     out = check_out(P.out, (P.merged, P.base))

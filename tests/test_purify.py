@@ -325,6 +325,23 @@ def test_as_a_notebook(stranger, done, dirs):
     assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
+def test_real_clip_is_not_trained_at_the_labs_rate(monkeypatch, lfpm):
+    seen = []
+    def stop(name, preset, given): seen.append((preset, settings_of(name, preset)["anti_lr"])); raise ValueError("seen")
+    monkeypatch.setattr(F, "settings_of", stop)
+    for model in ("lfpm-lab", "ViT-B-32-quickgelu"): assert lfpm("purify", "m", "--base", "b", "--model", model, "--shadow", "s")[0] == 2
+    assert seen == [("lab", 5e-4), ("paper", 1e-5)]
+
+
+@pytest.mark.slow
+def test_lesson_runs_on_few_pictures(tmp_path, monkeypatch):
+    import nbclient, nbformat
+    root = Path(__file__).resolve().parent.parent
+    for k, v in dict(LFPM_LESSON="tiny", LFPM_CACHE=str(tmp_path / "cache"), PYTHONPATH=str(root)).items(): monkeypatch.setenv(k, v)
+    nb = nbformat.read(root / "nbs" / "lessons" / "purify_your_own.ipynb", 4)
+    nbclient.NotebookClient(nb, timeout=300, startup_timeout=120, kernel_name="python3", store_widget_state=False, resources=dict(metadata=dict(path=str(tmp_path)))).execute()
+
+
 @pytest.mark.slow
 def test_one_step_at_vit_b32(tmp_path, monkeypatch):
     "A randomly initialised ViT-B/32 with 100 noise pictures: every stage once, at the smallest size; nothing is claimed beyond that."
