@@ -32,7 +32,7 @@ def detect(keys) -> str:
         if mark in keys: return form
     raise ValueError(f"no CLIP vision tower: {len(keys)} keys, first {', '.join(sorted(keys)[:3])}; expected the names of {', '.join(FORMS)} (a ViT)")
 
-# %% ../nbs/21_formats.ipynb #5e047997
+# %% ../nbs/21_formats.ipynb #e1fa5009
 WORDS = (("embeddings.patch_embedding.", "conv1."), ("embeddings.class_embedding", "class_embedding"), ("embeddings.position_embedding.weight", "positional_embedding"),
          ("embeddings.token_embedding.", "token_embedding."), ("pre_layrnorm.", "ln_pre."), ("post_layernorm.", "ln_post."), ("final_layer_norm.", "ln_final."),
          ("encoder.layers.", "transformer.resblocks."), (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."), (".mlp.fc1.", ".mlp.c_fc."),
@@ -44,7 +44,7 @@ def spell(key: str, hf: bool = False) -> str:
     for a, b in WORDS: key = key.replace(b, a) if hf else key.replace(a, b)
     return key
 
-
+# %% ../nbs/21_formats.ipynb #191254b1
 def join_qkv(part: dict) -> dict:
     "A Hugging Face transformer's tensors under open_clip's names, q, k, v joined to in_proj; an incomplete three keeps its names."
     out = {}
@@ -64,7 +64,7 @@ def split_qkv(part: dict) -> dict:
         out |= {name.replace("attn.in_proj_", f"self_attn.{x}_proj."): w for x, w in zip("qkv", v.chunk(3))} if three else {name: v}
     return out
 
-# %% ../nbs/21_formats.ipynb #b9fc7080
+# %% ../nbs/21_formats.ipynb #9576bd7c
 @dataclass
 class Tower:
     """A file's weights under open_clip's names: `visual`, a state dict (without `proj` where the format has none), and `rest`, the other tensors of a whole
@@ -76,7 +76,7 @@ class Tower:
     path: str = ""
     sha256: str = ""
 
-
+# %% ../nbs/21_formats.ipynb #c30710e8
 def _pick(state: dict, prefix: str) -> dict: return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
@@ -99,14 +99,14 @@ def take(state: dict) -> Tower:
         elif k not in rest and not k.startswith(("vision_model.", "text_model.")): visual[k] = v           # a stranger: `fitted` will name it
     return Tower(visual, rest | text, form)
 
-# %% ../nbs/21_formats.ipynb #4296374e
+# %% ../nbs/21_formats.ipynb #f787fc18
 def _ints(visual: dict, rest: dict) -> dict:
     "OpenAI's three whole numbers, as far as they can be known."
     s = sizes(visual)
     text = {"context_length": rest["positional_embedding"].shape[0], "vocab_size": rest["token_embedding.weight"].shape[0]} if "token_embedding.weight" in rest else {}
     return {k: torch.tensor(n) for k, n in ({"input_resolution": s["pixels"]} | text).items()}
 
-
+# %% ../nbs/21_formats.ipynb #9d623bb3
 def layout(visual: dict, rest: dict, form: str) -> tuple[dict, list[str]]:
     "(state dict in format `form`, open_clip's names of the tensors that it has no place for); ValueError if it needs a projection and there is none."
     if form not in ("hf", "hf5") and "proj" not in visual:
@@ -128,7 +128,7 @@ def layout(visual: dict, rest: dict, form: str) -> tuple[dict, list[str]]:
     tower |= ids | add("text_model.", split_qkv({k: v for k, v in text.items() if k not in ("logit_scale", "text_projection")}))
     return tower | {k: both[o].t() for k, o in PROJECTIONS.items() if o in both} | {k: v for k, v in text.items() if k == "logit_scale"}, []
 
-# %% ../nbs/21_formats.ipynb #482a8a39
+# %% ../nbs/21_formats.ipynb #6696fddd
 def sizes(visual: dict) -> dict:
     "Width, layers, patch, image side (pixels), MLP width and output width (None without a projection) of a vision tower's state dict."
     width, _, patch, _ = visual["conv1.weight"].shape
@@ -144,7 +144,7 @@ def key_errors(have, need) -> str:
     say = lambda what, ks: f"{len(ks)} {what} ({', '.join(sorted(ks)[:3])}{', …' if len(ks) > 3 else ''})" if ks else ""
     return "; ".join(filter(None, (say("missing", set(need) - set(have)), say("unexpected", set(have) - set(need)))))
 
-
+# %% ../nbs/21_formats.ipynb #50f6675d
 def fitted(tower: Tower, clip: Clip) -> dict:
     """`tower`'s float32 state dict for clip's visual tower, with the proj that `clip` has where the format has none. ValueError on another size, other
     keys, another number of heads or another activation."""
@@ -175,7 +175,7 @@ def _check_meta(tower: Tower, clip: Clip) -> None:
     hint = f", for example {other}" if other in plain_models() else ""
     raise ValueError(f"{tower.path} was trained with {says}, {name} computes {has}: features would be silently wrong; name the model that matches{hint}")
 
-# %% ../nbs/21_formats.ipynb #54264cd8
+# %% ../nbs/21_formats.ipynb #8fb32279
 def file_sha(path) -> str:
     "sha256 of a file, read in pieces."
     h = hashlib.sha256()
@@ -192,7 +192,7 @@ def _config(path: Path) -> dict:
     c = c.get("vision_config") or c
     return {k: v for k, v in dict(heads=c.get("num_attention_heads"), quick_gelu=c["hidden_act"] == "quick_gelu" if "hidden_act" in c else None).items() if v is not None}
 
-
+# %% ../nbs/21_formats.ipynb #4c644e70
 def read_tower(path) -> Tower:
     """The Tower in a safetensors file, a `.pt` or `.bin` of plain tensors, or a folder with Hugging Face's `model.safetensors`. Nothing is unpickled;
     ValueError or FileNotFoundError says what is wrong with the file."""

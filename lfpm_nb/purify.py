@@ -26,7 +26,7 @@ from .defend import Defended
 from .experiment import CHECKS, PRESETS, Lab, MainParams, _field, check_writable, parameters, parse, settings_of
 from .formats import Tower, backbone, file_sha, fitted, key_errors, read_tower, with_base, write_tower
 
-# %% ../nbs/21a_purify.ipynb #99fe2366
+# %% ../nbs/21a_purify.ipynb #3ed3556c
 LEAST = 100
 
 
@@ -38,7 +38,7 @@ class Pictures:
     skipped: dict
     found: int
 
-
+# %% ../nbs/21a_purify.ipynb #f7ba32fb
 def read_pictures(folder, size: int, most: int = 10_000, seed: int = 0, least: int = LEAST) -> Pictures:
     "At most `most` pictures in a random order given by `seed`, as RGB squares. FileNotFoundError, or ValueError below `least` readable ones."
     folder = Path(folder)
@@ -55,7 +55,7 @@ def read_pictures(folder, size: int, most: int = 10_000, seed: int = 0, least: i
         raise ValueError(f"{folder} holds {len(got)} readable pictures{bad}; at least {least} are needed, a few thousand are good ({', '.join(sorted(_IMAGES))})")
     return Pictures(_stack(list(got.values())), list(got), skipped, len(found))
 
-# %% ../nbs/21a_purify.ipynb #4e9bd0a5
+# %% ../nbs/21a_purify.ipynb #8d5123a2
 def save_head(path, W: torch.Tensor, words: list[str]) -> None:
     "Write a head (C, d) with its words, for `--vocabulary` where the text tower is not at hand."
     if len(W) != len(words): raise ValueError(f"{len(W)} rows, {len(words)} words; expected one word for each row of the head")
@@ -72,7 +72,7 @@ def _read_words(path: Path) -> tuple[list[str], torch.Tensor | None]:
     if len(words) < 2 or len(set(words)) < len(words): raise ValueError(f"{path} has {len(words)} words, {len(set(words))} different; expected at least two, each once")
     return words, None
 
-
+# %% ../nbs/21a_purify.ipynb #19fb6c34
 @dataclass
 class Vocabulary:
     "Words with CLIP's prompt templates; `W` (C, d) is a ready head or None; `source` says where they come from."
@@ -93,23 +93,25 @@ class Vocabulary:
         words, W = _read_words(Path(path)) if path else (default, None)
         return cls(list(words), list(templates), W, Path(path).name if path else source)
 
-# %% ../nbs/21a_purify.ipynb #c9737cb4
+# %% ../nbs/21a_purify.ipynb #a52b4e0f
 @method(Vocabulary)
 def head(self, clip: Clip, names: list[str] | None = None) -> torch.Tensor:
     "The frozen head (C, d) of the words, or of `names`; ValueError saying what is needed where the text tower has no weights."
     if self.W is not None:
-        if self.W.shape[1] != clip.visual.proj.shape[1]: raise ValueError(f"the head {self.source} is {self.W.shape[1]} wide, {clip.card['name']} has {clip.visual.proj.shape[1]} features")
+        width = clip.visual.proj.shape[1]
+        if self.W.shape[1] != width: raise ValueError(f"the head {self.source} is {self.W.shape[1]} wide, {clip.card['name']} has {width} features")
         return self.W.to(clip.visual.proj.device)[[self.words.index(choose(n, self.words, f"class (not in {self.source})")) for n in names or self.words]]
     if not clip.card.get("text", True):
         raise ValueError(f"the base holds {clip.card['name']}'s vision tower alone, and words are read by its text tower. Give --base a whole CLIP file (open_clip, OpenAI or "
                          "CLIPModel names), or --vocabulary a head.safetensors that purify.save_head wrote where the text tower is at hand")
     return zero_shot_head(clip, names or self.words, self.templates)
 
-# %% ../nbs/21a_purify.ipynb #278b465f
+# %% ../nbs/21a_purify.ipynb #a1e83db3
 def _table(path: Path, names: list[str], words: list[str]) -> tuple[list, list[str] | None]:
     "(label of each name, classes or None when labels are numbers of `words`) from lines `file,label`."
     with open(path, newline="", encoding="utf-8") as f: said = {r[0].strip(): r[1].strip() for r in csv.reader(f) if len(r) > 1}
-    if lost := [n for n in names if n not in said]: raise ValueError(f"{path} has no label for {len(lost)} of {len(names)} pictures ({', '.join(lost[:3])}); expected lines file,label")
+    if lost := [n for n in names if n not in said]:
+        raise ValueError(f"{path} has no label for {len(lost)} of {len(names)} pictures ({', '.join(lost[:3])}); expected lines file,label")
     mine = [said[n] for n in names]
     if not all(v.lstrip("-").isdigit() for v in mine):
         classes = sorted(set(mine))
@@ -118,7 +120,7 @@ def _table(path: Path, names: list[str], words: list[str]) -> tuple[list, list[s
         raise ValueError(f"{path}: {len(bad)} labels out of range ({'; '.join(bad[:3])}); expected numbers from 0 to {len(words) - 1}, the vocabulary's words, or class names")
     return [int(v) for v in mine], None
 
-
+# %% ../nbs/21a_purify.ipynb #5f8b58b3
 def label(clip: Clip, pics: Pictures, folder, labels: str, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """(y (N,), head W (C, d), what was done) for pictures of `folder`. `labels`: '' for class sub-folders where there are some, 'none' for pseudo-labels by
     theta_pre, or a file of lines file,label."""
@@ -161,7 +163,7 @@ PurifyParams = make_dataclass("PurifyParams", [_field(k, d) for k, (d, _) in par
 PurifyParams.__module__ = __name__
 CHECKS["purify"] = PurifyParams
 
-# %% ../nbs/21a_purify.ipynb #6cb77afe
+# %% ../nbs/21a_purify.ipynb #003ca294
 def freeze_projection(clip: Clip) -> None:
     "Make `proj` a buffer of clip's tower: copies carry it, training does not move it."
     p = clip.visual.proj.detach()
@@ -176,13 +178,14 @@ class Case(Lab):
         self.clip, self.theta, self.shadow = clip, theta, shadow
         self._pre = content_hash(clip.model.state_dict(), clip.card)
 
-
+# %% ../nbs/21a_purify.ipynb #01f73886
 def open_models(P: PurifySettings) -> tuple[Clip, dict, Tower, Tower]:
     "(the pretrained Clip, the merged state dict, the merged and the base Tower); ValueError if they do not fit, or are the same model."
     merged, base = read_tower(P.merged), read_tower(P.base)
     clip = backbone(P.model, base)
     theta = fitted(merged, clip)
-    if all(torch.equal(v.cpu(), theta[k]) for k, v in clip.state().items()): raise ValueError(f"{P.merged} equals its base {P.base}: nothing was merged into it, there is nothing to purify")
+    if all(torch.equal(v.cpu(), theta[k]) for k, v in clip.state().items()):
+        raise ValueError(f"{P.merged} equals its base {P.base}: nothing was merged into it, there is nothing to purify")
     if "proj" not in merged.visual: freeze_projection(clip)
     return clip, theta, merged, base
 
@@ -196,7 +199,7 @@ def open_case(P: PurifySettings, stages: Stages | None = None) -> tuple[Case, To
     about = dict(folder=Path(P.shadow).name, found=pics.found, used=len(y), held=held, unreadable=len(pics.skipped), skipped=pics.skipped, **how)
     return Case(P.main, clip, theta, Shadow(pics.x, y, W, held), stages), merged, dict(shadow=about, base=base)
 
-# %% ../nbs/21a_purify.ipynb #a309bb06
+# %% ../nbs/21a_purify.ipynb #60d5b384
 @method(Case)
 def costs(self, d: Defended, n: int = 21) -> list[dict]:
     "{lam, accuracy, lo, hi, changed, n} at n points of the path and at d.lam: percent of held-out pictures with their label's word, and with another word than the merged model's."
@@ -208,7 +211,7 @@ def costs(self, d: Defended, n: int = 21) -> list[dict]:
         return {}, dict(rows=[dict(lam=lam, accuracy=r["value"], lo=r["lo"], hi=r["hi"], n=r["n"], changed=rate(answers[lam] != answers[0.0])["value"]) for lam, r in right.items()])
     return self.stages("purify-costs", (code_hash("path"), self._pre, self.theta, d.end, self.shadow, n, d.lam), compute)[1]["rows"]
 
-
+# %% ../nbs/21a_purify.ipynb #4ce9c934
 def path_figure(d: Defended, rows: list[dict], title: str):
     "The plotly figure of path.html: accuracy and changed answers (percent) left, the two losses that λ was chosen on right, λ marked."
     from plotly.subplots import make_subplots
@@ -218,25 +221,27 @@ def path_figure(d: Defended, rows: list[dict], title: str):
                         customdata=[r["n"] for r in rows], hovertemplate="λ %{x:.2f}: %{y:.1f} % (n = %{customdata})")
     for k, name, dash, colour in (("prompted", "under mined prompts", "solid", "#cc79a7"), ("clean", "plain", "dot", "#009e73")):
         c = d.rule.get("curve", [])
-        fig.add_scatter(x=[p["lam"] for p in c], y=[p[k] for p in c], name=name, mode="lines+markers", line=dict(dash=dash, color=colour), row=1, col=2, hovertemplate="λ %{x:.2f}: %{y:.3f} nats")
+        fig.add_scatter(x=[p["lam"] for p in c], y=[p[k] for p in c], name=name, mode="lines+markers", line=dict(dash=dash, color=colour), row=1, col=2,
+                        hovertemplate="λ %{x:.2f}: %{y:.3f} nats")
     for col in (1, 2): fig.add_vline(x=d.lam, line=dict(color="gray", width=1), annotation_text=f"λ = {d.lam:g}", row=1, col=col)
     fig.update_xaxes(title="λ: 0 merged, 1 anti-backdoor model"); fig.update_yaxes(range=[-2, 102], row=1, col=1); fig.update_yaxes(rangemode="tozero", row=1, col=2)
     return fig.update_layout(title=title, height=440, margin=dict(l=40, r=20, t=70, b=40), template="plotly_white", legend=dict(orientation="h", y=-.2))
 
-# %% ../nbs/21a_purify.ipynb #f6e3de01
+# %% ../nbs/21a_purify.ipynb #ea21ca38
 def make_card(P: PurifyParams, case: Case, merged: Tower, known: dict, d: Defended, rows: list[dict]) -> dict:
     "Parents with sha256, every parameter, versions, λ with its rule's curve, costs on the shadow pictures."
     at = lambda lam: next(r for r in rows if r["lam"] == lam)
     parents = {k: dict(file=Path(t.path).name, sha256=t.sha256, format=t.form) for k, t in (("merged", merged), ("base", known["base"]))}
     names = dict(merged=Path(P.merged).name, base=Path(P.base).name, shadow=Path(P.shadow).name, labels=Path(P.labels).name, vocabulary=Path(P.vocabulary).name, out=Path(P.out).name)
-    said = "quick_gelu" in merged.meta
+    said, pre = "quick_gelu" in merged.meta, {k: v.cpu() for k, v in case.clip.state().items()}
     return dict(kind="purified", method="LFPM (arXiv 2606.12498)", model=case.clip.card["name"], quick_gelu=case.clip.card["quick_gelu"],
                 activation="the merged file says so" if said else "from the model's name; the file does not say", parents=parents, parameters=asdict(P) | names,
-                lam=d.lam, rule=d.rule, strength=d.strength, stages={k: d.log[k] for k in ("rank", "rho", "knob", "strength_rule", "loss", "passes", "seconds", "cpu_seconds", "peak_mb")},
-                length=norm(task_vector(case.theta, d.end)), length_tau=norm(task_vector({k: v.cpu() for k, v in case.clip.state().items()}, case.theta)), frozen=[] if "proj" in merged.visual else ["proj"],
+                lam=d.lam, rule=d.rule, strength=d.strength,
+                stages={k: d.log[k] for k in ("rank", "rho", "knob", "strength_rule", "loss", "passes", "seconds", "cpu_seconds", "peak_mb")},
+                length=norm(task_vector(case.theta, d.end)), length_tau=norm(task_vector(pre, case.theta)), frozen=[] if "proj" in merged.visual else ["proj"],
                 shadow=known["shadow"], cost=dict(merged=at(0.0), purified=at(d.lam), end=at(1.0)), path=rows, versions=versions(), time=time.strftime("%F %T"))
 
-# %% ../nbs/21a_purify.ipynb #3ab3c81d
+# %% ../nbs/21a_purify.ipynb #a2cf77f8
 def card_text(c: dict) -> str:
     "The card as Markdown."
     row = lambda name, r: f"| {name} | {r['lam']:g} | {r['accuracy']:.1f} ({r['lo']:.1f} to {r['hi']:.1f}) | {r['changed']:.1f} |"
@@ -247,9 +252,11 @@ def card_text(c: dict) -> str:
         f"Activation: {'QuickGELU' if c['quick_gelu'] else 'GELU'} ({c['activation']}). Frozen: {', '.join(c['frozen']) or 'nothing'}. "
         f"The anti-backdoor vector is {c['length']:.2f} long, the merged task vector {c['length_tau']:.2f}.", "",
         "## What it costs", "", f"Held-out shadow pictures, n = {c['cost']['merged']['n']}, 95 % interval in brackets; labels: {s['labels']}.", "",
-        "| model | λ | agrees with label % | answers changed % |", "|---|---|---|---|", row("merged", c["cost"]["merged"]), row("**purified**", c["cost"]["purified"]), row("anti-backdoor", c["cost"]["end"]), "",
+        "| model | λ | agrees with label % | answers changed % |", "|---|---|---|---|",
+        row("merged", c["cost"]["merged"]), row("**purified**", c["cost"]["purified"]), row("anti-backdoor", c["cost"]["end"]), "",
         "What it costs the merged tasks, and whether there was a backdoor, cannot be seen from here: measure it on your own test pictures (`lfpm path`).", "",
-        "## How", "", f"Shadow set: {s['used']} of {s['found']} pictures, {s['unreadable']} unreadable{f' ({skipped})' if skipped else ''}, {s['held']} held out, {s['classes']} classes.",
+        "## How", "",
+        f"Shadow set: {s['used']} of {s['found']} pictures, {s['unreadable']} unreadable{f' ({skipped})' if skipped else ''}, {s['held']} held out, {s['classes']} classes.",
         f"λ: {'the rule without knowledge of an attack (path.choose_lam)' if c['rule'] else 'given by hand'}. Strength: {c['strength']:g} ({c['stages']['knob']}).", "",
         "Parameters: " + ", ".join(f"{k}={v}" for k, v in c["parameters"].items()) + ".", "",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in c["versions"].items()) + f". {c['stages']['cpu_seconds']:.0f} CPU seconds. {c['time']}.", "",
@@ -292,7 +299,7 @@ def write_all(out: Path, P: PurifyParams, case: Case, merged: Tower, theta: dict
         with writing(tmp / "card.md") as f: f.write_text(card_text(card), encoding="utf-8")
         with writing(tmp / "path.html") as f: path_figure(d, card["path"], f"{out.name}: {card['model']} purified").write_html(f, include_plotlyjs=True)
 
-# %% ../nbs/21a_purify.ipynb #e419c4d0
+# %% ../nbs/21a_purify.ipynb #60c00354
 @dataclass
 class Purified:
     "What purify wrote: the `folder`, the `card`, the purified state dict `theta` and the one at λ = 1, `end` (open_clip's visual names, float32)."
@@ -301,10 +308,11 @@ class Purified:
     theta: dict
     end: dict
 
-
+# %% ../nbs/21a_purify.ipynb #38a756b8
 def purify(merged, base, model: str, shadow, labels: str = "", out="purified.safetensors", preset: str = "", stages: Stages | None = None, **given) -> Purified:
-    """LFPM on the merged tower in file `merged`, pretrained `base`, architecture `model` (a shipped backbone or open_clip's name), with the pictures of folder `shadow`. `preset`: default
-    lab for shipped backbones, paper for open_clip's models; `given`: further parameters of the run notebook purify. ValueError or FileNotFoundError before any work; `Diverged` names the file with the last good weights."""
+    """LFPM on the merged tower in file `merged` of pretrained `base`, architecture `model` (a shipped backbone or open_clip's name), with the pictures of folder
+    `shadow`. `preset`: default lab for shipped backbones, paper for open_clip's models; `given`: further parameters of the run notebook purify. ValueError or
+    FileNotFoundError before any work; `Diverged` names the file with the last good weights."""
     files = dict(merged=merged, base=base, shadow=shadow, labels=labels, out=out)
     preset = preset or ("lab" if str(model).lower() in data_cards() else "paper")       # lab's learning rate would wreck a real CLIP
     settings = settings_of("purify", preset, {**{k: str(v) for k, v in files.items()}, "model": model, **given})
@@ -320,11 +328,12 @@ def purify(merged, base, model: str, shadow, labels: str = "", out="purified.saf
     write_all(out, P, case, tower, theta, d, card)
     return Purified(out.parent, card, theta, d.end)
 
-# %% ../nbs/21a_purify.ipynb #e39c48f6
+# %% ../nbs/21a_purify.ipynb #627a6546
 def merge_files(name: str, files: list, base, out, given: dict | None = None) -> dict:
     "Merge the towers in `files` (formats may differ) and write the result in the first one's format; {file: sha256} of them. `given`: options of the method, as text."
     name, towers, b = merges.find(name), [read_tower(f) for f in files], read_tower(base)
-    if "images" in merges[name]["needs"]: raise ValueError(f"{name} looks at pictures of every task; run it inside  lfpm run main -p merges={name}, or take TA, SA, TIES, DARE or DELLA")
+    if "images" in merges[name]["needs"]:
+        raise ValueError(f"{name} looks at pictures of every task; run it inside  lfpm run main -p merges={name}, or take TA, SA, TIES, DARE or DELLA")
     if Path(out).resolve() in [Path(t.path).resolve() for t in (*towers, b)]: raise ValueError(f"{out} is an input; give another --out")
     known = {k: p.default for k, p in inspect.signature(merges[name]["f"]).parameters.items() if p.default is not p.empty}
     given = {choose(k, known or ["none"], f"option of {name}"): v for k, v in (given or {}).items()}
@@ -342,7 +351,7 @@ def walk(clip: Clip, a: dict, b: dict, task: Task, n: int = 21) -> list[dict]:
     path, W = Between(clip, a, b), Vocabulary(task.classes, task.templates, None, task.name).head(clip)
     return [dict(lam=lam, **rate(predict(clip, path.at(lam), task.test_x, W) == task.test_y)) for lam in Progress(grid(n), f"path on {task.name}")]
 
-
+# %% ../nbs/21a_purify.ipynb #6fea56a6
 def open_walk(a, b, model: str, base, task: str, n_test: int = 1000) -> tuple[dict, dict, Clip, Task]:
     "(state dict of file `a`, of `b`, the Clip called `model` whose text tower is `base`'s, default a's, the task at the Clip's size); ValueError if they do not fit."
     towers = [read_tower(f) for f in (a, b)]
