@@ -1,6 +1,7 @@
 """Purifying a stranger's checkpoint: files in, files out, what is refused before any work, and that nothing half-written stays."""
 import errno
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -344,17 +345,18 @@ def test_lesson_runs_on_few_pictures(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_one_step_at_vit_b32(tmp_path, monkeypatch):
-    "A randomly initialised ViT-B/32 with 100 noise pictures: every stage once, at the smallest size; nothing is claimed beyond that."
+    "A randomly initialised ViT-B/32 with 10 pictures: every stage once, at the smallest size; nothing is claimed beyond that."
     import open_clip
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-32-quickgelu")
     tower = take(model.state_dict())
     write_tower(tmp_path / "base.safetensors", tower)
     write_tower(tmp_path / "merged.safetensors", tower, "hf", {k: v + 1e-3 * torch.randn(v.shape) for k, v in tower.visual.items()})
-    paint(tmp_path / "shadow")
+    paint(tmp_path / "shadow", 10)
+    monkeypatch.setattr(F, "read_pictures", partial(read_pictures, least=10))
     (tmp_path / "words.txt").write_text("cat\ndog\nplane\n")
     got = purify(tmp_path / "merged.safetensors", tmp_path / "base.safetensors", "ViT-B-32-quickgelu", tmp_path / "shadow", out=tmp_path / "out" / "p.safetensors", preset="tiny",
-                 vocabulary=str(tmp_path / "words.txt"), shadow_n=84, held=16, prompt_steps=1, anti_batch=42, rho=0.05, anti_lr=1e-5, lam=0.5, stages=Stages(tmp_path / "c"))
+                 vocabulary=str(tmp_path / "words.txt"), shadow_n=8, held=2, prompt_steps=1, anti_batch=8, rho=0.05, anti_lr=1e-5, lam=0.5, stages=Stages(tmp_path / "c"))
     a, b = (load_state(f)[0] for f in (tmp_path / "merged.safetensors", tmp_path / "out" / "p.safetensors"))
     assert {k: (v.shape, v.dtype) for k, v in a.items()} == {k: (v.shape, v.dtype) for k, v in b.items()} and got.card["quick_gelu"] and got.card["frozen"] == ["proj"]
     whole = Vocabulary.of(backbone("ViT-B-32-quickgelu", read_tower(tmp_path / "base.safetensors")))
