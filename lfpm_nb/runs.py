@@ -96,8 +96,10 @@ def config_hash(name: str, settings: dict) -> str:
     "8 hex digits of all settings but the seed, the backbone's weights, the notebook, the code behind it, versions, device and threads."
     own = {k: v for k, v in settings.items() if k not in ("seed", "out_dir")}
     weights = data_card(own["backbone"])["sha256"] if "backbone" in own else None
-    cells, modules = _code(experiments()[name].notebook)
-    return content_hash(own, weights, cells, code_hash(*modules), versions(), [_stamp(t) for t in own.get("tasks", [])], n=8)
+    notebook = experiments()[name].notebook
+    cells, modules = _code(notebook)
+    files = [own[k] for k in getattr(CHECKS.get(notebook), "reads", ()) if own[k]]
+    return content_hash(own, weights, cells, code_hash(*modules), versions(), [_stamp(t) for t in (*own.get("tasks", []), *files)], n=8)
 
 
 def _stamp(task: str) -> list:
