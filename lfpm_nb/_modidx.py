@@ -557,6 +557,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lfpm_nb.realdata.jittered': ('realdata.html#jittered', 'lfpm_nb/realdata.py'),
                                   'lfpm_nb.realdata.real_corpus': ('realdata.html#real_corpus', 'lfpm_nb/realdata.py'),
                                   'lfpm_nb.realdata.real_pool': ('realdata.html#real_pool', 'lfpm_nb/realdata.py'),
+                                  'lfpm_nb.realdata.real_tests': ('realdata.html#real_tests', 'lfpm_nb/realdata.py'),
                                   'lfpm_nb.realdata.tiny_rows': ('realdata.html#tiny_rows', 'lfpm_nb/realdata.py')},
             'lfpm_nb.recorded': { 'lfpm_nb.recorded.Recorded': ('recorded.html#recorded', 'lfpm_nb/recorded.py'),
                                   'lfpm_nb.recorded.Recorded.__init__': ('recorded.html#recorded.__init__', 'lfpm_nb/recorded.py'),
