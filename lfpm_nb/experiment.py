@@ -389,7 +389,8 @@ def save(self, folder) -> Path:
 # %% ../nbs/18_experiment.ipynb #b50d0bcc
 PRESETS = {"main": {"lab": {}, "tiny": dict(n_train=192, n_test=96, n_target=192, epochs=1, trigger_steps=10, shadow_n=256, held=64, anti_epochs=1,
                                             prompt_steps=4, semantic=[2.0], lam_n=5, path_n=48, batch=64)},
-           "pretrain": {"lab": {}, "tiny": dict(steps=6, pool=512, batch=64, name="lfpm-tiny", out="runs/pretrain-tiny")},
+           "pretrain": {"lab": {}, "tiny": dict(steps=6, pool=512, batch=64, name="lfpm-tiny", out="runs/pretrain-tiny"),
+                        "small-real": dict(data="real", name="lfpm-real", steps=4000, width=256)},
            "ctl": {"lab": {}, "tiny": dict(few=True, n=8, lam_n=3, defences=["LFPM"])},
            "curvature": {"lab": {}, "tiny": dict(few=True, n=8, points=2, epochs=1, defences=["LFPM", "fine-tuning"])}}
 CHECKS = {"main": MainParams}          # a run's settings are validated before its notebook starts
