@@ -6,10 +6,10 @@
 __all__ = ['TOLERANCE', 'small_sets', 'paper_sets', 'CIFAR_TEMPLATES', 'TINY', 'TINY_TEMPLATES', 'OF', 'CIFAR', 'SAT', 'PHOTO',
            'EUROSAT', 'GTSRB', 'SHADOW_SHARE', 'LICENCE', 'RealSet', 'imagenet', 'tidy', 'order_of', 'data_root',
            'find_set', 'Parquet', 'how_to_get', 'open_part', 'load_real', 'real_shadow', 'jittered', 'real_pool',
-           'real_corpus', 'real_tests', 'present', 'check_set']
+           'real_corpus', 'real_tests', 'every_set', 'present', 'check_set', 'inventory', 'get_set']
 
 # %% ../nbs/02a_realdata.ipynb #d235e7e9
-import functools, io, json, os
+import functools, io, json, os, re
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -101,8 +101,8 @@ PHOTO = _wordings("a photo of # {}.")
 paper_sets["cifar10"] = RealSet(small_sets["cifar10"].classes, CIFAR, (50000, 10000), "uoft-cs/cifar10", .2, zero_shot=89.8)
 paper_sets["cifar100"] = RealSet(small_sets["cifar100"].classes, CIFAR, (50000, 10000), "uoft-cs/cifar100", .2, zero_shot=63.7)
 paper_sets["stl10"] = RealSet(_list("airplane, bird, car, cat, deer, dog, horse, monkey, ship, truck"), PHOTO, (5000, 8000), "tanganke/stl10", .3, zero_shot=97.1)
-paper_sets["svhn"] = RealSet(tuple("0123456789"), ('a photo of the number: "{}".',), (73257, 26032), "ufldl-stanford/svhn", .3, zero_shot=31.6, mirror=False,
-                             note="config cropped_digits, without the part `extra`")
+paper_sets["svhn"] = RealSet(tuple("0123456789"), ('a photo of the number: "{}".',), (73257, 26032), "ufldl-stanford/svhn:cropped_digits", .3, zero_shot=31.6, mirror=False,
+                             note="without the part `extra`")
 paper_sets["mnist"] = RealSet(tuple("0123456789"), ('a photo of the number: "{}".',), (60000, 10000), "ylecun/mnist", .02, mirror=False)
 paper_sets["dtd"] = RealSet(None, _wordings("a photo of # {} texture., a photo of # {} pattern., a photo of # {} thing., a photo of # {} object."),
                             (3760, 1880), "tanganke/dtd", .6, n_classes=47, at_source=("banded", "zigzagged"))
@@ -142,7 +142,7 @@ def imagenet() -> RealSet:
     "ImageNet's validation pictures, the paper's open-domain shadow set (10,000 of them); names and templates are open_clip's."
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
     return RealSet(tuple(IMAGENET_CLASSNAMES), tuple(t("{}") for t in OPENAI_IMAGENET_TEMPLATES), (0, 50000), "ILSVRC/imagenet-1k", 6.7, zero_shot=63.3,
-                   parts=("validation",), note="accept the terms on its page first; or a folder per class, named by wnid, which sorts as the labels do")
+                   parts=("validation",), at_source=("tench, Tinca tinca", "toilet tissue, toilet paper, bathroom tissue"), note="accept the terms on its page first; or a folder per class, named by wnid, which sorts as the labels do")
 
 # %% ../nbs/02a_realdata.ipynb #cf99a8fa
 def tidy(name: str) -> str:
@@ -161,13 +161,14 @@ def _refuse(where, label: int, found: str, ours: str):
 
 def order_of(s: RealSet, found: list[str], where) -> list[int]:
     "For each class name of a source, its number among ours, -1 for one we do not use; ValueError names the first that is out of order."
-    n, ends = len(found), s.at_source if s.classes is None else ()                 # of a source's own names only the first and the last are known
-    known = [] if ends else [k for k in (s.at_source, s.classes) if k]
+    n, ends = len(found), s.at_source if len(s.at_source) == 2 else ()             # of some sources only the first and the last name are known
+    known = [k for k in (s.at_source, s.classes) if k and not ends]
     for names in known:
         if n == len(names) and all(map(_alike, found, names)): return [k if k < s.count else k - (n - s.count) for k in range(n)]   # Chars74K: small letters join their capitals
-    if n < s.count or n > s.count and s.classes is None: raise ValueError(f"{where}: {n} classes, expected {s.count}")
+    if n < s.count or n > s.count and not known: raise ValueError(f"{where}: {n} classes, expected {s.count}")
     bad = next((k for k, e in zip((0, -1), ends) if not _alike(found[k], e)), None)
-    if [f.lstrip("0") or "0" for f in found] == [str(k) for k in range(n)] and n == s.count or not known and bad is None: return list(range(n))
+    mute = [f.lstrip("0") or "0" for f in found] == [str(k) for k in range(n)] or all(re.fullmatch("n[0-9]{8}", f) for f in found)     # numbers or wnids
+    if n == s.count and (mute or not known and bad is None): return list(range(n))
     if not known: _refuse(where, bad % n, found[bad], ends[bad])
     if n in map(len, known): _refuse(where, *next((k, f, o) for k, (f, o) in enumerate(zip(found, next(x for x in known if len(x) == n))) if not _alike(f, o)))
     index = {_key(c): k for k, c in enumerate(s.classes)}
@@ -193,7 +194,7 @@ def find_set(name: str, size: int = SIZE) -> tuple[str, RealSet]:
 # %% ../nbs/02a_realdata.ipynb #7b5d472f
 class Parquet:
     "Images by label in parquet files as the Hugging Face hub stores them: a column `image` or `img` of {bytes, path}, and `fine_label` or `label`."
-    def __init__(self, files: list[Path]):
+    def __init__(self, *files: Path):
         import pyarrow.parquet as pq
         self.files = [pq.ParquetFile(f) for f in files]
         schema = self.files[0].schema_arrow
@@ -214,7 +215,9 @@ class Parquet:
         return _stack([images[r] for r in rows.tolist()])
 
 # %% ../nbs/02a_realdata.ipynb #28f9473c
-_npz = functools.cache(read_npz)                     # uint8, kept in memory
+@functools.cache
+def _opened(kind, paths: tuple, stamps: tuple): return kind(*paths)         # uint8 arrays and file lists stay in memory; a changed file is read again
+def _kept(kind, *paths: Path): return _opened(kind, paths, tuple(p.stat().st_mtime_ns for p in paths))
 
 
 def _words(place: Path, names: list[str]) -> list[str]:
@@ -224,18 +227,18 @@ def _words(place: Path, names: list[str]) -> list[str]:
     return [words[w].split(",")[0] for w in names]
 
 
-@functools.cache
-def _found(root: Path, name: str, part: str, half: str) -> tuple | None:
-    "(labels, class names there, reader(rows, size), split already?) of one part of a set as it lies on disk; None when nothing does. `half`: train or test."
+def _found(root: Path, name: str, part: str, half: str, small: bool) -> tuple | None:
+    """(labels, class names there, reader(rows, size), split already?) of a set's train or test `half`, called `part` at its source, as
+    it lies on disk; None when nothing does. Arrays serve small sets only: they hold reduced copies."""
     home = root / name
-    if (p := home / f"{half}.npz").is_file():
-        x, y, classes = _npz(p)
+    if small and (p := home / f"{half}.npz").is_file():
+        x, y, classes = _kept(read_npz, p)
         return y, classes, lambda rows, size: fit(x[rows], size), True
     files = sorted(f for f in home.rglob("*.parquet") if part and (f.stem == part or f.stem.startswith(f"{part}-")))
-    if files: q = Parquet(files); return q.y, q.names, q.open, False
+    if files: q = _kept(Parquet, *files); return q.y, q.names, q.open, False
     for place in (home / part, home / "tiny-imagenet-200" / part, *((root / TINY / "train.zip",) if name == "tiny_imagenet" else ())):
         if place.is_file() or place.is_dir() and any(p.is_dir() for p in place.iterdir()):
-            f = Folder.of(place)
+            f = _kept(Folder.of, place)
             return f.y, _words(place, f.classes), f.open, False
 
 # %% ../nbs/02a_realdata.ipynb #513939e9
@@ -254,7 +257,7 @@ def _rows(name: str, s: RealSet, y: torch.Tensor, half: str, part: str, split: b
 def how_to_get(name: str, s: RealSet) -> str:
     "What to do when a set is missing."
     ways = [f"lfpm data get {name}  (about {s.gb:g} GB from Hugging Face: {s.hub})"] * bool(s.hub) + [s.note] * bool(s.note and not s.hub)
-    return "; ".join([*ways, f"or {name}/train.npz and test.npz with images, labels and classes"])
+    return ", or ".join([*ways, *[f"{name}/train.npz and {name}/test.npz with images, labels and classes"] * (small_sets.get(name) is s)])
 
 
 def open_part(name: str, half: str = "train", part: str = "all", size: int = SIZE) -> tuple[torch.Tensor, object, list[str]]:
@@ -262,7 +265,7 @@ def open_part(name: str, half: str = "train", part: str = "all", size: int = SIZ
     else may see (`part`: all, pretrain, tune). FileNotFoundError says what to get, ValueError what is wrong with what is there."""
     name, s = find_set(name, size)
     source = s.parts[min(half == "test", len(s.parts) - 1)]
-    found = _found(root := data_root(), name, source, half)
+    found = _found(root := data_root(), name, source, half, small_sets.get(name) is s)
     if found is None: raise FileNotFoundError(f"{name} is not under {root}: {how_to_get(name, s)}")
     y, names, read, split = found
     order = torch.tensor(order_of(s, list(names), root / name))
@@ -360,31 +363,53 @@ def real_tests(size: int = SIZE):
         yield Task(name, classes, list(s.templates), none, empty, read(torch.arange(len(y)), size), y)
 
 # %% ../nbs/02a_realdata.ipynb #221eb8af
-def _every(paper: bool | None = None) -> list[tuple[str, RealSet, int]]:
-    "(name, set, pixels) of every set."
-    return [(n, s, 32) for n, s in small_sets.items()] + [(n, s, 224) for n, s in (*paper_sets.items(), ("imagenet", imagenet()))]
+def _parts(s: RealSet) -> list[tuple[str, str, int]]:
+    "(half, what it is called at the source, images there) of the parts a set has."
+    return [(h, s.parts[min(k, len(s.parts) - 1)], n) for k, (h, n) in enumerate(zip(("train", "test"), s.n)) if n]
 
 
-def _halves(name: str, s: RealSet) -> list[str]: return [h for h, n in zip(("train", "test"), s.n) if n]
+def every_set() -> list[tuple[str, int]]:
+    "(name, pixels) of every known set, the small ones first."
+    return [(n, 32) for n in small_sets] + [(n, 224) for n in (*paper_sets, "imagenet")]
 
 
 def present(name: str, size: int = SIZE) -> bool:
-    "Is every part of a set on disk? Nothing is opened but labels and names."
+    "Are all parts of a set on disk? (Whether they are right, `check_set` says.)"
     name, s = find_set(name, size)
-    return all(_found(data_root(), name, s.parts[min(h == "test", len(s.parts) - 1)], h) for h in _halves(name, s))
+    return all(_found(data_root(), name, part, half, small_sets.get(name) is s) for half, part, _ in _parts(s))
 
 
-def check_set(name: str, size: int = SIZE, few: int = 20) -> dict:
-    "{half: images, 'native': pixels} of a set that is there; ValueError for wrong counts, labels, class order or pictures (`few` of each part are opened)."
+def check_set(name: str, size: int = SIZE, few: int = 20) -> dict[str, int]:
+    "{half: images} of a set that is here; ValueError for wrong labels or class order, too few pictures, empty classes, and damaged ones among `few` of each part."
     name, s = find_set(name, size)
     out = {}
-    for h, n in zip(("train", "test"), s.n):
-        if not n: continue
-        y, read, classes = open_part(name, h, "all", size)
-        x = read(torch.arange(len(y))[::max(1, len(y) // few)], size)
-        empty = [classes[c] for c in range(s.count) if not (y == c).any()]
-        if empty: raise ValueError(f"{name}, {h}: {len(empty)} of {s.count} classes have no picture (first: {empty[0]!r}); fetch it again")
-        if x.float().std() < 1: raise ValueError(f"{name}, {h}: pictures are all of one colour; fetch it again")
-        if len(y) < n / 2: raise ValueError(f"{name}, {h}: {len(y)} pictures, expected about {n}; fetch it again")
-        out[h] = len(y)
+    for half, _, n in _parts(s):
+        y, read, classes = open_part(name, half, "all")
+        x, empty = read(torch.arange(len(y))[::max(1, len(y) // few)], size), [c for k, c in enumerate(classes) if not (y == k).any()]
+        what = (f"{len(y):,} pictures, expected about {n:,}" if len(y) < .9 * n else f"{len(empty)} classes without a picture (first: {empty[0]!r})" if empty
+                else "pictures of a single colour" if x.float().std() < 1 else "")
+        if what: raise ValueError(f"{name}, {half}: {what}; fetch it again, or take it as your own data under another name")
+        out[half] = len(y)
     return out
+
+# %% ../nbs/02a_realdata.ipynb #0aaf2932
+def inventory() -> list[dict]:
+    "One row a set: name, pixels, classes, train and test images at the source, download in GB, where from, whether it is here, how well CLIP ViT-B/32 does."
+    def row(name, size):
+        name, s = find_set(name, size)
+        return dict(name=name, px=size, classes=s.count, train=s.n[0], test=s.n[1], gb=s.gb, source=s.hub or s.note, zero_shot=s.zero_shot, note=s.note if s.hub else "",
+                    here=bool(os.environ.get("LFPM_DATA")) and present(name, size))
+    return [row(*x) for x in every_set()]
+
+
+def get_set(name: str) -> Path:
+    "Download a set's parquet files from the Hugging Face hub to `$LFPM_DATA/<name>`; returns the folder. RuntimeError says what to do when that fails."
+    name, s = find_set(name, 224)
+    repo, _, config = s.hub.partition(":")
+    if not repo: raise ValueError(f"{name} cannot be fetched by name: {how_to_get(name, s)}")
+    from huggingface_hub import snapshot_download
+    home = data_root() / name
+    wanted = [f"{config}*{part}-*.parquet" for part in s.parts]
+    try: snapshot_download(repo, repo_type="dataset", local_dir=home, allow_patterns=wanted)
+    except Exception as e: raise RuntimeError(f"{repo} could not be fetched ({type(e).__name__}: {e}); put its files {', '.join(wanted)} under {home} yourself") from None
+    return home
