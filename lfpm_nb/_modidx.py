@@ -578,6 +578,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lfpm_nb.realdata.inventory': ('realdata.html#inventory', 'lfpm_nb/realdata.py'),
                                   'lfpm_nb.realdata.jittered': ('realdata.html#jittered', 'lfpm_nb/realdata.py'),
                                   'lfpm_nb.realdata.load_real': ('realdata.html#load_real', 'lfpm_nb/realdata.py'),
+                                  'lfpm_nb.realdata.open_domain': ('realdata.html#open_domain', 'lfpm_nb/realdata.py'),
                                   'lfpm_nb.realdata.open_part': ('realdata.html#open_part', 'lfpm_nb/realdata.py'),
                                   'lfpm_nb.realdata.order_of': ('realdata.html#order_of', 'lfpm_nb/realdata.py'),
                                   'lfpm_nb.realdata.present': ('realdata.html#present', 'lfpm_nb/realdata.py'),

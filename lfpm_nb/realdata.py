@@ -6,7 +6,7 @@
 __all__ = ['TOLERANCE', 'small_sets', 'paper_sets', 'CIFAR_TEMPLATES', 'TINY', 'TINY_TEMPLATES', 'OF', 'CIFAR', 'SAT', 'PHOTO',
            'EUROSAT', 'GTSRB', 'SHADOW_SHARE', 'LICENCE', 'RealSet', 'imagenet', 'tidy', 'order_of', 'data_root',
            'find_set', 'Parquet', 'how_to_get', 'open_part', 'load_real', 'real_shadow', 'jittered', 'real_pool',
-           'real_corpus', 'real_tests', 'every_set', 'present', 'check_set', 'inventory', 'get_set']
+           'real_corpus', 'open_domain', 'real_tests', 'every_set', 'present', 'check_set', 'inventory', 'get_set']
 
 # %% ../nbs/02a_realdata.ipynb #d235e7e9
 import functools, io, json, os, re
@@ -353,6 +353,11 @@ LICENCE = ("Trained on Tiny-ImageNet (ImageNet terms: non-commercial research an
 def real_corpus() -> list[str]:
     "Every sentence that a head of a small set may read."
     return [t.format(c) for name, s in small_sets.items() for c in open_part(name)[2] for t in s.templates]
+
+
+def open_domain() -> dict:
+    "Names and templates of a small backbone's open-domain pictures: its card keeps them, for the heads of the defender and of the attacker."
+    return dict(name="tiny_imagenet", classes=open_part("tiny_imagenet")[2], templates=list(TINY_TEMPLATES))
 
 
 def real_tests(size: int = SIZE):
