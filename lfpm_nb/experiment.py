@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 from .core import (Stages, choose, code_hash, content_hash, method, proj_path, runs_dir, versions, write_json, writing)
 from .labworld import FAMILIES
-from .tasks import TASK_NAMES, load_task, own_data
+from .tasks import SOURCES, TASK_NAMES, load_task, own_data
+from .realdata import require
 from .clip import data_card, load_clip, zero_shot_head
 from .tune import TuneConfig, finetune
 from .merge import merge, merges
@@ -147,6 +148,7 @@ def check_inputs(self) -> None:
     "Open all that the run will read (backbone, every task, the target class), so that bad input is refused before any work."
     clip = load_clip(self.backbone)
     if self.side > clip.size: raise ValueError(f"side is {self.side}, the backbone's images have {clip.size} px; give a smaller trigger")
+    require([*(n for n in self.tasks if n in SOURCES), *["tiny_imagenet"] * ("open_domain" in clip.card)], clip.size)
     tasks = {n: load_task(n, seed=self.seed, n_train=1, n_test=1, size=clip.size) for n in self.tasks}
     for a in self.attackers: choose(a.target_class, tasks[a.target].classes, f"class of {a.target}")
 
@@ -387,7 +389,14 @@ def save(self, folder) -> Path:
     return folder
 
 # %% ../nbs/18_experiment.ipynb #b50d0bcc
-PRESETS = {"main": {"lab": {}, "tiny": dict(n_train=192, n_test=96, n_target=192, epochs=1, trigger_steps=10, shadow_n=256, held=64, anti_epochs=1,
+_REAL = dict(backbone="lfpm-real", epochs=10, batch=64, n_target=2000, shadow_n=4000)
+PRESETS = {"main": {"lab": {}, "small-real": dict(_REAL, tasks=["cifar100", "gtsrb", "ucmerced", "flowers102", "dtd10", "street_chars"],
+                                                  adversary="cifar100", target="gtsrb", target_class="stop"),
+                    "small-real-b": dict(_REAL, tasks=["gtsrb", "cifar10", "mnist", "dtd10", "ucmerced", "flowers102"],
+                                         adversary="gtsrb", target="cifar10", target_class="airplane"),
+                    "small-real-c": dict(_REAL, tasks=["ucmerced", "mnist", "cifar100", "dtd10", "flowers102", "gtsrb"],
+                                         adversary="ucmerced", target="mnist", target_class="seven"),
+                    "tiny": dict(n_train=192, n_test=96, n_target=192, epochs=1, trigger_steps=10, shadow_n=256, held=64, anti_epochs=1,
                                             prompt_steps=4, semantic=[2.0], lam_n=5, path_n=48, batch=64)},
            "pretrain": {"lab": {}, "tiny": dict(steps=6, pool=512, batch=64, name="lfpm-tiny", out="runs/pretrain-tiny"),
                         "small-real": dict(data="real", name="lfpm-real", steps=4000, width=256)},
