@@ -586,6 +586,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lfpm_nb.realdata.real_pool': ('realdata.html#real_pool', 'lfpm_nb/realdata.py'),
                                   'lfpm_nb.realdata.real_shadow': ('realdata.html#real_shadow', 'lfpm_nb/realdata.py'),
                                   'lfpm_nb.realdata.real_tests': ('realdata.html#real_tests', 'lfpm_nb/realdata.py'),
+                                  'lfpm_nb.realdata.require': ('realdata.html#require', 'lfpm_nb/realdata.py'),
                                   'lfpm_nb.realdata.tidy': ('realdata.html#tidy', 'lfpm_nb/realdata.py')},
             'lfpm_nb.recorded': { 'lfpm_nb.recorded.Recorded': ('recorded.html#recorded', 'lfpm_nb/recorded.py'),
                                   'lfpm_nb.recorded.Recorded.__init__': ('recorded.html#recorded.__init__', 'lfpm_nb/recorded.py'),

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TOLERANCE', 'small_sets', 'paper_sets', 'CIFAR_TEMPLATES', 'TINY', 'TINY_TEMPLATES', 'OF', 'CIFAR', 'SAT', 'PHOTO',
            'EUROSAT', 'GTSRB', 'SHADOW_SHARE', 'LICENCE', 'RealSet', 'imagenet', 'tidy', 'order_of', 'data_root',
-           'find_set', 'Parquet', 'how_to_get', 'open_part', 'load_real', 'real_shadow', 'jittered', 'real_pool',
-           'real_corpus', 'open_domain', 'real_tests', 'every_set', 'present', 'check_set', 'inventory', 'get_set']
+           'find_set', 'Parquet', 'how_to_get', 'open_part', 'every_set', 'present', 'require', 'load_real',
+           'real_shadow', 'jittered', 'real_pool', 'real_corpus', 'open_domain', 'real_tests', 'check_set', 'inventory',
+           'get_set']
 
 # %% ../nbs/02a_realdata.ipynb #d235e7e9
 import functools, io, json, os, re
@@ -275,6 +276,28 @@ def open_part(name: str, half: str = "train", part: str = "all", size: int = SIZ
     rows = rows[_rows(name, s, y[rows], half, part, split)]
     return y[rows], lambda picks, size: read(rows[picks], size), list(s.classes or map(tidy, names))
 
+# %% ../nbs/02a_realdata.ipynb #b5c5b321
+def _parts(s: RealSet) -> list[tuple[str, str, int]]:
+    "(half, what it is called at the source, images there) of the parts a set has."
+    return [(h, s.parts[min(k, len(s.parts) - 1)], n) for k, (h, n) in enumerate(zip(("train", "test"), s.n)) if n]
+
+
+def every_set() -> list[tuple[str, int]]:
+    "(name, pixels) of every known set, the small ones first."
+    return [(n, 32) for n in small_sets] + [(n, 224) for n in (*paper_sets, "imagenet")]
+
+
+def present(name: str, size: int = SIZE) -> bool:
+    "Are all parts of a set on disk? (Whether they are right, `check_set` says.)"
+    name, s = find_set(name, size)
+    return all(_found(data_root(), name, part, half, small_sets.get(name) is s) for half, part, _ in _parts(s))
+
+
+def require(names, size: int = SIZE) -> None:
+    "FileNotFoundError that says for every missing set of `names` what to get and where to put it."
+    missing = [n for n in names if not present(n, size)]
+    if missing: raise FileNotFoundError(f"{len(missing)} sets of real pictures are not under {data_root()}:\n" + "\n".join(f"  {n}: {how_to_get(*find_set(n, size))}" for n in missing))
+
 # %% ../nbs/02a_realdata.ipynb #d77f9fa5
 def load_real(name: str, seed=0, n_train: int = 2500, n_test: int = 1000, size: int = SIZE) -> Task:
     "A real set as a Task: at most `n_train` and `n_test` balanced images of size×size drawn by `seed`; a small set's training images come from the half for tuning."
@@ -331,8 +354,7 @@ def _shares(sizes: dict, n: int) -> dict[str, int]:
 
 def real_pool(n: int, seed=0, size: int = SIZE) -> tuple[torch.Tensor, list[str]]:
     "Shuffled images (n, 3, size, size) uint8 with captions, for the backbone's pretraining; FileNotFoundError lists every set that is missing."
-    missing = [k for k in small_sets if not present(k)]
-    if missing: raise FileNotFoundError(f"pretraining needs all small sets under {data_root()}; missing: " + "; ".join(how_to_get(k, small_sets[k]) for k in missing))
+    require(small_sets, size)
     g, seen = generator("real pool", seed), {k: _seen(data_root(), k, size) for k in ("tiny_imagenet", *(k for k in small_sets if k != "tiny_imagenet"))}
     x, captions = pretrain_pool(n // 8, seed)
     images = [x]
@@ -368,22 +390,6 @@ def real_tests(size: int = SIZE):
         yield Task(name, classes, list(s.templates), none, empty, read(torch.arange(len(y)), size), y)
 
 # %% ../nbs/02a_realdata.ipynb #221eb8af
-def _parts(s: RealSet) -> list[tuple[str, str, int]]:
-    "(half, what it is called at the source, images there) of the parts a set has."
-    return [(h, s.parts[min(k, len(s.parts) - 1)], n) for k, (h, n) in enumerate(zip(("train", "test"), s.n)) if n]
-
-
-def every_set() -> list[tuple[str, int]]:
-    "(name, pixels) of every known set, the small ones first."
-    return [(n, 32) for n in small_sets] + [(n, 224) for n in (*paper_sets, "imagenet")]
-
-
-def present(name: str, size: int = SIZE) -> bool:
-    "Are all parts of a set on disk? (Whether they are right, `check_set` says.)"
-    name, s = find_set(name, size)
-    return all(_found(data_root(), name, part, half, small_sets.get(name) is s) for half, part, _ in _parts(s))
-
-
 def check_set(name: str, size: int = SIZE, few: int = 20) -> dict[str, int]:
     "{half: images} of a set that is here; ValueError for wrong labels or class order, too few pictures, empty classes, and damaged ones among `few` of each part."
     name, s = find_set(name, size)

@@ -179,7 +179,7 @@ def test_without_data_the_error_says_what_to_get(monkeypatch, tmp_path):
     monkeypatch.setenv("LFPM_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="gtsrb is not under .*lfpm data get gtsrb.*gtsrb/train.npz"): load_task("gtsrb")
     with pytest.raises(FileNotFoundError, match="tiny-imagenet-200.zip"): R.real_shadow(10)
-    with pytest.raises(FileNotFoundError, match="missing: lfpm data get cifar10"): R.real_pool(64)
+    with pytest.raises(FileNotFoundError, match="9 sets of real pictures are not under .*\n  cifar10: lfpm data get cifar10"): R.real_pool(64)
 
 
 def test_wrong_order_labels_and_pictures_are_refused(root):
