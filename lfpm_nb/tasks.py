@@ -240,7 +240,7 @@ def _own(name: str, path: Path, seed, n_train: int, n_test: int, size: int) -> T
 
 # %% ../nbs/02_tasks.ipynb #29e451dc
 TASK_NAMES = (*FAMILIES, "handwritten")
-SOURCES = {}                            # {name: f(seed, n_train, n_test, size) -> Task}: data sets that later notebooks know how to read
+SOURCES = {}         # {name: (is it there? f(size), f(seed, n_train, n_test, size) -> Task)}: data sets that a later notebook knows how to read
 
 
 def own_data() -> dict[str, Path]:
@@ -251,15 +251,15 @@ def own_data() -> dict[str, Path]:
 
 
 def load_task(name: str, seed: int = 0, n_train: int = 2500, n_test: int = 1000, size: int = SIZE) -> Task:
-    """A task by name: one of TASK_NAMES, a known real set (see the realdata notebook) or another data set under $LFPM_DATA, or a path to one (a folder per class, plain or zip; .npz; a folder
-    with train.npz and test.npz). At most `n_train` and `n_test` images of size×size, balanced as far as the source allows, drawn or split
+    """A task by name: one of TASK_NAMES, a known real set (see the realdata notebook) or another data set under $LFPM_DATA, or a path to one (a folder
+    per class, plain or zip; .npz; a folder with train.npz and test.npz). At most `n_train` and `n_test` images of size×size, balanced as far as the source allows, drawn or split
     by `seed`. ValueError for unknown names and unusable data."""
     if min(n_train, n_test, size) < 1: raise ValueError(f"n_train={n_train}, n_test={n_test}, size={size}: each must be at least 1.")
     name, own = str(name), own_data()
     if name and name not in (*TASK_NAMES, *SOURCES) and name not in own and (path := Path(name)).exists():
         return _own(path.parent.name if path.stem in ("train", "test") else path.stem, path, seed, n_train, n_test, size)
     name = choose(name, [*TASK_NAMES, *SOURCES, *own], "task")
-    if name in SOURCES: return SOURCES[name](seed, n_train, n_test, size)
+    if name in SOURCES and (name not in own or SOURCES[name][0](size)): return SOURCES[name][1](seed, n_train, n_test, size)
     if name not in TASK_NAMES: return _own(name, own[name], seed, n_train, n_test, size)
     return (_handwritten if name == "handwritten" else _generated)(name, seed, n_train, n_test, size)
 
