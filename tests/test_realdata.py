@@ -250,3 +250,45 @@ def test_get_asks_the_hub_for_the_right_files_and_says_what_to_do_when_it_fails(
     code, _, err = lfpm("data", "get", "cars")
     assert code == 1 and "tanganke/stanford_cars could not be fetched (OSError: no network); put its files" in err and "Traceback" not in err
     assert "cannot be fetched by name" in lfpm("data", "get", "street_chars")[2]
+
+
+# --- pretraining and the defender ----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def world(root, monkeypatch):
+    "Two small sets and a Tiny-ImageNet of three classes; returns the value of every picture that pretraining may see."
+    for k in [k for k in R.small_sets if k not in ("dtd10", "gtsrb")]: monkeypatch.delitem(R.small_sets, k)
+    monkeypatch.setitem(R.small_sets, "tiny_imagenet", R.RealSet(None, R.TINY_TEMPLATES, (36, 0), n_classes=3))
+    npz(root, "dtd10", n=4), npz(root, "gtsrb", n=2), tiny(root)
+    return root
+
+
+def test_pool_is_made_of_what_pretraining_may_see_with_true_captions(world):
+    x, captions = R.real_pool(160, 0)
+    assert x.shape == (160, 3, 32, 32) and x.dtype == torch.uint8 and len(captions) == 160
+    again = R.real_pool(160, 0)
+    assert torch.equal(x, again[0]) and captions == again[1] and not torch.equal(x, R.real_pool(160, 1)[0])
+    flat = (x.float().std((1, 2, 3)) < .5).nonzero()[:, 0].tolist()           # our fixtures are plain grey, LabWorld's pictures are not
+    assert len(flat) == 140
+    y, read, classes = R.open_part("dtd10", "train", "pretrain")
+    true = {(round(v), classes[c]) for v, c in zip(read(torch.arange(len(y)), 8).float().mean((1, 2, 3)).tolist(), y.tolist())}
+    dtd = [(round(x[k].float().mean().item()), captions[k]) for k in flat if any(captions[k] == t.format(c) for c in classes for t in R.small_sets["dtd10"].templates)]
+    assert len(dtd) > 10 and all(any(v == w and c in text.split() for w, c in true) for v, text in dtd)
+    assert set(captions) - set(R.real_corpus()) and {captions[k] for k in flat} <= set(R.real_corpus())
+
+
+def test_a_backbone_of_real_pictures_brings_its_own_shadow_set_and_attacker_words(world, pico):
+    from lfpm_nb.attack import Target, shadow_head
+    from lfpm_nb.clip import Clip
+    from lfpm_nb.subspace import Shadow
+    real = Clip(pico.model, pico.tokenizer, pico.card | dict(open_domain=R.open_domain()))
+    s = Shadow.of(real, 4, 2, 0)
+    assert s.x.shape == (6, 3, 32, 32) and s.W.shape[0] == 3 and torch.equal(s.x, R.real_shadow(6, 0)[0]) and len(s.train[0]) == 4
+    target = Target("gtsrb", "stop", ["a {}"], s.x[:1])
+    assert shadow_head(real, target).shape[0] == 4 and shadow_head(pico, target).shape[0] == 65
+    assert Shadow.of(pico, 4, 2, 0).W.shape[0] == 64
+
+
+def test_zero_shot_check():
+    assert R.check_zero_shot("cars", 60.) == pytest.approx(.4)
+    with pytest.raises(ValueError, match="no published accuracy"): R.check_zero_shot("dtd", 40.)
