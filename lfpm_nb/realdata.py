@@ -264,7 +264,7 @@ def _rows(name: str, s: RealSet, y: torch.Tensor, half: str, part: str, split: b
     share = SHADOW_SHARE if name == "tiny_imagenet" else .5
     return rows[split_by_class(y[rows], share, generator("half", TINY if name == "tiny_imagenet" else name))[part == "tune"]]
 
-# %% ../nbs/02a_realdata.ipynb #1b8447a8
+
 def how_to_get(name: str, s: RealSet) -> str:
     "What to do when a set is missing."
     ways = [f"lfpm data get {name}  (about {s.gb:g} GB from Hugging Face: {s.hub})"] * bool(s.hub) + [s.note] * bool(s.note and not s.hub)
