@@ -292,3 +292,26 @@ def test_a_backbone_of_real_pictures_brings_its_own_shadow_set_and_attacker_word
 def test_zero_shot_check():
     assert R.check_zero_shot("cars", 60.) == pytest.approx(.4)
     with pytest.raises(ValueError, match="no published accuracy"): R.check_zero_shot("dtd", 40.)
+
+
+# --- the preset ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("preset", ["small-real", "small-real-b", "small-real-c"])
+def test_preset_without_data_says_all_that_is_missing_and_writes_nothing(lfpm, dirs, monkeypatch, tmp_path, preset):
+    from lfpm_nb.experiment import settings_of
+    monkeypatch.setenv("LFPM_DATA", str(tmp_path))
+    s = settings_of("main", preset)
+    code, _, err = lfpm("run", "main", "--preset", preset)
+    assert code == 2 and "Traceback" not in err and not list((dirs / "runs").rglob("*.parquet"))
+    for name in (*s["tasks"], "tiny_imagenet"): assert f"  {name}: {R.how_to_get(*R.find_set(name))}" in err, name
+    assert len(s["tasks"]) == 6 and {s["adversary"], s["target"]} < set(s["tasks"])
+    assert s["target_class"] in R.small_sets[s["target"]].classes
+
+
+def test_backbone_of_real_pictures_carries_its_licence_and_names():
+    from lfpm_nb.clip import data_card, load_clip
+    card = data_card("lfpm-real")
+    assert "non-commercial" in card["training"]["licence"] and card["open_domain"]["name"] == "tiny_imagenet" and len(card["open_domain"]["classes"]) == 200
+    assert set(R.small_sets) <= set(card["training"]["zero_shot"]) and card["training"]["n"]["tiny_imagenet"] == 10000
+    words = {w for s in R.small_sets.values() for c in s.classes or card["open_domain"]["classes"] for t in s.templates for w in t.format(c).split()}
+    assert not load_clip("lfpm-real").tokenizer.unread(" ".join(words))         # every word of every head was read in pretraining
