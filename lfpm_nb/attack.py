@@ -36,9 +36,10 @@ class Target:
 
 
 def shadow_head(clip: Clip, target: Target) -> torch.Tensor:
-    """W (1 + S, d): the target class in row 0, then the scene names. No other class of the target task is in it: the attacker
-    does not know them (BadMerging Sec. 4; 300 ImageNet names there)."""
-    return torch.cat([zero_shot_head(clip, [target.name], target.templates), zero_shot_head(clip, SCENE_CLASSES, SCENE_TEMPLATES)])
+    """W (1 + S, d): the target class in row 0, then the names of open-domain things: the backbone's (its card's `open_domain`), else the scenes. No
+    other class of the target task is in it: the attacker does not know them (BadMerging Sec. 4; 300 ImageNet names there)."""
+    names = clip.card.get("open_domain", dict(classes=SCENE_CLASSES, templates=SCENE_TEMPLATES))
+    return torch.cat([zero_shot_head(clip, [target.name], target.templates), zero_shot_head(clip, names["classes"], names["templates"])])
 
 
 def attack_head(clip: Clip, task: Task, target: Target) -> tuple[torch.Tensor, int]:

@@ -95,8 +95,11 @@ def data_cards() -> dict[str, Path]:
 
 
 def data_card(name: str) -> dict:
-    "The JSON card of a shipped backbone; ValueError naming the nearest one for an unknown name."
-    return json.loads(data_cards()[choose(name, data_cards(), "backbone")].read_text())
+    "The JSON card of a backbone in data/; ValueError naming the nearest one and how to make one for an unknown name."
+    try: name = choose(name, data_cards(), "backbone")
+    except ValueError as e:
+        raise ValueError(f"{e} To make one: lfpm run pretrain (for lfpm-real: --preset small-real, with real pictures under $LFPM_DATA; see lfpm data list)") from None
+    return json.loads(data_cards()[name].read_text())
 
 
 def build_clip(card: dict) -> Clip:

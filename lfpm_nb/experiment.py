@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 from .core import Stages, choose, code_hash, content_hash, method, proj_path
 from .labworld import FAMILIES
-from .tasks import load_task
+from .tasks import SOURCES, load_task
+from .realdata import require
 from .clip import load_clip, zero_shot_head
 from .tune import TuneConfig, finetune
 from .merge import merge, merges
@@ -146,6 +147,7 @@ def check_inputs(self) -> None:
     "Open all that the run will read (backbone, every task, the target class), so that bad input is refused before any work."
     clip = load_clip(self.backbone)
     if self.side > clip.size: raise ValueError(f"side is {self.side}, the backbone's images have {clip.size} px; give a smaller trigger")
+    require([*(n for n in self.tasks if n in SOURCES), *["tiny_imagenet"] * ("open_domain" in clip.card)], clip.size)
     tasks = {n: load_task(n, seed=self.seed, n_train=1, n_test=1, size=clip.size) for n in self.tasks}
     for a in self.attackers: choose(a.target_class, tasks[a.target].classes, f"class of {a.target}")
 

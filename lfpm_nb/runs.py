@@ -55,9 +55,9 @@ def experiments() -> dict[str, Experiment]:
 
 
 def presets(e: Experiment) -> dict[str, dict]:
-    "{preset: parameters} of an experiment: its notebook's, with its own on top."
+    "{preset: parameters} of an experiment: its notebook's, with its own on top; a preset that it sets to nothing (`null`) it does not have."
     base = experiments()[e.notebook].presets
-    return {k: base.get(k, {}) | e.presets.get(k, {}) for k in (*base, *(k for k in e.presets if k not in base))}
+    return {k: base.get(k, {}) | e.presets.get(k, {}) for k in (*base, *(k for k in e.presets if k not in base)) if e.presets.get(k, {}) is not None}
 
 # %% ../nbs/18b_runs.ipynb #289c7e3e
 CHECKS = {"main": MainParams}          # a run's settings are validated before its notebook starts

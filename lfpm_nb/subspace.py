@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from .core import Progress, amp, device, generator
 from .clip import Clip, encode, features, logits, zero_shot_head
 from .tasks import SCENE_TEMPLATES, shadow_set
+from .realdata import real_shadow
 from .tune import batches, optimiser
 
 # %% ../nbs/12_subspace.ipynb #5b0a0c0a
@@ -25,9 +26,10 @@ class Shadow:
 
     @classmethod
     def of(cls, clip: Clip, n: int, held: int, seed: int) -> "Shadow":
-        "n training and `held` held-out scenes with the scene head."
-        x, y, classes = shadow_set(n + held, seed)
-        return cls(x, y, zero_shot_head(clip, classes, SCENE_TEMPLATES), held)
+        "n training and `held` held-out open-domain pictures and their head: scenes, or for a backbone of real pictures (`open_domain` in its card) real ones."
+        if "open_domain" in clip.card: x, y, classes, templates = real_shadow(n + held, seed, clip.size)
+        else: (x, y, classes), templates = shadow_set(n + held, seed), SCENE_TEMPLATES
+        return cls(x, y, zero_shot_head(clip, classes, templates), held)
 
     @property
     def train(self): return self.x[:-self.held], self.y[:-self.held]

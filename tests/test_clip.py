@@ -242,7 +242,7 @@ def test_with_state_refuses(pico, change, message):
 def test_shipped_weights(name):
     card, path = data_card(name), proj_path("data", f"{name}.safetensors")
     state = load_file(path)
-    assert sum(v.numel() for k, v in state.items() if k.startswith("visual.")) <= 1_500_000
+    assert sum(v.numel() for k, v in state.items() if k.startswith("visual.")) <= (1_500_000 if name == "lfpm-lab" else 2_500_000)
     assert path.stat().st_size <= 20e6 and {v.dtype for v in state.values()} == {torch.float16}
     assert hashlib.sha256(path.read_bytes()).hexdigest() == card["sha256"] and card["training"]
     assert {"name", "config", "quick_gelu", "mean", "std", "vocab"} <= card.keys() and card["name"] == name

@@ -336,3 +336,17 @@ def test_two_processes_want_the_same_run(papermilled):
     for t in threads: t.start()
     for t in threads: t.join(60)
     assert both == [plan.out] * 2 and len(papermilled[0]) == 1
+
+
+def test_a_preset_set_to_nothing_is_not_there(yamls):
+    every = yamls("main", "title: t\nnotebook: main\npresets: {lab: {}, big: {n_train: 50}}")
+    every = yamls("mine", "title: t\nnotebook: main\npresets: {big: null}")
+    assert list(presets(every["main"])) == ["lab", "big"] and list(presets(every["mine"])) == ["lab"]
+    with pytest.raises(ValueError, match="unknown preset of mine 'big'"): settings_of("mine", "big")
+
+
+def test_a_backbone_that_is_not_here_says_how_to_make_it(lfpm, dirs, monkeypatch):
+    from lfpm_nb import clip
+    monkeypatch.setattr(clip, "data_cards", lambda: {})
+    code, _, err = lfpm("run", "main", "--preset", "small-real")
+    assert code == 2 and "lfpm run pretrain" in err and "LFPM_DATA" in err

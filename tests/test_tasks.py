@@ -175,7 +175,7 @@ def test_data_folder(tmp_path, monkeypatch):
     assert [load_task(n, size=8).name for n in ("pets", "zoo", "Things")] == ["pets", "zoo", "things"]
     with pytest.raises(ValueError, match="did you mean 'things'"): load_task("thingz")
     monkeypatch.setenv("LFPM_DATA", str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="unknown task 'pets'"): load_task("pets")
+    with pytest.raises(ValueError, match="unknown task 'zoo'"): load_task("zoo")
 
 
 def bad_npz(**change): return lambda p: np.savez(p / "x.npz", **{k: v for k, v in {**arrays(), **change}.items() if v is not None})
