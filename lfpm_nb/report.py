@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .core import choose, method, proj_path, runs_dir, write_json, writing
+from .core import choose, method, proj_path, runs_dir, writing
 from .experiment import notebooks
 from .results import DASHES, MARKS, draw_path, plot_path, styles, versus
 

@@ -60,7 +60,6 @@ def draw_path(df: pd.DataFrame):
 # %% ../nbs/18a_results.ipynb #2400577a
 def plot_path(df: pd.DataFrame):
     "The same picture as a plotly figure."
-    import plotly.graph_objects as go
     from plotly.subplots import make_subplots
     lines, flat = path_lines(df)
     look = styles(dict.fromkeys(m for m, _ in lines))
