@@ -344,7 +344,7 @@ def test_lesson_runs_on_few_pictures(tmp_path, monkeypatch):
     nbclient.NotebookClient(nb, timeout=300, startup_timeout=120, kernel_name="python3", store_widget_state=False, resources=dict(metadata=dict(path=str(tmp_path)))).execute()
 
 
-@pytest.mark.slow
+@pytest.mark.cuda                                 # on two CPU cores it takes longer than all other tests together
 def test_one_step_at_vit_b32(tmp_path, monkeypatch):
     "A randomly initialised ViT-B/32 with 10 pictures: every stage once, at the smallest size; nothing is claimed beyond that."
     import open_clip
