@@ -314,7 +314,7 @@ def test_known_findings(tmp_path):
     v = Report.of("lab", [tmp_path]).verdicts
     assert v["path"].verdict == "confirmed" and len(v["path"].value) >= 3
     assert v["lowest-asr"].verdict == "confirmed" and v["survives"].verdict == "confirmed"
-    assert v["equal-asr"].verdict == "contradicted" and v["learnt-merges"].verdict == "contradicted" and v["dam-badmerging"].verdict == "confirmed"
+    assert v["equal-asr"].verdict == "contradicted" and v["learnt-merges"].verdict == "contradicted" and v["dam-badmerging"].verdict == "contradicted"
 
 
 # --- in a browser ------------------------------------------------------------------------------------------------------------
