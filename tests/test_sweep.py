@@ -176,7 +176,7 @@ def toy(tmp_path):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in TOY], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
     nb.cells[0].metadata.tags = ["parameters"]
     nbformat.write(nb, tree / "nbs" / "runs" / "toy.ipynb")
-    shutil.copy(ROOT / "nbs" / "runs" / "main.ipynb", tree / "nbs" / "runs")
+    for name in ("main", "purify"): shutil.copy(ROOT / "nbs" / "runs" / f"{name}.ipynb", tree / "nbs" / "runs")         # the library reads their parameters
     file = sweep_file(tmp_path, "seeds: [0, 1]\nruns: [{run: toy, grid: {x: [1.0, 2.0]}}]")
     def env(root): return os.environ | dict(PYTHONPATH=str(tree), LFPM_RUNS=str(root / "runs"), LFPM_CACHE=str(root / "cache"), OMP_NUM_THREADS="1")
     def start(root, *args, module="import sys; from lfpm_nb.cli import main; main()"):
