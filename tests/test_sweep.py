@@ -194,7 +194,7 @@ def numbers(root) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
-def kill_some(p, who, rng):
+def kill_some(p, who):
     "SIGKILL the sweep with all it started, one worker, or one kernel."
     family = psutil.Process(p.pid).children(recursive=True)
     named = lambda word: [q for q in family if word in " ".join(q.cmdline())]
@@ -215,7 +215,7 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(toy, tmp_path):
         p = toy.start(broken, "--workers", "2", "--resume")
         deadline = time.time() + rng.uniform(6, 20)
         while p.poll() is None and time.time() < deadline: time.sleep(.1)
-        if p.poll() is None: kill_some(p, who, rng)
+        if p.poll() is None: kill_some(p, who)
         if who == "sweep": time.sleep(3)                    # orphaned kernels notice that their parent is gone
         else: p.wait(400)
     assert toy.start(broken, "--workers", "2", "--resume").wait(400) == 0, (broken / "out.txt").read_text()
