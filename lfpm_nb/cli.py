@@ -171,7 +171,9 @@ def run(name: str = typer.Argument(None, help="an experiment, e.g. main; see --l
         force: bool = typer.Option(False, help="compute everything again")):
     "Run an experiment: a notebook with parameters. What has not changed is reused; an interrupted run continues."
     if every or name is None:
-        for e in experiments().values(): print(f"{e.name:18s} {e.minutes.get(preset, '?'):>4} min  {e.reproduces or '-':34s} {e.title}")
+        for e in experiments().values():
+            also = f" (also: {', '.join(e.also)})" if e.also else ""
+            print(f"{e.name:18s} {e.minutes.get(preset, '?'):>4} min  {e.reproduces or '-':34s} {e.title}{also}")
         return
     bad = [x for x in p if "=" not in x]
     if bad: raise ValueError(f"-p {bad[0]!r} is not key=value, for example -p lam=0.5")

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'HF', 'WORDS', 'PROJECTIONS', 'INTS', 'detect', 'spell', 'join_qkv', 'split_qkv', 'Tower', 'take', 'layout',
-           'sizes', 'key_errors', 'fitted', 'heads', 'file_sha', 'read_tower', 'write_tower', 'with_base', 'convert',
-           'plain_models', 'backbone']
+           'sizes', 'key_errors', 'fitted', 'heads', 'read_tower', 'write_tower', 'with_base', 'convert', 'backbone']
 
 # %% ../nbs/21_formats.ipynb #a8a4223b
-import hashlib, json, logging, math, re
+import json, math, re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
 from .core import check_same, choose, device, load_state, save_state
-from .clip import Clip, data_cards, load_clip
+from .clip import Clip, data_cards, file_sha, load_clip, plain_models, untrained
 
 # %% ../nbs/21_formats.ipynb #90c6cdc9
 FORMS = ("open_clip", "openai", "task_vectors", "hf", "hf5", "hf_clip", "visual")
@@ -176,14 +175,6 @@ def _check_meta(tower: Tower, clip: Clip) -> None:
     raise ValueError(f"{tower.path} was trained with {says}, {name} computes {has}: features would be silently wrong; name the model that matches{hint}")
 
 # %% ../nbs/21_formats.ipynb #8fb32279
-def file_sha(path) -> str:
-    "sha256 of a file, read in pieces."
-    h = hashlib.sha256()
-    with open(path, "rb") as f:
-        for piece in iter(lambda: f.read(2 ** 20), b""): h.update(piece)
-    return h.hexdigest()
-
-
 def _config(path: Path) -> dict:
     "Heads and activation from a Hugging Face config.json beside a checkpoint; {} without one."
     if not (path.parent / "config.json").is_file(): return {}
@@ -233,34 +224,13 @@ def convert(path, out, to: str, base=None) -> list[str]:
     if Path(out).resolve() == Path(tower.path).resolve(): raise ValueError(f"{out} is the file that is read; give another name to write to")
     return write_tower(out, with_base(tower, read_tower(base)) if base else tower, to, made_from=tower.sha256)
 
-# %% ../nbs/21_formats.ipynb #fcaab3d9
-def plain_models() -> list[str]:
-    "open_clip's model names that are a ViT with class token beside CLIP's own text transformer."
-    import open_clip
-    def plain(c):
-        v, t = c["vision_cfg"], c["text_cfg"]
-        odd = "timm_model_name" in v or "hf_model_name" in t or v.get("attentional_pool") or v.get("pool_type", "tok") != "tok" or "multimodal_cfg" in c or "custom_text" in c
-        return not odd and isinstance(v.get("layers"), int)
-    return [n for n in open_clip.list_models() if plain(open_clip.get_model_config(n))]
-
-
-def _random_clip(name: str) -> Clip:
-    "An untrained open_clip model with its tokenizer and preprocessing; nothing is downloaded."
-    import open_clip
-    logging.disable(logging.WARNING)              # it would warn that no weights are loaded: the base brings them
-    try: model = open_clip.create_model(name)
-    finally: logging.disable(logging.NOTSET)
-    pre = model.visual.preprocess_cfg
-    card = dict(name=name, quick_gelu=bool(open_clip.get_model_config(name).get("quick_gelu")), mean=list(pre["mean"]), std=list(pre["std"]))
-    return Clip(model.float().eval(), open_clip.get_tokenizer(name), card)
-
 # %% ../nbs/21_formats.ipynb #3d5e49b4
 def backbone(name: str, base: Tower) -> Clip:
     """The model called `name` (a shipped backbone or one of open_clip's) with `base`'s weights as theta_pre, on `device()`. `card['text']` says whether the text
     tower carries weights. ValueError for unknown names and a base that does not fit."""
     shipped = data_cards()
     name = choose(name, [*shipped, *plain_models()], "model")
-    clip = load_clip(name) if name in shipped else _random_clip(name)
+    clip = load_clip(name) if name in shipped else untrained(name)
     if name not in shipped and "proj" not in base.visual:
         raise ValueError(f"the base {base.path} ({base.form}) has no projection, and {name} ships none; give a base with visual.proj: an open_clip, OpenAI or CLIPModel file")
     need = {k: v for k, v in clip.model.state_dict().items() if not k.startswith("visual.")}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from .core import Progress, cache_dir, choose, proj_path, runs_dir, write_json
-from .runs import Plan, execute, experiments, planned, read_yaml, status
+from .runs import Plan, execute, experiments, planned, read_yaml, resolve, status
 
 # %% ../nbs/22_sweep.ipynb #858bd39b
 @dataclass
@@ -34,7 +34,7 @@ def _entry(entry, spec: dict, where) -> list[Point]:
     e = {"run": entry} if isinstance(entry, str) else entry
     if not isinstance(e, dict) or "run" not in e: raise ValueError(f"{where}: {entry!r} is not a run; expected a name or {{run: NAME, grid: {{parameter: [values]}}}}")
     for k in e: choose(k, ["run", "grid", "seeds", "preset"], f"key of a run in {where}")
-    name, grid, seeds = choose(e["run"], experiments(), f"run in {where}"), e.get("grid") or {}, e.get("seeds", spec.get("seeds", [0]))
+    name, grid, seeds = resolve(e["run"], f"run in {where}"), e.get("grid") or {}, e.get("seeds", spec.get("seeds", [0]))
     for k, v in (*grid.items(), ("seeds", seeds)):
         if not isinstance(v, list) or not v: raise ValueError(f"{where}: {k} of {name} is {v!r}; expected a list of one value or more, for example [0.2, 0.3]")
     combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]

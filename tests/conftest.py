@@ -103,7 +103,7 @@ def lfpm(monkeypatch, capsys):
 
 
 def fake(runs, folder, values, seed=0, preset="lab", config="aaaa", state="done", age=0., **more):
-    "A results folder with CA of each method; `age` seconds old."
+    "A results folder with CA of each method; started `age` seconds ago."
     import json, time
     import pandas as pd
     out = Path(runs) / "main" / folder
@@ -113,8 +113,8 @@ def fake(runs, folder, values, seed=0, preset="lab", config="aaaa", state="done"
     rows += [dict(method=m, kind="model", task="signs", metric="CA", lam=float("nan"), value=999., n=10, lo=1., hi=2., seed=seed) for m in values]
     pd.DataFrame(rows).to_parquet(out / "metrics.parquet")
     if state:
-        (out / "status.json").write_text(json.dumps(dict(state=state, run="main", preset=preset, config=config, seed=seed, **more)))
-        os.utime(out / "status.json", (time.time() - age,) * 2)
+        started = time.strftime("%F %T", time.localtime(time.time() - age))
+        (out / "status.json").write_text(json.dumps(dict(state=state, run="main", preset=preset, config=config, seed=seed, started=started) | more))
     return out
 
 

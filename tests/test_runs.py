@@ -202,9 +202,11 @@ def test_table_never_mixes_presets_or_configurations(runs):
     df, info = load_runs("main", "lab", "bbbb")
     assert table(df).CA.tolist() == [10] and info["known"] == ["aaaa"]
     with pytest.raises(ValueError, match="unknown configuration of main 'bbba'; did you mean 'bbbb'"): load_runs("main", "lab", "bbba")
-    os.utime(runs / "main" / "old" / "status.json")                      # now the newest
+    os.utime(runs / "main" / "old" / "status.json")                      # touched, as by a clone: that makes it no newer
+    assert load_runs("main", "lab")[1]["config"] == "aaaa"
+    fake(runs, "again", {"TA": 11}, seed=1, config="bbbb")
     df, info = load_runs("main", "lab")
-    assert table(df).CA.tolist() == [10] and info["config"] == "bbbb"
+    assert table(df).CA.tolist() == [11] and info["config"] == "bbbb"
 
 
 def test_each_seed_counts_once_and_the_newest_run_wins(runs):
@@ -350,3 +352,9 @@ def test_a_backbone_that_is_not_here_says_how_to_make_it(lfpm, dirs, monkeypatch
     monkeypatch.setattr(clip, "data_cards", lambda: {})
     code, _, err = lfpm("run", "main", "--preset", "small-real")
     assert code == 2 and "lfpm run pretrain" in err and "LFPM_DATA" in err
+
+
+def test_an_experiment_answers_to_the_tables_it_fills(yamls):
+    yamls("mine", "title: t\nnotebook: main\nalso: [cost, path]")
+    assert planned("cost").name == planned("Path").name == planned("mine").name == "mine" and planned("cost").out == planned("mine").out
+    with pytest.raises(ValueError, match="did you mean 'cost'"): planned("costs")
