@@ -1,5 +1,8 @@
 """Paper scale without its weights and pictures: what the presets say, and the whole main run on a randomly initialised ViT-B/32."""
+import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -82,16 +85,31 @@ def test_long_contexts_are_cut_without_a_trace():
     assert (whole - cut).abs().max() < 1e-5 * whole.abs().max()
 
 
+def shallow(layers: int) -> str:
+    "ViT-B/32 with QuickGELU and `layers` blocks in each tower, under a name of open_clip's."
+    config = open_clip.get_model_config("ViT-B-32-quickgelu")
+    if layers == config["vision_cfg"]["layers"]: return "ViT-B-32-quickgelu"
+    config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = layers
+    with tempfile.TemporaryDirectory() as d:
+        path = Path(d) / f"ViT-B-32-shallow{layers}.json"
+        path.write_text(json.dumps(config))
+        open_clip.add_model_config(path)
+    return path.stem
+
+
 @pytest.mark.slow
-def test_the_whole_main_run_on_a_random_vit(weights, tmp_path, monkeypatch):
+@pytest.mark.parametrize("layers", [2, pytest.param(12, marks=pytest.mark.cuda)])          # on two cores all twelve blocks take a quarter of an hour
+def test_the_whole_main_run_on_a_random_vit(layers, tmp_path, monkeypatch):
+    name, weights = shallow(layers), tmp_path / "weights.safetensors"
+    save_state(weights, open_clip.create_model(name).state_dict(), quick_gelu="True")
     monkeypatch.setenv("LFPM_DATA", str(tmp_path))
     names = [f"thing {k}" for k in range(12)]
     few = replace(R.imagenet(), classes=tuple(names), templates=("a photo of a {}",), at_source=())           # twelve names in one sentence, not a thousand in eighty
     monkeypatch.setattr(R, "imagenet", lambda: few); monkeypatch.setattr(C, "imagenet", lambda: few)
     push = A._push_away
     monkeypatch.setattr(A, "_push_away", lambda clip, x, W, g: push(clip, x[:4], W, g, steps=1))                    # four references, not a hundred
-    hub(tmp_path / "imagenet" / "validation-0.parquet", list(range(24)), names)
-    small = dict(backbone=f"ViT-B-32-quickgelu:{weights}", tasks=["letters", "signs"], adversary="letters", target="signs", target_class="yield", n_train=8, n_test=4, n_target=6,
+    hub(tmp_path / "imagenet" / "validation-0.parquet", [k % 12 for k in range(24)], names)
+    small = dict(backbone=f"{name}:{weights}", tasks=["letters", "signs"], adversary="letters", target="signs", target_class="yield", n_train=8, n_test=4, n_target=6,
                  epochs=1, batch=4, trigger_steps=1, shadow_n=16, held=8, prompt_steps=1, semantic=[2.0], anti_epochs=1, anti_batch=8, lam_n=2, path_n=4, rho=.1)
     P = MainParams(**{k: v for k, v in (settings_of("main", "paper") | small).items() if k != "out_dir"})
     P.check_inputs()
