@@ -40,14 +40,27 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(lfpm, monkeypatch):
     assert code == 0 and "pip install ipywidgets" in out and "nothing is missing" not in out and "lfpm run pretrain" in out
 
 
-def test_methods_lists_all_three_kinds_with_their_needs(lfpm):
-    code, out, _ = lfpm("methods")
+def test_methods_lists_all_three_kinds_with_their_needs(lfpm, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    code, out, _ = lfpm("methods")                                 # no terminal: an entry is a line, for grep
     assert code == 0
     for reg in (merges, attacks, defences):
         assert f"{reg.kind}s" in out.splitlines()
         for name, m in reg.items():
             line = next(l for l in out.splitlines() if l.split()[:1] == [name])
             assert m["long"] in line and all(n in line for n in m["needs"] or ["weights only"]) and m["source"] in line
+
+
+@pytest.mark.parametrize("args", [["--help"], ["data", "--help"], ["methods"], ["run", "--list"], ["run", "main", "--dry-run"], ["data", "list"]], ids=" ".join)
+@pytest.mark.parametrize("columns", [80, 120])
+def test_lists_fit_the_window_and_lose_no_word(lfpm, monkeypatch, args, columns):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    wide = lfpm(*args)[1]
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, err = lfpm(*args)
+    assert (code, err) == (0, "") and out.split() == wide.split() and max(map(len, out.splitlines())) <= columns
+    cut = {l.split()[0] for l in out.splitlines() if l.endswith("...") and not l.startswith("Usage")}
+    assert cut <= {"explore"}, "a summary longer than its line"
 
 
 @pytest.mark.parametrize("preset", ["lab", "tiny"])

@@ -230,6 +230,18 @@ def test_check_says_right_and_wrong(lfpm, root, monkeypatch):
     assert "did you mean 'dtd10'" in lfpm("data", "check", "dtd11")[2]
 
 
+def test_a_damaged_file_is_there_and_wrong(lfpm, root, monkeypatch):
+    "It stops neither the list nor the check of the other sets."
+    monkeypatch.setitem(R.small_sets, "dtd10", R.RealSet(R.small_sets["dtd10"].classes, ("a {}",), (60, 60), "tanganke/dtd"))
+    npz(root, "cifar10"), npz(root, "dtd10")
+    (root / "cifar10" / "train.npz").write_bytes(b"half a file")
+    assert R.present("cifar10") and any(l.split()[:2] == ["cifar10", "32"] and " yes " in l for l in lfpm("data", "list")[1].splitlines())
+    code, out, err = lfpm("data", "check")
+    assert code == 1 and "cifar10 (32 px): WRONG" in out and "cannot be read" in out and "dtd10 (32 px): right" in out and "1 of 2 sets are wrong" in err
+    (root / "cifar10" / "test.npz").unlink()
+    assert not R.present("cifar10")
+
+
 def test_an_empty_class_is_found(root, monkeypatch):
     monkeypatch.setitem(R.small_sets, "dtd10", R.RealSet(R.small_sets["dtd10"].classes, ("a {}",), (60, 60)))
     npz(root, "dtd10", change=lambda y: np.where(y == 4, 3, y))
