@@ -177,7 +177,7 @@ def sau(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
         with torch.no_grad(): z0 = model(frozen, x + d)
         return F.cross_entropy(z, y) + F.cross_entropy(model(visual, x, q), y) + shared_loss(model(visual, x + d), z0, y, own0)
     both = replace(shadow, y=torch.stack([shadow.y, own], 1))               # the frozen model's predictions travel with the labels
-    return train_on_shadow(clip, merged, both, p, replace(s, lr=s.lr * strength), seed, "SAU", loss)
+    return train_on_shadow(clip, merged, both, p, replace(s, lr=s.lr * strength), seed, "SAU", loss, others=(frozen,))
 
 # %% ../nbs/17_baselines.ipynb #7ff13ab2
 def masked_units(state: dict, m: dict, d: dict | None = None, xi: dict | None = None) -> dict:
