@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 import torch
 import torch.nn.functional as F
-from .core import Progress, amp, choose, device
+from .core import Progress, amp, choose, device, everywhere, share
 from .clip import Clip, encode, features, logits, lr_at
 from .lora import dense, trainable
 from .tune import RECOMPUTE, Lean, batches, gradients, optimiser
@@ -29,10 +29,10 @@ def path_loss(h_mm: torch.Tensor, h_anti: torch.Tensor, y: torch.Tensor, W: torc
     return F.cross_entropy(logits(h, W), y.repeat(len(points)))
 
 # %% ../nbs/13_antibackdoor.ipynb #eb0ac1e1
-def worst_prompt(loss_of_prompt, p: torch.Tensor, rho: float) -> torch.Tensor:
-    "p + rho ||p|| grad/||grad|| for a scalar function of the prompt (LFPM Eq 20, one ascent step)."
+def worst_prompt(loss_of_prompt, p: torch.Tensor, rho: float, n: int = 1) -> torch.Tensor:
+    "p + rho ||p|| grad/||grad|| for a scalar function of the prompt (LFPM Eq 20, one ascent step), a mean over this process's n images."
     q = p.detach().requires_grad_(True)
-    g, = torch.autograd.grad(loss_of_prompt(q), q)
+    g, = everywhere(n, *torch.autograd.grad(loss_of_prompt(q), q))
     return (q + rho * q.norm() * g / (g.norm() + 1e-12)).detach()
 
 # %% ../nbs/13_antibackdoor.ipynb #03493f54
@@ -78,7 +78,7 @@ def step_loss(mm, anti, x, y, W, p, s: Strengths) -> torch.Tensor:
     if s.B:
         on = [w for v in (mm, anti) for w in v.parameters() if w.requires_grad]
         for w in on: w.requires_grad_(False)
-        try: p = worst_prompt(loss, p, s.rho)
+        try: p = worst_prompt(loss, p, s.rho, len(x))
         finally:
             for w in on: w.requires_grad_(True)
     return loss(None) + loss(p)
@@ -106,8 +106,9 @@ def shadow_loop(visual, params: list, opt, shadow: Shadow, prompts: torch.Tensor
     with Lean(visual, *others, recompute=s.recompute) as lean:
         for k, i in enumerate(bar):
             for g in opt.param_groups: g["lr"] = lr_at(k, len(steps), lr, 10)
-            batch, where = (x[i].to(dev), y[i].to(dev), prompts[k % len(prompts)]), f"{name}, step {k}"
-            value = lean.attempt(lambda: gradients(opt, params, loss(*batch), visual, where, pull), len(i), where)
+            i, where = share(i), f"{name}, step {k}"
+            batch = (x[i].to(dev), y[i].to(dev), prompts[k % len(prompts)])
+            value = lean.attempt(lambda: gradients(opt, params, loss(*batch), visual, where, pull, len(i)), len(i), where)
             opt.step()
             recent.append(value.item()); bar.note = f"loss {recent[-1]:.3f}"
             if len(recent) == max(1, len(steps) // 10): log.append(sum(recent) / len(recent)); recent = []

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from .core import Diverged, Progress, amp, choose, device, generator, method
+from .core import Diverged, Progress, amp, choose, device, everywhere, generator, method, share, team
 from .clip import Clip, encode, logits, lr_at, zero_shot_head
 from .lora import dense, trainable
 from .tasks import Task
@@ -104,6 +104,7 @@ def attempt(self, gradients, n: int, where: str):
 @method(Lean)
 def halve(self, n: int, where: str, said: str) -> None:
     now = self.micro or n
+    if team(): raise torch.OutOfMemoryError(f"{where}: {said}, and the other processes wait for this one; start again with recompute='towers', a smaller batch or more processes")
     if now == 1:
         raise torch.OutOfMemoryError(f"{where}: {said}, even with one image at a time; take recompute='blocks', adapters (lora), a smaller model or a larger device")
     for v in self.towers: v.zero_grad()           # what half a backward pass may have left
@@ -113,17 +114,20 @@ def halve(self, n: int, where: str, said: str) -> None:
     warnings.warn(f"{where}: {said}; going on with {self.micro} of the batch's {n} images at a time, same gradients", stacklevel=3)
 
 # %% ../nbs/05_tune.ipynb #783bb6bd
-def gradients(opt, params, loss: torch.Tensor, visual, where: str, pull=lambda: None) -> torch.Tensor:
-    """Backward, `pull()` (it may change the gradients), gradient norm 1; returns the loss. Raises `Diverged`, holding the weights as they are,
-    when loss or gradient is not finite."""
+def gradients(opt, params, loss: torch.Tensor, visual, where: str, pull=lambda: None, n: int = 1) -> torch.Tensor:
+    """Backward, `pull()` (it may change the gradients), gradient norm 1; returns the loss. Both are means over all processes, `n`: this one's images. Raises
+    `Diverged`, holding the weights as they are, when loss or gradient is not finite."""
     def check(value, what):
         if not value.isfinite():
             lr = opt.param_groups[0]["lr"]
             raise Diverged(f"{where}: the {what} is {value.item()} at lr {lr:.1e}; lower lr or check the images", dense(visual))
-    check(loss, "loss")
+    mean, = everywhere(n, loss)
+    check(mean, "loss")
     opt.zero_grad(); loss.backward(); pull()
+    on = [p for p in params if p.grad is not None]
+    for p, g in zip(on, everywhere(n, *[p.grad for p in on])): p.grad = g
     check(torch.nn.utils.clip_grad_norm_(params, 1.0), "gradient norm")
-    return loss
+    return mean
 
 
 def step(opt, params, loss: torch.Tensor, visual, where: str, pull=lambda: None) -> None:
@@ -143,8 +147,8 @@ def fit(clip: Clip, state: dict, n: int, loss_fn, cfg: TuneConfig, seed: tuple, 
     with Lean(visual, recompute=cfg.recompute) as lean:
         for s, i in enumerate(bar):
             for p in opt.param_groups: p["lr"] = lr_at(s, len(steps), cfg.lr, cfg.warmup)
-            where = f"{name}, step {s}"
-            loss = lean.attempt(lambda: gradients(opt, params, loss_fn(visual, i), visual, where), len(i), where)
+            i, where = share(i), f"{name}, step {s}"
+            loss = lean.attempt(lambda: gradients(opt, params, loss_fn(visual, i), visual, where, n=len(i)), len(i), where)
             opt.step(); bar.note = f"loss {loss.item():.3f}"
     return dense(visual)
 
