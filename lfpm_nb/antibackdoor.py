@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 import torch
 import torch.nn.functional as F
-from .core import Progress, amp, device
+from .core import Progress, amp, choose, device, everywhere, share
 from .clip import Clip, encode, features, logits, lr_at
 from .lora import dense, trainable
-from .tune import batches, optimiser, step
+from .tune import RECOMPUTE, Lean, batches, gradients, optimiser
 from .subspace import Shadow, learn_subspace, mine_prompt, p_adv, p_clean
 
 # %% ../nbs/13_antibackdoor.ipynb #d1626877
@@ -29,10 +29,10 @@ def path_loss(h_mm: torch.Tensor, h_anti: torch.Tensor, y: torch.Tensor, W: torc
     return F.cross_entropy(logits(h, W), y.repeat(len(points)))
 
 # %% ../nbs/13_antibackdoor.ipynb #eb0ac1e1
-def worst_prompt(loss_of_prompt, p: torch.Tensor, rho: float) -> torch.Tensor:
-    "p + rho ||p|| grad/||grad|| for a scalar function of the prompt (LFPM Eq 20, one ascent step)."
+def worst_prompt(loss_of_prompt, p: torch.Tensor, rho: float, n: int = 1) -> torch.Tensor:
+    "p + rho ||p|| grad/||grad|| for a scalar function of the prompt (LFPM Eq 20, one ascent step), a mean over this process's n images."
     q = p.detach().requires_grad_(True)
-    g, = torch.autograd.grad(loss_of_prompt(q), q)
+    g, = everywhere(n, *torch.autograd.grad(loss_of_prompt(q), q))
     return (q + rho * q.norm() * g / (g.norm() + 1e-12)).detach()
 
 # %% ../nbs/13_antibackdoor.ipynb #03493f54
@@ -53,6 +53,7 @@ class Strengths:
     lr: float = 5e-4
     weight_decay: float = 0.001
     lora: int = 0               # rank of the adapters; 0 trains every weight
+    recompute: str = "nothing"  # or "towers", "blocks": less memory for one more forward pass (`tune.Lean`)
     start: str = "merged"       # or "pretrained"
     A: bool = False             # see notebook subspace: the partition hides what a trigger does
     B: bool = True
@@ -63,6 +64,7 @@ class Strengths:
         a, b = self.interval
         if not 0 <= a <= b <= 1: raise ValueError(f"interval is {self.interval}; expected 0 <= a <= b <= 1")
         if self.start not in ("merged", "pretrained"): raise ValueError(f"start is {self.start!r}; expected 'merged' or 'pretrained'")
+        self.recompute = choose(self.recompute, RECOMPUTE, "value of recompute")
 
 # %% ../nbs/13_antibackdoor.ipynb #04805f37
 def step_loss(mm, anti, x, y, W, p, s: Strengths) -> torch.Tensor:
@@ -76,8 +78,9 @@ def step_loss(mm, anti, x, y, W, p, s: Strengths) -> torch.Tensor:
     if s.B:
         on = [w for v in (mm, anti) for w in v.parameters() if w.requires_grad]
         for w in on: w.requires_grad_(False)
-        p = worst_prompt(loss, p, s.rho)
-        for w in on: w.requires_grad_(True)
+        try: p = worst_prompt(loss, p, s.rho, len(x))
+        finally:
+            for w in on: w.requires_grad_(True)
     return loss(None) + loss(p)
 
 
@@ -94,27 +97,31 @@ def accumulate(anti, mm, gamma: float) -> None:
 
 # %% ../nbs/13_antibackdoor.ipynb #fd4e03ec
 def shadow_loop(visual, params: list, opt, shadow: Shadow, prompts: torch.Tensor, s: Strengths, seed: int, name: str, loss,
-                pull=lambda: None) -> dict:
-    """Train `params` in place with `opt`; `loss(x, y, p)` gets uint8 images, labels and one prompt, `pull` may change the gradients (`tune.step`).
-    {'loss': one mean per tenth}. `Diverged` holds the weights of `visual`."""
+                pull=lambda: None, others: tuple = ()) -> dict:
+    """Train `params` in place with `opt`; `loss(x, y, p)` gets uint8 images, labels and one prompt, `pull` may change the gradients (`tune.gradients`), `others`:
+    the towers it asks besides `visual`. {'loss': one mean per tenth, 'micro_batch' if memory ran out}. `Diverged` holds the weights of `visual`."""
     (x, y), dev, lr, log, recent = shadow.train, device(), opt.param_groups[0]["lr"], [], []
     steps = list(batches(len(y), s.batch, s.epochs, "anti", seed))
     bar = Progress(steps, name)
-    for k, i in enumerate(bar):
-        for g in opt.param_groups: g["lr"] = lr_at(k, len(steps), lr, 10)
-        value = loss(x[i].to(dev), y[i].to(dev), prompts[k % len(prompts)])
-        step(opt, params, value, visual, f"{name}, step {k}", pull)
-        recent.append(value.item()); bar.note = f"loss {recent[-1]:.3f}"
-        if len(recent) == max(1, len(steps) // 10): log.append(sum(recent) / len(recent)); recent = []
-    return dict(loss=log)
+    with Lean(visual, *others, recompute=s.recompute) as lean:
+        for k, i in enumerate(bar):
+            for g in opt.param_groups: g["lr"] = lr_at(k, len(steps), lr, 10)
+            i, where = share(i), f"{name}, step {k}"
+            batch = (x[i].to(dev), y[i].to(dev), prompts[k % len(prompts)])
+            value = lean.attempt(lambda: gradients(opt, params, loss(*batch), visual, where, pull, len(i)), len(i), where)
+            opt.step()
+            recent.append(value.item()); bar.note = f"loss {recent[-1]:.3f}"
+            if len(recent) == max(1, len(steps) // 10): log.append(sum(recent) / len(recent)); recent = []
+    return dict(loss=log) | (dict(micro_batch=lean.micro) if lean.micro else {})
 
 
 def train_on_shadow(clip: Clip, start: dict, shadow: Shadow, prompts: torch.Tensor, s: Strengths, seed: int, name: str, loss,
-                    pull=lambda visual: None) -> tuple[dict, dict]:
+                    pull=lambda visual: None, others: tuple = ()) -> tuple[dict, dict]:
     "(state dict, log) of a tower trained from `start` with AdamW on `loss(visual, x, y, p)`: all weights, or adapters of rank `s.lora`, folded."
     visual = clip.with_state(start)
     params = trainable(visual, s.lora, "anti", seed)
-    log = shadow_loop(visual, params, optimiser(params, s.lr, s.weight_decay), shadow, prompts, s, seed, name, partial(loss, visual), lambda: pull(visual))
+    opt = optimiser(params, s.lr, s.weight_decay)
+    log = shadow_loop(visual, params, opt, shadow, prompts, s, seed, name, partial(loss, visual), lambda: pull(visual), others)
     return dense(visual), log
 
 # %% ../nbs/13_antibackdoor.ipynb #127affe6
@@ -134,7 +141,8 @@ def train_anti(clip: Clip, theta_mm: dict, shadow: Shadow, prompts: torch.Tensor
     mm = clip.with_state(theta_mm).requires_grad_(True)
     def loss(anti, x, y, p): return step_loss(mm, anti, clip.normalise(x), y, shadow.W, p, s)
     start = theta_mm if s.start == "merged" else clip.state()
-    return train_on_shadow(clip, start, shadow, prompts, s, seed, name, loss, lambda anti: accumulate(anti, mm, s.gamma if s.C else 0.0))
+    pull = lambda anti: accumulate(anti, mm, s.gamma if s.C else 0.0)
+    return train_on_shadow(clip, start, shadow, prompts, s, seed, name, loss, pull, others=(mm,))
 
 # %% ../nbs/13_antibackdoor.ipynb #45f01640
 def accuracy(clip: Clip, visual, shadow: Shadow, p: torch.Tensor | None = None) -> float:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 import torch
 import torch.nn.functional as F
-from .core import device, generator
+from .core import device, everywhere, generator
 from .clip import Clip, encode, features, logits
 from .tune import optimiser, task_vector
 from .subspace import Shadow
@@ -53,11 +53,11 @@ def pam_offset(w: list, w0: list, rho: float) -> tuple[list, float]:
 def train_at(clip: Clip, merged: dict, shadow: Shadow, prompts: torch.Tensor, s: Strengths, seed: int, name: str, offset,
              inputs=lambda p: (None, p)) -> tuple[dict, dict]:
     """Fine-tuning on the shadow set with the gradient taken at w + offset(w, gradient) instead of at w; w: the trained tensors, `gradient()`
-    their gradients at w. `inputs(p)`: the terms of the loss."""
+    their gradients at w, of the whole batch. `inputs(p)`: the terms of the loss."""
     def loss(visual, x, y, p):
         w = {n: v for n, v in visual.named_parameters() if v.requires_grad}
         at = lambda weights: terms(clip, partial(encode_at, visual, weights), shadow.W, x, y, inputs(p))
-        move = offset([v.detach() for v in w.values()], lambda: torch.autograd.grad(at({}), list(w.values())))
+        move = offset([v.detach() for v in w.values()], lambda: everywhere(len(x), *torch.autograd.grad(at({}), list(w.values()))))
         return at({n: v + e for (n, v), e in zip(w.items(), move)})
     return train_on_shadow(clip, merged, shadow, prompts, s, seed, name, loss)
 
@@ -177,7 +177,7 @@ def sau(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
         with torch.no_grad(): z0 = model(frozen, x + d)
         return F.cross_entropy(z, y) + F.cross_entropy(model(visual, x, q), y) + shared_loss(model(visual, x + d), z0, y, own0)
     both = replace(shadow, y=torch.stack([shadow.y, own], 1))               # the frozen model's predictions travel with the labels
-    return train_on_shadow(clip, merged, both, p, replace(s, lr=s.lr * strength), seed, "SAU", loss)
+    return train_on_shadow(clip, merged, both, p, replace(s, lr=s.lr * strength), seed, "SAU", loss, others=(frozen,))
 
 # %% ../nbs/17_baselines.ipynb #7ff13ab2
 def masked_units(state: dict, m: dict, d: dict | None = None, xi: dict | None = None) -> dict:
@@ -186,10 +186,10 @@ def masked_units(state: dict, m: dict, d: dict | None = None, xi: dict | None = 
     return out if xi is None else out | {f"{k}.bias": state[f"{k}.bias"] * (1 + xi[k]) for k in m}
 
 
-def worst_noise(loss, m: dict, eps: float) -> tuple[dict, dict]:
-    "(d, xi) = eps times the sign of the gradient of loss(d, xi) at 0: ANP's inner step."
+def worst_noise(loss, m: dict, eps: float, n: int = 1) -> tuple[dict, dict]:
+    "(d, xi) = eps times the sign of the gradient of loss(d, xi) at 0: ANP's inner step. The loss: a mean over this process's n images."
     zero = [torch.zeros_like(v, requires_grad=True) for _ in range(2) for v in m.values()]
-    g = torch.autograd.grad(loss(dict(zip(m, zero)), dict(zip(m, zero[len(m):]))), zero)
+    g = everywhere(n, *torch.autograd.grad(loss(dict(zip(m, zero)), dict(zip(m, zero[len(m):]))), zero))
     g = [eps * v.sign() for v in g]
     return dict(zip(m, g)), dict(zip(m, g[len(m):]))
 
@@ -212,7 +212,7 @@ def anp(merged, clip, shadow, p, s: Strengths, seed, strength: float = 0.1, eps:
     def loss(x, y, q):
         for v in m.values(): v.data.clamp_(0, 1)
         at = lambda *noise: terms(clip, partial(encode_at, visual, masked_units(own, m, *noise)), shadow.W, x, y, (None, q))
-        return alpha * at() + (1 - alpha) * at(*worst_noise(at, m, eps))
+        return alpha * at() + (1 - alpha) * at(*worst_noise(at, m, eps, len(x)))
     params = list(m.values())
     log = shadow_loop(visual, params, torch.optim.SGD(params, lr, momentum=0.9), shadow, p, s, seed, "ANP", loss)
     for v in params: v.data.clamp_(0, 1)
@@ -239,7 +239,9 @@ def awm(merged, clip, shadow, p, s: Strengths, seed, strength: float = 0.1, lr: 
         w, x = weights(g), x.float() / 255
         at = lambda w, x, q=None: classify(clip, partial(encode_at, visual, w), shadow.W, x, q)
         plain = at(w, x)
-        up.zero_grad(); F.cross_entropy(at({k: v.detach() for k, v in w.items()}, x + delta), plain.argmax(1)).neg().backward(); up.step()
+        up.zero_grad(); F.cross_entropy(at({k: v.detach() for k, v in w.items()}, x + delta), plain.argmax(1)).neg().backward()
+        delta.grad, = everywhere(len(x), delta.grad)
+        up.step()
         delta.data *= (bound / delta.data.abs().mean()).clamp(max=1)
         worst = at(w, (x + delta.detach()).clamp(0, 1))
         return (1 - strength) * (F.cross_entropy(plain, y) + F.cross_entropy(at(w, x, q), y)) + strength * F.cross_entropy(worst, y)

@@ -1,6 +1,7 @@
 """The benchmark's own parts: the SAM step it compares with, memory counting, and reading a run's stages."""
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,22 @@ import torch
 from lfpm_nb.experiment import MainParams
 
 
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("foundation", Path(__file__).parent.parent / "benchmarks" / "foundation.py")
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def bench(): return load("foundation")
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))      # gpu.py imports foundation.py, as it does when run as a script
+    try: return load("gpu")
+    finally: sys.path.pop(0)
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +69,35 @@ def test_stage_seconds_of_a_run(bench, tmp_path):
     stage = lambda n, s, r: dict(name=n, seconds=s, reused=r)
     (tmp_path / "params.json").write_text(json.dumps(dict(stages=[stage("a", 1., False), stage("b", 2., False), stage("a", 1., True), stage("a", 3., False)])))
     assert [(r[0], r[1]) for r in bench.stage_rows(tmp_path)][:3] == [("stage: a", 4.), ("stage: b", 2.), ("stages together", 6.)]
+
+
+# --- gpu.py ---------------------------------------------------------------------------------------------------------------
+
+def test_ratios_are_of_medians_of_rounds_and_goals_have_a_side(gpu):
+    assert gpu.ratio({"a": [2., 9., 4.], "b": [1., 3., 1.]}, "a", "b") == 3
+    assert gpu.verdict("LFPM / SAM, time", 1.4) == ("<= 1.4", True) and gpu.verdict("LFPM / SAM, time", 1.5)[1] is False
+    assert gpu.verdict("Stage II, share of the bf16 peak", .2)[1] is False and gpu.verdict("blocks: LFPM / SAM, time", 99.) == ("-", True)
+
+
+def test_every_round_takes_each_kind_once_in_turns(gpu):
+    seen = []
+    took = gpu.in_turns({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 2)
+    assert "".join(seen) == "baabba" and [len(v) for v in took.values()] == [2, 2]
+
+
+def test_computing_again_costs_work_and_saves_memory(gpu, pico):
+    "Counted, not timed: peak tensor memory of a step, and what is alive of it."
+    two = gpu.Steps(pico, 32)
+    two.lfpm(); two.sam()
+    def peak(step, *towers): [v.zero_grad() for v in (two.mm, two.anti)]; return gpu.peak_bytes(step, gpu.held_bytes(two, towers))
+    plain, towers, blocks = (peak(f, two.mm, two.anti) for f in (two.lfpm, lambda: two.lean("towers"), lambda: two.lean("blocks")))
+    assert blocks < towers < 0.6 * plain and towers <= 1.3 * peak(two.sam, two.anti)
+
+
+def test_the_table_says_what_was_missed(gpu, pico, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "random_clip", lambda name: pico)
+    for goal, code in ((1e9, 0), (0., 1)):
+        monkeypatch.setitem(gpu.GOALS, "21-point path / pure forward", ("<=", goal))
+        monkeypatch.setattr("sys.argv", ["gpu.py", "--parts", "path", "--images", "4", "--rounds", "1"])
+        assert gpu.main() == code
+        assert ("missed" in capsys.readouterr().out) == bool(code)
