@@ -326,7 +326,7 @@ class PathExplorer(Resting):
         self.wide(figure(c))
         self.pick = w.Dropdown(options=list(c.ends), value=c.name, description="defence" if c.chosen else "end", layout=w.Layout(width="220px"), style=dict(description_width="60px"))
         self.words, self.pictures, self.state = w.HTML(), w.HTML(), w.HTML()
-        rule = [("the rule's λ", lambda: c.chosen[c.name])] if c.chosen else []
+        rule = [("the rule's λ", lambda: self.core.chosen[self.core.name])] if c.chosen else []
         row = self.slider_row(self.pick, stops=[("0: start", lambda: 0.), *rule, ("1: end", lambda: 1.)])
         self.slider.observe(self._moved, "value"); self.pick.observe(self._picked, "value")
         self.parts += [self.words, self.fig, self.pictures, self.state]

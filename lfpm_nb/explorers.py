@@ -114,7 +114,7 @@ def static(self) -> bytes:
 # %% ../nbs/20a_explorers.ipynb #42b94393
 class MergeExplorer(Resting):
     "Sliders for every contributor's coefficient, bars of CA and ASR(T); a switch puts the adversary's clean twin in his place."
-    def __init__(self, lab: Lab, n: int = 100, rest: float = .15): super().__init__(MergeCore(lab, n), rest)
+    def __init__(self, lab, n: int = 100, rest: float = .15): super().__init__(lab if isinstance(lab, MergeCore) else MergeCore(lab, n), rest)
     def static(self) -> bytes: return self.core.static()
 
     def _build(self):
@@ -213,7 +213,7 @@ def _build(self) -> None:
     fig.update_xaxes(title="λ: 0 one model, 1 the other").update_layout(height=380, margin=dict(l=50, r=10, t=30, b=40), template="plotly_white", legend=dict(orientation="h", y=-.22))
     self.wide(fig)
     self.words, self.state = w.HTML(), w.HTML()
-    rule = [("the rule's λ", lambda: c.rule)] if c.rule is not None else []
+    rule = [("the rule's λ", lambda: self.core.rule)] if c.rule is not None else []
     row = self.slider_row(stops=[("0: start", lambda: 0.), *rule, ("1: end", lambda: 1.)])
     self.slider.observe(self._moved, "value")
     self.parts += [self.words, self.fig, self.state]
@@ -299,15 +299,15 @@ KINDS = {"plain": (COLOURS[0], "solid", "circle"), "with trigger": (COLOURS[1], 
 # %% ../nbs/20a_explorers.ipynb #d3f19474
 class SubspaceExplorer(Resting):
     "A slider for the rank r; what P_adv holds of a change, and what P_clean and P_adv still classify, with markers at r."
-    def __init__(self, lab, n: int = 96, rest: float = .15): super().__init__(SubspaceCore(lab, n), rest)
+    def __init__(self, lab, n: int = 96, rest: float = .15): super().__init__(lab if isinstance(lab, SubspaceCore) else SubspaceCore(lab, n), rest)
     def static(self) -> bytes: return self.core.static()
 
     def _build(self):
         import ipywidgets as w
-        c = self.core
-        self.slider = w.IntSlider(4, min=c.ranks[0], max=c.ranks[-1], description="rank r", readout=False, layout=w.Layout(width="38%"))
+        c, (first, *_, last) = self.core, self.core.ranks
+        self.slider = w.IntSlider(4, min=first, max=last, description="rank r", readout=False, layout=w.Layout(width="38%"))
         self.box = number(self.slider, "BoundedIntText")
-        self.buttons = self.stops_at([(f"{c.ranks[0]}: one direction", lambda: c.ranks[0]), ("8", lambda: 8), (f"{c.ranks[-1]}: the most", lambda: c.ranks[-1])], lambda r: setattr(self.slider, "value", r))
+        self.buttons = self.stops_at([(f"{first}: the fewest", lambda: first), ("8", lambda: 8), (f"{last}: the most", lambda: last)], lambda r: setattr(self.slider, "value", r))
         self.wide(self._figure())
         self.words, self.state = w.HTML(), w.HTML()
         self.slider.observe(self._moved, "value")
