@@ -228,7 +228,7 @@ def _parts(core: PathCore, fig):
                         marker=dict(size=13, symbol=symbol, color="black", line=dict(color="white", width=1.5)))
     for name, part, symbol, colour in (("plain", xy[:core.n], "circle-open", "#0072b2"), ("with trigger", xy[core.n:], "x", "#d55e00")):
         fig.add_scatter(x=part[:, 0], y=part[:, 1], mode="markers", name=name, marker=dict(symbol=symbol, color=colour, size=6), hoverinfo="skip", row=1, col=2)
-    fig.update_yaxes(range=[-2, 102], row=2, col=1); fig.update_xaxes(title="λ: 0 merged, 1 the defence's own end", row=2, col=1)
+    fig.update_yaxes(range=[-2, 102], row=2, col=1); fig.update_xaxes(title="λ: 0 the start, 1 the end", row=2, col=1)
     fig.update_annotations(font_size=14)
     fig.update_xaxes(range=[-1.1, 1.1], showticklabels=False, row=1, col=2); fig.update_yaxes(range=[-1.1, 1.1], showticklabels=False, row=1, col=2)
     return fig.update_layout(height=470 + 18 * max(0, len(core.grids) // 3 - 1), font=dict(size=12), margin=dict(l=45, r=10, t=30, b=40), template="plotly_white", legend=dict(orientation="h", y=-.13), meta=dict(moving=n))
@@ -435,9 +435,9 @@ def _repr_mimebundle_(self, include=None, exclude=None, **_) -> dict:
     return picture | (bundle[0] if isinstance(bundle, tuple) else bundle)
 
 # %% ../nbs/20_explore.ipynb #674d4089
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>LFPM path explorer</title>
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>path explorer</title>
 <style>body{font-family:system-ui,sans-serif;margin:16px;max-width:1240px}#lam{width:min(50%%,600px);vertical-align:middle}#box{width:5em}button{margin:4px}</style>
-%(plotly)s<h1 style="font-size:20px">From the merged model to the purified one</h1>
+%(plotly)s<h1 style="font-size:20px">Along the path from one model to another</h1>
 <p><label for="lam">λ (lambda)</label> <input id="lam" type="range" min="0" max="1" step="0.005" value="0" aria-describedby="words">
 <input id="box" type="number" min="0" max="1" step="0.005" value="0" aria-label="λ as a number"> <button data-l="0">0: start</button>%(rule)s<button data-l="1">1: end</button></p>
 <p id="words" role="status"></p><div id="fig"></div><div id="sheet"></div>

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 import pandas as pd
 import torch
-from .core import Stages, check_same, choose, load_state, method, proj_path, save_state, versions, write_json, writing
+from .core import Stages, check_same, choose, cpu_name, load_state, method, proj_path, save_state, versions, write_json, writing
 from .attack import Trigger
 from .defend import Defended
 from .experiment import Lab, MainParams
@@ -106,7 +106,7 @@ def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
 # %% ../nbs/19_recorded.ipynb #9225dd44
 def _write(lab: Lab, folder: Path, names: list[str]) -> None:
     "Vectors, prompts and the card of a computed lab."
-    base, card = lab.clip.state(), dict(params=lab.settings, backbone=lab.clip.card["sha256"], versions=versions(), attack={}, stage1={}, defences={})
+    base, card = lab.clip.state(), dict(params=lab.settings, backbone=lab.clip.card["sha256"], versions=versions(), processor=cpu_name(), attack={}, stage1={}, defences={})
     for n in lab.P.tasks: save_vector(folder / f"{n}.safetensors", lab.contributor(n), base)
     for n, (state, trigger, record) in lab.poisoned.items():
         save_vector(folder / f"{n}-poisoned.safetensors", state, base, **trigger.tensors())
