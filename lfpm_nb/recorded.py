@@ -54,7 +54,7 @@ class Recorded(Lab):
         "Tidy rows like `Lab.frame`: every model and path of the recording."
         return pd.read_parquet(self.folder / "metrics.parquet")
 
-
+# %% ../nbs/19_recorded.ipynb #d9a1d093
 def load_recorded(name: str = "lab", tiny: bool | None = None) -> Recorded:
     "A lab shipped under data/recorded/; `tiny` (default: is `$LFPM_LESSON` \"tiny\"?) takes few pictures."
     root, tiny = proj_path("data", "recorded"), os.environ.get("LFPM_LESSON") == "tiny" if tiny is None else tiny
@@ -121,7 +121,7 @@ def _write(lab: Lab, folder: Path, names: list[str]) -> None:
             card["defences"][f"{d}-{kind}"] = dict(lam=x.lam, rule=x.rule, log=x.log, strength=x.strength)
     write_json(folder / "card.json", card)
 
-
+# %% ../nbs/19_recorded.ipynb #dff3fe50
 def _measure(rec: Recorded) -> pd.DataFrame:
     "All rows of a recording: individuals, merges, and each recorded defence's model and path."
     rec.measured("individual (clean)", rec.models(poisoned=False)); rec.measured("individual", rec.models(poisoned=True))
