@@ -249,16 +249,34 @@ def record_(seed: int = typer.Option(0, help="seed of the recorded lab"),
     lab = Lab(MainParams(**{k: v for k, v in settings_of("main", "lab", dict(defences=names), seed).items() if k != "out_dir"}))
     print(f"recorded in {record(lab, folder or proj_path('data', 'recorded', 'lab'))}")
 
+# %% ../nbs/25_cli.ipynb #e3ca8d7a
+from pathlib import Path
+from .explore import TWO, between, open_run, page_of
+from .formats import fitted, read_tower
+
 # %% ../nbs/25_cli.ipynb #4572bcdd
+def _explored(run: str | None, models: tuple | None):
+    "(the core to show or None for the recorded lab, the same as an expression, words)."
+    if run and models: raise ValueError("--run and --models are two different things to walk; give one")
+    if run: return open_run(run), f"open_run({run!r})", f"Run {Path(run).name}"
+    if not models: return None, None, None
+    files, lab = [str(Path(m).resolve()) for m in models], load_recorded()
+    name = Path(models[1]).name
+    return between(lab, *(fitted(read_tower(f), lab.clip) for f in files), name), TWO.format(files=files, name=name), f"From {Path(models[0]).name} to {name}"
+
+# %% ../nbs/25_cli.ipynb #5467560e
 @app.command()
 def explore(port: int = typer.Option(8866, help="port on this machine"),
+            run: str = typer.Option(None, help="folder of a finished main run instead of the recorded lab, e.g. runs/main/tiny-s0-1a2b3c4d; its models come from $LFPM_CACHE"),
+            models: tuple[str, str] = typer.Option(None, metavar="A B", help="two safetensors files of one pretrained origin (the lab's CLIP), start and end; pictures and trigger are the recorded lab's"),
             html: str = typer.Option(None, help="write a page with a slider to this file instead, which works without Python"),
             cdn: bool = typer.Option(False, help="with --html: a small page that fetches plotly.js when it is opened")):
-    "Open the λ explorer of the recorded lab in a browser (Voilà on this machine only); Ctrl-C ends it."
+    "Open a λ explorer in a browser (Voilà on this machine only); Ctrl-C ends it. Without options it shows the recorded lab."
+    core, made, words = _explored(run and str(Path(run).resolve()), models)      # bad input is refused here, not on the page
     if html:
-        print(f"written: {PathExplorer(load_recorded()).save_html(html, cdn)}")
+        print(f"written: {PathExplorer(core or load_recorded()).save_html(html, cdn)}")
         return
     print(f"http://127.0.0.1:{port}/  (Ctrl-C ends it)", flush=True)
-    page = str(proj_path("nbs", "explore", "path.ipynb"))
     with tempfile.TemporaryDirectory() as d, contextlib.suppress(KeyboardInterrupt):
+        page = str(page_of(made, words, d) if core else proj_path("nbs", "explore", "path.ipynb"))
         subprocess.run([sys.executable, "-m", "voila", page, "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--template=lfpm"], env=os.environ | voila_template(d))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 import pandas as pd
 import torch
-from .core import Stages, check_same, choose, load_state, method, proj_path, save_state, versions, write_json, writing
+from .core import Stages, check_same, choose, cpu_name, load_state, method, proj_path, save_state, versions, write_json, writing
 from .attack import Trigger
 from .defend import Defended
 from .experiment import Lab, MainParams
@@ -54,7 +54,7 @@ class Recorded(Lab):
         "Tidy rows like `Lab.frame`: every model and path of the recording."
         return pd.read_parquet(self.folder / "metrics.parquet")
 
-
+# %% ../nbs/19_recorded.ipynb #d9a1d093
 def load_recorded(name: str = "lab", tiny: bool | None = None) -> Recorded:
     "A lab shipped under data/recorded/; `tiny` (default: is `$LFPM_LESSON` \"tiny\"?) takes few pictures."
     root, tiny = proj_path("data", "recorded"), os.environ.get("LFPM_LESSON") == "tiny" if tiny is None else tiny
@@ -106,7 +106,7 @@ def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
 # %% ../nbs/19_recorded.ipynb #9225dd44
 def _write(lab: Lab, folder: Path, names: list[str]) -> None:
     "Vectors, prompts and the card of a computed lab."
-    base, card = lab.clip.state(), dict(params=lab.settings, backbone=lab.clip.card["sha256"], versions=versions(), attack={}, stage1={}, defences={})
+    base, card = lab.clip.state(), dict(params=lab.settings, backbone=lab.clip.card["sha256"], versions=versions(), processor=cpu_name(), attack={}, stage1={}, defences={})
     for n in lab.P.tasks: save_vector(folder / f"{n}.safetensors", lab.contributor(n), base)
     for n, (state, trigger, record) in lab.poisoned.items():
         save_vector(folder / f"{n}-poisoned.safetensors", state, base, **trigger.tensors())
@@ -121,7 +121,7 @@ def _write(lab: Lab, folder: Path, names: list[str]) -> None:
             card["defences"][f"{d}-{kind}"] = dict(lam=x.lam, rule=x.rule, log=x.log, strength=x.strength)
     write_json(folder / "card.json", card)
 
-
+# %% ../nbs/19_recorded.ipynb #dff3fe50
 def _measure(rec: Recorded) -> pd.DataFrame:
     "All rows of a recording: individuals, merges, and each recorded defence's model and path."
     rec.measured("individual (clean)", rec.models(poisoned=False)); rec.measured("individual", rec.models(poisoned=True))

@@ -96,7 +96,7 @@ def drive(page):
     page.wait_for_timeout(2000)
     assert re.search(r"λ = 0\.[56]\d+", words()) and state().startswith("exact"), (words(), state())
     assert asr() < before and page.locator("table:has-text('with trigger')").first.inner_text() != captions
-    page.get_by_role("button", name="1: the defence's end").click()
+    page.get_by_role("button", name="1: end").click()
     page.wait_for_timeout(1500)
     assert "λ = 1.000" in words() and "recorded" in words()
     page.get_by_role("button", name="the rule's λ").click()
@@ -114,7 +114,7 @@ def test_saved_page_without_network(page, tmp_path, saved):
     page.locator("#lam").focus()
     for _ in range(3): page.keyboard.press("ArrowRight")
     assert "λ = 0.015" in words() and "interpolated" in words()
-    page.get_by_role("button", name="1: the defence's end").click()
+    page.get_by_role("button", name="1: end").click()
     assert "λ = 1.000" in words() and asr() < before and page.locator("#sheet").inner_text() != captions
     rail = page.locator("#lam").bounding_box()
     page.mouse.click(rail["x"] + rail["width"] * .4, rail["y"] + rail["height"] / 2)
