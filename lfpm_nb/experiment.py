@@ -115,7 +115,7 @@ class MainSettings:
 
     @property
     def tune(self) -> TuneConfig:
-        return TuneConfig(self.epochs, self.batch, self.lora_lr if self.lora else self.lr, lora=self.lora)
+        return TuneConfig(self.epochs, self.batch, self.lora_lr if self.lora else self.lr, lora=self.lora, recompute=self.recompute)
 
 # %% ../nbs/18_experiment.ipynb #37e829cd
 @method(MainSettings, once=True)
@@ -150,7 +150,7 @@ def strengths(self) -> Strengths:
     P = self
     return Strengths(rank=P.rank, prompt_steps=P.prompt_steps, semantic=tuple(P.semantic), prompt_bound=P.prompt_bound, rho=P.rho, gamma=P.gamma,
                      interval=(P.path_from, P.path_to), epochs=P.anti_epochs, batch=P.anti_batch, lr=P.anti_lr * P.tune.lr / P.lr,
-                     start=P.start, A=P.A, B=P.B, C=P.C, lora=P.lora)
+                     start=P.start, recompute=P.recompute, A=P.A, B=P.B, C=P.C, lora=P.lora)
 
 
 def _field(k: str, default) -> tuple:
