@@ -175,3 +175,12 @@ def test_figure_lines_are_the_rows(tiny_lab):
     assert set(lines) == {("LFPM", "CA"), ("LFPM", "ASR_T")} and all(g.lam.tolist() == [0, .5, 1] for g in lines.values())
     pick = lambda m, metric: df[(df.method == m) & (df.task == "average") & (df.metric == metric) & (df.kind == "model")].value.item()
     assert flat == {"TA (clean), same trigger": pick("TA (clean)", "ASR_T"), "TA, no trigger": pick("TA", "floor_none"), "TA, grey patch": pick("TA", "floor_grey")}
+
+
+def test_a_variant_is_the_method_with_an_option_of_its_own(tiny_lab):
+    assert MainParams(**TINY, merges=["ta:scale=0.45", "TA"]).merges == ["TA:scale=0.45", "TA"]
+    by_option = Lab(MainParams(**TINY, options={"TA": {"scale": .45}}), Stages(tiny_lab.stages.root)).merged("TA")[0]
+    own, plain = tiny_lab.merged("TA:scale=0.45")[0], tiny_lab.merged("TA")[0]
+    assert all(torch.equal(own[k], by_option[k]) for k in own) and any(not torch.equal(own[k], plain[k]) for k in own)
+    for text, message in (("TA:scal=1", "unknown option of TA 'scal'; did you mean 'scale'"), ("TA:scale=much", "is not a float"), ("TB:scale=1", "unknown merge 'TB'")):
+        with pytest.raises(ValueError, match=message): MainParams(**TINY, merges=[text])
