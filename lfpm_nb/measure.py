@@ -70,7 +70,7 @@ def measure_task(clip: Clip, visual, task: Task, suite: Suite, floors: bool = Tr
         out |= {"ASR_N": changed.flatten(), "ASR_Nc": changed[:, plain == y].flatten()}
     return [dict(task=task.name, metric=m, **rate(v)) for m, v in out.items()]
 
-# %% ../nbs/11_measure.ipynb #59e5bd5b
+# %% ../nbs/11_measure.ipynb #6af7ede0
 def with_averages(rows: list[dict]) -> list[dict]:
     """The rows, then `task='average'` rows: the mean over tasks, n the images behind it (no interval: tasks differ). A task without a
     single image that counts (n = 0) has no say."""
