@@ -65,6 +65,7 @@ def test_lists_fit_the_window_and_lose_no_word(lfpm, monkeypatch, args, columns)
 
 @pytest.mark.parametrize("preset", ["lab", "tiny"])
 def test_dry_run_prints_every_parameter_and_runs_nothing(lfpm, dirs, monkeypatch, preset):
+    monkeypatch.setenv("COLUMNS", "10000")                       # an entry a line, whatever window the tests run in
     monkeypatch.setattr(cli, "run_notebook", lambda *a, **k: pytest.fail("it ran"))
     code, out, err = lfpm("run", "main", "--preset", preset, "-p", "scale=0.35", "--seed", "5", "--dry-run")
     want, helps = settings_of("main", preset, {"scale": "0.35"}, 5), parameters("main")

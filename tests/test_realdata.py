@@ -315,7 +315,7 @@ def test_preset_without_data_says_all_that_is_missing(pico, monkeypatch, tmp_pat
     from lfpm_nb import experiment
     from lfpm_nb.runs import settings_of
     monkeypatch.setenv("LFPM_DATA", str(tmp_path))
-    monkeypatch.setattr(experiment, "load_clip", lambda name: replace(pico, card=pico.card | dict(open_domain={})))
+    monkeypatch.setattr(experiment, "load_clip", lambda name: replace(pico, card=pico.card | dict(open_domain=dict(name="tiny_imagenet"))))
     s = {k: v for k, v in settings_of(name, "small-real").items() if k != "out_dir"}
     with pytest.raises((ValueError, OSError)) as e: experiment.MainParams(**s).check_inputs()
     for task in (*s["tasks"], "tiny_imagenet"): assert f"  {task}: {R.how_to_get(*R.find_set(task))}" in str(e.value), task
