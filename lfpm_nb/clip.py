@@ -191,7 +191,7 @@ def _published(name: str, path=None) -> Clip:
     except ValueError as e: raise ValueError(f"{e} Expected open_clip's names, both towers; other files: lfpm convert {path} OUT.safetensors --to open_clip") from None
     clip.model.load_state_dict(state)
     clip.model.to(device()).requires_grad_(False)
-    clip.card |= dict(sha256=file_sha(path), open_domain= dict(name="imagenet", classes=list(imagenet().classes), templates=list(imagenet().templates)))
+    clip.card |= dict(sha256=file_sha(path), open_domain=dict(name="imagenet", classes=list(imagenet().classes), templates=list(imagenet().templates)))
     return clip
 
 # %% ../nbs/03_clip.ipynb #08799967
@@ -230,7 +230,8 @@ def features(clip: Clip, visual: torch.nn.Module, x: torch.Tensor, prompt=None, 
 # %% ../nbs/03_clip.ipynb #8f00d931
 def encode_text(model, t: torch.Tensor) -> torch.Tensor:
     """open_clip's text features (N, d) of tokens (N, context). CLIP's 77 places are mostly padding: behind the longest text they are cut off, which no feature
-    notices, since under the causal mask nothing behind the end token is read."""
+    notices, since under the causal mask nothing behind the end token is read. Our own backbones' 24 places stay as they are: cutting would change the last bits of every
+    recorded result and save nothing."""
     if t.shape[1] <= 32: return model.encode_text(t)
     n = int((t != 0).sum(1).max())
     x = model.token_embedding(t[:, :n]) + model.positional_embedding[:n]

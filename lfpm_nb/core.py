@@ -187,14 +187,15 @@ def as_it_runs(source: str) -> str:
     return ast.unparse(tree)
 
 
-def imported(source: str) -> list[str]:
+@functools.cache
+def imported(source: str) -> tuple[str, ...]:
     "Names of the library's modules that a source imports, in whichever spelling."
     out = []
     for n in ast.walk(ast.parse(source)):
         if not isinstance(n, ast.ImportFrom) or not (n.level or n.module.split(".")[0] == "lfpm_nb"): continue
         inside = (n.module or "").removeprefix("lfpm_nb").lstrip(".")
         out += [inside] if inside else [a.name for a in n.names]
-    return out
+    return tuple(out)
 
 
 def code_hash(*modules: str) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MainParams', 'STAGE_ONE', 'notebooks', 'parameters', 'parse', 'Attacker', 'variant', 'spelt', 'MainSettings',
            'attackers', 'strengths', 'check_inputs', 'Lab', 'tasks', 'shadow', 'home', 'contributor', 'poisoned',
-           'models', 'merged', 'heads', 'mined', 'defended', 'suite', 'measured', 'summarise', 'walked',
+           'models', 'merged', 'heads', 'mined', 'defended', 'likeness', 'suite', 'measured', 'summarise', 'walked',
            'defend_and_measure', 'frame']
 
 # %% ../nbs/18_experiment.ipynb #2076747a
@@ -13,11 +13,12 @@ import ast, inspect, json
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
 import pandas as pd
+import torch.nn.functional as F
 from .core import Stages, choose, code_hash, content_hash, method, proj_path
 from .labworld import FAMILIES
 from .tasks import SOURCES, load_task
 from .realdata import require
-from .clip import load_clip, zero_shot_head
+from .clip import features, load_clip, logits, zero_shot_head
 from .tune import TuneConfig, finetune
 from .merge import merge, merges
 from .adaptive import Unlabelled
@@ -167,7 +168,7 @@ def check_inputs(self) -> None:
     "Open all that the run will read (backbone, every task, the target class), so that bad input is refused before any work."
     clip = load_clip(self.backbone)
     if self.side > clip.size: raise ValueError(f"side is {self.side}, the backbone's images have {clip.size} px; give a smaller trigger")
-    require([*(n for n in self.tasks if n in SOURCES), *[clip.card[k]["name"] for k in ("open_domain",) if k in clip.card]], clip.size)
+    require(filter(None, [*(n for n in self.tasks if n in SOURCES), clip.card.get("open_domain", {}).get("name")]), clip.size)
     tasks = {n: load_task(n, seed=self.seed, n_train=1, n_test=1, size=clip.size) for n in self.tasks}
     for a in self.attackers: choose(a.target_class, tasks[a.target].classes, f"class of {a.target}")
 
@@ -273,6 +274,22 @@ def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
     peak = max((x["peak_mb"] for x in (first, r) if x["peak_mb"] is not None), default=None)
     log = {**first, **r["log"], **{k: first[k] + r[k] for k in ("seconds", "cpu_seconds")}, "peak_mb": peak}
     return lerp(theta, end, lam), Defended(end, lam, rule, log, r["strength"])
+
+# %% ../nbs/18_experiment.ipynb #3177a67d
+@method(Lab)
+def likeness(self, name: str, n: int = 300) -> dict:
+    """What trigger and mined prompts have in common in the poisoned merge `name` and, for comparison, in the pretrained model, on n held-out shadow pictures: 'accuracy' (percent: plain,
+    first attacker's trigger, each prompt), 'shift' (mean length of what trigger and prompts do to unit features), 'cosine' of each prompt's mean shift with the trigger's. No defence sees this."""
+    theta, (x, y) = self.merged(name)[0], (v[:n] for v in self.shadow.check)
+    prompts, trigger = self.mined(theta)[0]["p"], next(iter(self.poisoned.values()))[1]
+    def of(visual):
+        unit = lambda x, p=None: F.normalize(features(self.clip, visual, x, p), dim=-1)
+        seen = [unit(x), unit(trigger(x)), *(unit(x, p) for p in prompts)]
+        right = [100 * (logits(z, self.shadow.W).argmax(1).cpu() == y).float().mean().item() for z in seen]
+        moved = [z - seen[0] for z in seen[1:]]
+        cosine = [F.cosine_similarity(m.mean(0), moved[0].mean(0), 0).item() for m in moved[1:]]
+        return dict(accuracy=right, shift=[m.norm(dim=1).mean().item() for m in moved], cosine=cosine)
+    return {"merged": of(self.clip.with_state(theta)), "pretrained": of(self.clip.visual)}
 
 # %% ../nbs/18_experiment.ipynb #877497a5
 @method(Lab, once=True)

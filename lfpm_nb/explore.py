@@ -236,8 +236,12 @@ def _parts(core: PathCore, fig):
 # %% ../nbs/20_explore.ipynb #1733a783
 class Resting:
     """A view of `core`. Work waits until nothing has moved for `rest` seconds, in a thread of its own; only the newest result is drawn, an error is shown
-    in `self.state`. A subclass builds `self.view` from `self.parts` in `_build` and draws a picture of itself, PNG bytes, in `static`."""
+    in `self.state`. A subclass builds `self.view` from `self.parts` in `_build`."""
     def __init__(self, core, rest: float = .15): self.core, self.rest, self.timer, self.ticket, self.view, self.parts = core, rest, None, 0, None, []
+
+    def static(self) -> bytes:
+        "The view as one picture, PNG bytes: its core's, where there is one."
+        return self.core.static()
 
     def guard(self, f) -> None:
         try: f()

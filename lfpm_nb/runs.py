@@ -7,7 +7,7 @@ __all__ = ['CHECKS', 'SHOWING', 'Experiment', 'read_yaml', 'experiments', 'prese
            'config_hash', 'Plan', 'planned', 'check_writable', 'execute', 'run_notebook', 'load_runs']
 
 # %% ../nbs/18b_runs.ipynb #59cd8cc1
-import contextlib, json, os, shutil, sys, time
+import contextlib, copy, functools, json, os, shutil, sys, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import pandas as pd
@@ -35,9 +35,12 @@ class Experiment:
     also: list = field(default_factory=list)
 
 # %% ../nbs/18b_runs.ipynb #6ac94fca
+_parsed = functools.cache(yaml.safe_load)           # by text: thirty files are read several times for one plan, and parsing is what takes long
+
+
 def read_yaml(path: Path, known: list[str], needed: list[str]) -> dict:
     "A YAML mapping with no other keys than `known`; ValueError names the file, what is wrong and what is allowed."
-    try: d = yaml.safe_load(Path(path).read_text())
+    try: d = copy.deepcopy(_parsed(Path(path).read_text()))
     except yaml.YAMLError as e: raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(d, dict): raise ValueError(f"{path} holds a {type(d).__name__}; expected lines of `key: value` with keys {', '.join(known)}")
     for k in d: choose(k, known, f"key in {path}")

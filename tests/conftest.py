@@ -62,6 +62,20 @@ def new_pico(name: str = "pico"):
 def pico(): return new_pico()
 
 
+@pytest.fixture(scope="module")
+def shadow(pico):
+    "Few pictures of the defender."
+    from lfpm_nb.subspace import Shadow
+    return Shadow.of(pico, 64, 32, seed=0)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    "Two prompts of three tokens, as wide as `pico`."
+    from lfpm_nb.core import generator
+    return 0.3 * torch.randn(2, 3, 64, generator=generator("p"))
+
+
 @pytest.fixture(scope="session")
 def lab():
     "The shipped backbone."

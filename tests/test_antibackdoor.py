@@ -20,15 +20,7 @@ S = Strengths(A=True, rank=4, rho=.1, prompt_length=3, prompt_steps=2, semantic=
 
 
 @pytest.fixture(scope="module")
-def shadow(pico): return Shadow.of(pico, 64, 32, seed=0)
-
-
-@pytest.fixture(scope="module")
 def theta(pico): return near(pico, 1)
-
-
-@pytest.fixture(scope="module")
-def prompts(): return 0.3 * torch.randn(2, 3, 64, generator=generator("p"))
 
 
 @pytest.fixture(scope="module")

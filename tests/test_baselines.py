@@ -31,10 +31,6 @@ TRAINED = pytest.mark.parametrize("method", sorted(set(defences) - {"ANP", "AWM"
 
 
 @pytest.fixture(scope="module")
-def shadow(pico): return Shadow.of(pico, 64, 32, seed=0)
-
-
-@pytest.fixture(scope="module")
 def merged(pico): return near(pico, 1)
 
 

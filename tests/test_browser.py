@@ -144,6 +144,23 @@ def test_voila(page, serve):
     assert page.errors == []
 
 
+@pytest.mark.parametrize("name, drawn", [("merge", ".bartext"), ("subspace", ".trace.scatter .point[style*='rgb(0, 0, 0)']")])
+def test_voila_draws_what_the_words_say(page, serve, tmp_path, monkeypatch, name, drawn):
+    "What a figure is given before its page is there to see it would be lost: the first view must have its numbers from birth."
+    from lfpm_nb.explore import voila_template
+    for k, v in voila_template(tmp_path).items(): monkeypatch.setenv(k, v)
+    port = free_port()
+    serve([sys.executable, "-m", "voila", str(ROOT / "nbs" / "explore" / f"{name}.ipynb"), "--no-browser", f"--port={port}", "--template=lfpm"], f"http://127.0.0.1:{port}/")
+    page.goto(f"http://127.0.0.1:{port}/", timeout=120_000)
+    page.wait_for_selector(".js-plotly-plot .xtick", timeout=60_000)
+    page.wait_for_function("document.body.innerText.includes('exact')", timeout=60_000)
+    marks = page.locator(f".js-plotly-plot {drawn}")
+    assert marks.count() >= 3
+    if name == "merge": assert float(marks.last.text_content().split()[0]) > 50, "the poisoned merge obeys the trigger"
+    shot(page, f"voila-{name}")
+    assert page.errors == []
+
+
 def open_lab(page, serve, tmp_path, name, port):
     "JupyterLab with a copy of one explorer's notebook, all cells run."
     settings = tmp_path / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"

@@ -416,8 +416,7 @@ def test_every_slider_guesses_then_knows(other):
     assert e.state.value.startswith("exact")
 
 
-def test_every_slider_shows_the_newest_and_caches(other, monkeypatch, request):
-    if "subspace" in request.node.name: pytest.skip("its grid is measured by the same function as one rank, which this test holds back and counts")
+def test_every_slider_shows_the_newest_and_caches(other, monkeypatch):
     e, (a, b) = other
     go, real, seen = threading.Event(), e.core.exact, []
     monkeypatch.setattr(e.core, "exact", lambda *given: (seen.append(given[0]), go.wait(5), real(*given))[2])

@@ -16,7 +16,6 @@ from lfpm_nb.baselines import encode_at, sam_offset
 from lfpm_nb.core import generator
 from lfpm_nb.defend import defences, train_defence
 from lfpm_nb.lora import trainable
-from lfpm_nb.subspace import Shadow
 from lfpm_nb.tune import Lean, TuneConfig, finetune, norm, task_vector
 
 S = Strengths(rank=4, rho=.1, prompt_length=3, epochs=1, batch=16, lr=1e-3, points=4)
@@ -25,15 +24,7 @@ AGAIN = pytest.mark.parametrize("recompute", ["towers", "blocks"])
 
 
 @pytest.fixture(scope="module")
-def shadow(pico): return Shadow.of(pico, 64, 32, seed=0)
-
-
-@pytest.fixture(scope="module")
 def merged(pico): return near(pico, 1)
-
-
-@pytest.fixture(scope="module")
-def prompts(): return 0.3 * torch.randn(2, 3, 64, generator=generator("p"))
 
 
 @pytest.fixture
