@@ -128,6 +128,7 @@ class MergeExplorer(Resting):
         self.boxes = [number(x) for x in self.sliders]
         self.buttons = self.stops_at([("all 0: pretrained", lambda: 0.), (f"all {scale:g}: the lab's", lambda: scale), ("all 1", lambda: 1.)], self._all)
         self.poisoned = w.ToggleButtons(options=[("poisoned contributor", True), ("clean contributor", False)], style=dict(button_width="170px"))
+        c.profiles(True)                                    # the grid is there before the first drag
         first = c.exact([scale] * len(c.names))             # what is drawn before a page is there to see it would be lost, so the figure is born with its numbers
         fig = go.Figure(go.Bar(x=list(first), y=list(first.values()), marker=dict(color=[COLOURS[0]] * len(c.names) + [COLOURS[1]], pattern_shape=[""] * len(c.names) + ["/"]),
                                texttemplate="%{y:.0f} %", textposition="outside", textangle=0, cliponaxis=False))

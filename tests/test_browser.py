@@ -189,10 +189,13 @@ def test_other_explorers_in_jupyterlab(page, serve, tmp_path, name):
     state = lambda: page.locator(".widget-html-content").last.inner_text()
     handle = page.locator(".noUi-handle").first
     handle.wait_for(timeout=90_000)
-    page.wait_for_timeout(3000)
-    before = page.locator(".widget-html-content").first.inner_text()
-    assert "exact" in state(), state()
-    handle.focus(); page.keyboard.press("ArrowRight"); page.wait_for_timeout(3500)
-    assert "exact" in state() and page.locator(".widget-html-content").first.inner_text() != before
+    words = lambda: page.locator(".widget-html-content").first.inner_text()
+    def until(true, what):
+        deadline = time.time() + 60
+        while not true(): assert time.time() < deadline, f"{what}: {words()} / {state()}"; page.wait_for_timeout(200)
+    until(lambda: "exact" in state(), "the first exact figures")
+    before = words()
+    handle.focus(); page.keyboard.press("ArrowRight")
+    until(lambda: words() != before and "exact" in state(), "the figures one step to the right")
     shot(page, name)
     assert [e for e in page.errors if f"{name}.ipynb" not in e] == []
