@@ -271,7 +271,7 @@ def explore(port: int = typer.Option(8866, help="port on this machine"),
             models: tuple[str, str] = typer.Option(None, metavar="A B", help="two safetensors files of one pretrained origin (the lab's CLIP), start and end; pictures and trigger are the recorded lab's"),
             html: str = typer.Option(None, help="write a page with a slider to this file instead, which works without Python"),
             cdn: bool = typer.Option(False, help="with --html: a small page that fetches plotly.js when it is opened")):
-    "Open a λ explorer in a browser (Voilà on this machine only); Ctrl-C ends it. Without options it shows the recorded lab."
+    "Slide λ in a browser (Voilà, on this machine only). Ctrl-C ends it; without options it shows the recorded lab."
     core, made, words = _explored(run and str(Path(run).resolve()), models)      # bad input is refused here, not on the page
     if html:
         print(f"written: {PathExplorer(core or load_recorded()).save_html(html, cdn)}")

@@ -59,8 +59,7 @@ def test_lists_fit_the_window_and_lose_no_word(lfpm, monkeypatch, args, columns)
     monkeypatch.setenv("COLUMNS", str(columns))
     code, out, err = lfpm(*args)
     assert (code, err) == (0, "") and out.split() == wide.split() and max(map(len, out.splitlines())) <= columns
-    cut = {l.split()[0] for l in out.splitlines() if l.endswith("...") and not l.startswith("Usage")}
-    assert cut <= {"explore"}, "a summary longer than its line"
+    assert not [l for l in out.splitlines() if l.endswith("...") and not l.startswith("Usage")], "a summary longer than its line"
 
 
 @pytest.mark.parametrize("preset", ["lab", "tiny"])
