@@ -32,7 +32,7 @@ $(STAMP): settings.ini setup.py pyproject.toml $(STALE)
 	  echo "On Debian or Ubuntu: sudo apt install python3-venv. Or name another one: make install PYTHON=python3.12" >&2; exit 1; }
 	@[ -z "$(STALE)" ] || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --python $(BIN)/python torch torchvision -e '.[dev]'
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python torch torchvision -e '.[dev]'  # where Python may not write bytecode (many containers), every process would compile torch again
 	@echo '$(CURDIR)' > $@
 
 lab: install  ## the main run at laptop scale: table and figure in minutes; a repeat reuses what has not changed

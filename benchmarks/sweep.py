@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from lfpm_nb.sweep import sweep
+from lfpm_nb.sweep import Point, cluster, sweep, using
 
 GRID = dict(run="main", grid=dict(tasks=[["letters", "signs", "textures"]], n_train=[256], n_test=[48], n_target=[90], trigger_steps=[10], shadow_n=[512], held=[64],
                                   lam_n=[5], path_n=[24], clean_defences=[[]]))
@@ -31,6 +31,20 @@ def timed(root: Path, file: Path, workers: int, threads: int) -> tuple[float, fl
     return wall, (t.seconds - computed).mean()
 
 
+def driver(n: int = 200) -> tuple[float, float]:
+    "(seconds to plan a run, seconds from handing out n empty tasks to two workers until all answers are in, each): what the driver does one by one."
+    with using(1, {}):
+        Point("main", "tiny", 0).plan()                       # files are read once
+        t0 = time.time()
+        for i in range(n): Point("main", "tiny", i).plan()
+        plan = (time.time() - t0) / n
+    with cluster(2, None) as client:
+        client.gather(client.map(abs, range(n), pure=False))
+        t0 = time.time()
+        client.gather(client.map(abs, range(n), pure=False))
+        return plan, (time.time() - t0) / n
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=4, help="runs of the grid")
@@ -44,6 +58,8 @@ def main():
             print(f"{name:24s} {wall[name]:7.1f} s for {args.seeds} runs, {over:5.1f} s overhead a run", flush=True)
     one, two, threads = wall.values()
     print(f"two workers: {one / two:.2f} x one (goal {LIMITS['two']}), {threads / two:.2f} x one with two threads (goal {LIMITS['threads']})")
+    plan, dispatch = driver()
+    print(f"driver, a run: {1000 * plan:.0f} ms to plan, {1000 * dispatch:.1f} ms to hand out and take back")
 
 
 if __name__ == "__main__": main()

@@ -51,11 +51,11 @@ def read_yaml(path: Path, known: list[str], needed: list[str]) -> dict:
 # %% ../nbs/18b_runs.ipynb #88258e01
 def experiments() -> dict[str, Experiment]:
     "{name: Experiment}: every YAML under data/experiments, and each run notebook that has none, under its own name."
-    keys, found = [f.name for f in fields(Experiment) if f.name != "name"], {}
+    keys, found, known = [f.name for f in fields(Experiment) if f.name != "name"], {}, notebooks()
     for p in sorted(proj_path("data", "experiments").glob("*.yaml")):
         e = found[p.stem] = Experiment(p.stem, **read_yaml(p, keys, ["title", "notebook"]))
-        choose(e.notebook, notebooks(), f"notebook in {p}")
-    for n in notebooks(): found.setdefault(n, Experiment(n, f"the notebook {n}", n, presets={"lab": {}}))
+        choose(e.notebook, known, f"notebook in {p}")
+    for n in known: found.setdefault(n, Experiment(n, f"the notebook {n}", n, presets={"lab": {}}))
     return found
 
 
