@@ -108,7 +108,7 @@ def cluster(workers: int, scheduler: str | None):
             raise OSError(f"no Dask scheduler answers at {scheduler} ({type(e).__name__}); start one with `dask scheduler`, then `dask worker {scheduler} --nthreads 1`") from None
         with client: yield client
         return
-    with LocalCluster(workers, threads_per_worker=1, memory_limit=0, dashboard_address=None) as local, Client(local) as client: yield client
+    with LocalCluster(n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None) as local, Client(local) as client: yield client
 
 # %% ../nbs/22_sweep.ipynb #849444ee
 def finished(plan: Plan) -> Path | None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from lfpm_nb import sweep as S
 from lfpm_nb.core import write_json
+from lfpm_nb.runs import experiments
 from lfpm_nb.sweep import Point, finished, interleave, overview, read_sweep, sweep, using
 
 ROOT = Path(S.__file__).parents[1]
@@ -145,6 +146,11 @@ def test_a_scheduler_that_is_not_there(dirs, lfpm):
     assert code == 2 and "no Dask scheduler answers at 127.0.0.1:9" in err and "dask scheduler" in err
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_as_many_workers_as_asked_for(n):
+    with S.cluster(n, None) as client: assert list(client.nthreads().values()) == [1] * n
+
+
 def test_dry_run_lists_and_does_nothing(dirs, lfpm):
     code, out, _ = lfpm("sweep", str(sweep_file(dirs, "preset: tiny\nseeds: [0, 3]\nruns: [main]")), "--dry-run")
     assert code == 0 and "main s3" in out and out.count("to do") == 2 and not (dirs / "runs").exists()
@@ -239,3 +245,22 @@ def test_a_scheduler_and_two_workers_started_separately(toy, tmp_path):
         assert len(numbers(root)) == 8 and (root / "out.txt").read_text().count(" done ") == 4
     finally:
         for p in started: os.killpg(p.pid, signal.SIGKILL)
+
+
+# --- every experiment -----------------------------------------------------------------------------------------------------------
+
+OWN = {"backbone", "pretrain", "purify", "report"}      # they need pictures of one's own, or files, or make no numbers; each has tests of its own
+
+
+def test_all_tiny_names_every_experiment(): assert {p.name for p in read_sweep("all-tiny")[1]} == set(experiments()) - OWN
+
+
+@pytest.mark.slow
+def test_every_experiment_runs_at_its_smallest(tmp_path, monkeypatch):
+    "And no method has one number for everything, as one that never ran would."
+    monkeypatch.setenv("LFPM_RUNS", str(tmp_path / "runs")); monkeypatch.setenv("LFPM_CACHE", str(tmp_path / "cache"))
+    runs = sweep("all-tiny", workers=2)
+    assert set(runs.state) == {"done"}, runs.to_string()
+    for run in runs.itertuples():
+        df = pd.read_parquet(Path(run.folder) / "metrics.parquet")
+        assert not [m for m, part in df.groupby("method") if part.value.nunique() < 2], run.run
