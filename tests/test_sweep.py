@@ -104,6 +104,13 @@ def test_a_failed_run_is_recorded_and_the_rest_go_on(runs):
     assert [r["state"] for r in json.loads((runs.root / "runs" / "sweeps" / "s.json").read_text())].count("failed") == 1
 
 
+def test_runs_do_not_inherit_dasks_thrifty_malloc(runs, monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    seen = []
+    monkeypatch.setattr(S, "execute", lambda plan, force=False: seen.append(os.environ.get("MALLOC_TRIM_THRESHOLD_")) or plan.out)
+    assert set(sweep(runs.file).state) == {"done"} and seen == [None] * 3
+
+
 def test_resume_repeats_nothing_finished_and_tries_the_failed_again(runs):
     runs.bad = {1}
     sweep(runs.file)
