@@ -50,7 +50,7 @@ test: install browser  ## every fast test: the library notebooks, then pytest
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 -m "not slow"
 
 slow: install browser  ## the tests marked slow (minutes); none selected is no failure
-	$(BIN)/python -m pytest -q --durations=5 -m slow || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 -m slow || [ $$? -eq 5 ]
 
 check: install  ## are notebooks and modules in step and clean, and outputs within the limits? Repairs what it can
 	@files() { git ls-files -co --exclude-standard -- nbs lfpm_nb | sort | xargs -r sha256sum; }; before=$$(files); \

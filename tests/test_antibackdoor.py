@@ -273,6 +273,24 @@ def test_stage_one_is_seeded_and_asks_the_merged_model(pico, theta, shadow):
     one, again, other = (stage_one(pico, t, shadow, S, 0)[0] for t in (theta, theta, near(pico, 2, .1)))
     assert torch.equal(one["U"], again["U"]) and torch.equal(one["p"], again["p"]) and not torch.equal(one["U"], other["U"]) and not torch.equal(one["p"], other["p"])
 
+def test_shift_is_the_mean_way_of_unit_features(pico, theta, shadow, prompt):
+    visual, x = pico.with_state(theta), shadow.check[0]
+    assert B.shift(pico, visual, shadow, None) == 0
+    with torch.no_grad(): a, b = (F.normalize(torch.cat([B.features(pico, visual, x[i:i + 1], p) for i in range(len(x))]), dim=-1) for p in (None, prompt))
+    want = [2 - 2 * (u @ v).item() for u, v in zip(a, b)]                                   # |u - v|² of unit vectors
+    assert B.shift(pico, visual, shadow, prompt) == pytest.approx(sum(max(w, 0) ** .5 for w in want) / len(want), rel=.05, abs=1e-3) and min(want) > 1e-3
+
+
+@pytest.mark.parametrize("needed, moves, kept", [(0., [.1], 2.), (1., [1.], 2.), (1., [.9, 1.2], 1.), (1., [.9, .99, 1.3], .5), (1., [.9, .8, .7], .5)])
+def test_a_prompt_that_moves_too_little_is_mined_again_with_half_its_weight(pico, theta, shadow, monkeypatch, needed, moves, kept):
+    asked, way = [], iter(moves)
+    def mine(clip, visual, shadow, U, c0, length, steps, batch, bound, seed): asked.append((c0, seed)); return torch.full((1,), c0), [c0]
+    monkeypatch.setattr(B, "mine_prompt", mine)
+    monkeypatch.setattr(B, "shift", lambda *a: next(way))
+    p, log = B.mine_moving(pico, pico.with_state(theta), shadow, None, 2., replace(S, prompt_shift=needed), (0, 1))
+    assert asked == [(w, (0, 1)) for w in (2., 1., .5)[:len(moves)]], "the same start, no weight tried in vain"
+    assert (p.item(), log) == (kept, dict(semantic=kept, shift=moves[-1], terms=[kept])), "prompt and log belong together"
+
 
 def test_strengths_by_rule_are_taken_from_what_was_tried(pico, theta, shadow):
     mined, log = stage_one(pico, theta, shadow, replace(S, rank="rule", rho="rule"), 0)

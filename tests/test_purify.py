@@ -251,7 +251,8 @@ def test_gpu_out_of_memory_says_what_to_do(stranger, monkeypatch, tmp_path):
 
 def test_settings_are_the_main_runs(stranger):
     main, mine = parameters("main"), parameters("purify")
-    shared = set(main) & set(mine) - {"seed", "out_dir"}
+    shared = set(main) & set(mine) - {"seed", "out_dir", "prompt_shift"}
+    assert mine["prompt_shift"][0] == settings_of("main", "paper")["prompt_shift"] == settings_of("main", "small-real")["prompt_shift"] == 1, "a stranger's model is no lab"
     assert {k: mine[k][0] for k in shared} == {k: main[k][0] for k in shared} and {"lam", "strength", "anti_lr", "semantic"} <= shared
     assert set(presets(experiments()["purify"])) == {"lab", "tiny", "paper"} and settings_of("purify", "paper")["shadow_n"] == 10_000
 
