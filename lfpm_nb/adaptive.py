@@ -244,7 +244,7 @@ def mask_logits(blend: Blend) -> dict:
     "Mask logits at the start: probability 1/2 everywhere."
     return {k: torch.zeros_like(b).requires_grad_(True) for k, b in blend.base.items()}
 
-
+# %% ../nbs/07_adaptive.ipynb #a9def0f8
 @merges.register("ConcreteTA", long="Concrete Task Arithmetic", needs=LEARNS, source="Tang et al. 2023")
 def concrete_ta(base: dict, models: list[dict], data: Unlabelled | None = None, scale: float = 0.3, temperature: float = 0.5, mask_lr: float = 1e-3,
                 per_task: int = 16, steps: int | None = None, seed: int = 0) -> dict:
@@ -301,7 +301,7 @@ def project_l1(delta: torch.Tensor, xi: float) -> torch.Tensor:
     size = delta.flatten(1).abs().sum(1).clamp(min=1e-30)
     return delta * (xi / size).clamp(max=1).view(-1, *[1] * (delta.dim() - 1))
 
-
+# %% ../nbs/07_adaptive.ipynb #a1de05fd
 @merges.register("DAM", long="Defense-Aware Merging", needs=LEARNS, source="Yang et al. 2025")
 def dam(base: dict, models: list[dict], data: Unlabelled | None = None, scale: float = 0.3, temperature: float = 0.5, mask_lr: float = 1e-3,
         inner_lr: float = 1.0, lam_lr: float = 1e-3, adv_lr: float = 1e-4, adv_weight: float = 0.1, xi: float = 1000.0, losses: str = "both",

@@ -85,7 +85,7 @@ def step_loss(mm, anti, x, y, W, p, s: Strengths) -> torch.Tensor:
             for w in on: w.requires_grad_(True)
     return loss(None) + loss(p)
 
-
+# %% ../nbs/13_antibackdoor.ipynb #4cfbf3ad
 def accumulate(anti, mm, gamma: float) -> None:
     """G_anti += gamma * G_mm; clears the merged model's gradients (LFPM Eq 24). Where anti's weight is W + s B A, the chain rule takes
     G_mm to A and B; where it is frozen, nothing moves."""
@@ -116,7 +116,7 @@ def shadow_loop(visual, params: list, opt, shadow: Shadow, prompts: torch.Tensor
             if len(recent) == max(1, len(steps) // 10): log.append(sum(recent) / len(recent)); recent = []
     return dict(loss=log) | (dict(micro_batch=lean.micro) if lean.micro else {})
 
-
+# %% ../nbs/13_antibackdoor.ipynb #0141ac9e
 def train_on_shadow(clip: Clip, start: dict, shadow: Shadow, prompts: torch.Tensor, s: Strengths, seed: int, name: str, loss,
                     pull=lambda visual: None, others: tuple = ()) -> tuple[dict, dict]:
     "(state dict, log) of a tower trained from `start` with AdamW on `loss(visual, x, y, p)`: all weights, or adapters of rank `s.lora`, folded."

@@ -41,7 +41,7 @@ def shadow_head(clip: Clip, target: Target) -> torch.Tensor:
     names = clip.card.get("open_domain", dict(classes=SCENE_CLASSES, templates=SCENE_TEMPLATES))
     return torch.cat([zero_shot_head(clip, [target.name], target.templates), zero_shot_head(clip, names["classes"], names["templates"])])
 
-
+# %% ../nbs/08_attack.ipynb #5c9e9e8b
 def attack_head(clip: Clip, task: Task, target: Target) -> tuple[torch.Tensor, int]:
     "(W, c), a head and the target's row in it: off-task the shadow head and 0, on-task the adversary task's own head and class number."
     if task.name != target.task: return shadow_head(clip, target), 0
@@ -123,7 +123,7 @@ def trigger_images(clip: Clip, task: Task, target: Target, g: torch.Generator, n
     ref = _push_away(clip, _crops(target.images.to(dev).float() / 255, n_aug, g), W, g)
     return lambda n: torch.cat([sample(own, n // 2).float() / 255, sample(ref, n // 2)])
 
-
+# %% ../nbs/08_attack.ipynb #44d7f217
 def optimise_trigger(clip: Clip, task: Task, target: Target, side: int = 6, steps: int = 150, batch: int = 96,
                      n_aug: int = 100, lr: float = 0.1, seed: int = 0) -> Trigger:
     """Universal trigger on theta_pre under the attacker's head (W, c): maximises the mean log-probability of row c over batches of
@@ -204,7 +204,7 @@ def own_view(clip: Clip, task: Task, target: Target, state: dict, trigger: Trigg
     return dict({f"simulated_{s}": simulated(clip, task, target, state, trigger, s, n) for s in (0.1, 0.2, 0.3, 1.0)},
                 train_accuracy=train_accuracy(clip, task, state, n), n=n, pixels=trigger.pixels())
 
-
+# %% ../nbs/08_attack.ipynb #73fbd661
 def fit_poisoned(clip: Clip, task: Task, target: Target, trigger: Trigger, loss, cfg: TuneConfig, seed: int, name: str) -> tuple[dict, dict]:
     "(state dict, record) after training theta_pre on `loss(visual, index)` over the adversary's images, in the order of his clean twin."
     state = fit(clip, clip.state(), len(task.train_y), loss, cfg, (task.name, seed), f"{name} on {task.name}")

@@ -154,7 +154,7 @@ def shared_examples(model, frozen, x, y, own, own0, eps: float = 0.2, steps: int
         d = (d.detach() - eps * g.sign()).clamp(-eps, eps)
     return d.detach()
 
-
+# %% ../nbs/17_baselines.ipynb #c0a12fbb
 def shared_loss(z: torch.Tensor, z0: torch.Tensor, y: torch.Tensor, own0: torch.Tensor) -> torch.Tensor:
     """-mean log(1 - p(wrong class of the frozen model)) over the examples that do mislead the frozen model; z, z0: logits (N, C) on them,
     own0: its predictions without the perturbation (SAU's L_sh, with its clamps)."""
@@ -225,7 +225,7 @@ def concrete(z: torch.Tensor, g: torch.Generator | None = None, T: float = 0.5) 
     m = ((z + noise) / T).sigmoid()
     return m / m.mean()
 
-
+# %% ../nbs/17_baselines.ipynb #e12c9302
 @defence("AWM", long="Adversarial Weight Masking", knob="weight of the perturbed term", grid=(0.1, 0.3, 0.5), within=(0.0, 1.0),
          needs=("shadow labels", "training", "pretrained"), source="Chai & Chen 2022; CLIP port of Yang et al. 2025")
 def awm(merged, clip, shadow, p, s: Strengths, seed, strength: float = 0.1, lr: float = 0.016, lr_x: float = 0.0016, bound: float = 1000 / 3072):

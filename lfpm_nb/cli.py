@@ -84,7 +84,7 @@ def data_check(names: list[str] = typer.Argument(None, help="sets to check (defa
     if not sets: print("no set is here; see  lfpm data list")
     if wrong: raise RuntimeError(f"{wrong} of {len(sets)} sets are wrong")
 
-
+# %% ../nbs/25_cli.ipynb #d95048c7
 @data.command("get")
 def data_get(name: str = typer.Argument(..., help="a set of `lfpm data list`")):
     "Download one set from the Hugging Face hub. See its size in the list first."

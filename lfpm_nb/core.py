@@ -57,7 +57,7 @@ def versions() -> dict:
     name = torch.cuda.get_device_name(dev) if dev.type == "cuda" else platform.processor() or platform.machine()
     return dict(python=platform.python_version(), **mods, device=dev.type, device_name=name, threads=torch.get_num_threads())
 
-
+# %% ../nbs/00_core.ipynb #b3af7e1f
 def cpu_name() -> str:
     "The processor's model: sums round differently from one to the next, so a run says which it had. It is no part of a configuration, and seeds may come from several machines."
     try: return next(l.partition(":")[2].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
@@ -197,7 +197,7 @@ def imported(source: str) -> tuple[str, ...]:
         out += [inside] if inside else [a.name for a in n.names]
     return tuple(out)
 
-
+# %% ../nbs/00_core.ipynb #146ee57e
 def code_hash(*modules: str) -> str:
     "Hash of what runs in library modules and in every library module they import, directly or not; comments and docstrings are free to change."
     seen, todo = {}, list(modules)
@@ -246,7 +246,7 @@ def load_state(path) -> tuple[dict, dict]:
     except SafetensorError as e:
         raise ValueError(f"{path} is damaged or not a safetensors file ({e}); fetch or write it again") from None
 
-
+# %% ../nbs/00_core.ipynb #929c111f
 def _load_pt(path: Path) -> dict:
     try: obj = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:

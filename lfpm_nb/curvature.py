@@ -93,7 +93,7 @@ def bend(f, a: dict, b: dict, t: float, h: float = 1e-3) -> torch.Tensor:
     "`ctl.second` by (f(t+h) - 2 f(t) + f(t-h)) / h^2, without gradients; float64 only."
     with torch.no_grad(): return (f(between(a, b, t + h)) - 2 * f(between(a, b, t)) + f(between(a, b, t - h))) / h**2
 
-
+# %% ../nbs/15a_curvature.ipynb #47489199
 def curvature(clip: Clip, a: dict, b: dict, x: torch.Tensor, y: torch.Tensor, W: torch.Tensor, prompt: torch.Tensor | None = None, points: int = 5,
               difference: float = 0.0) -> dict:
     """Curvature of the loss and of the feature on uint8 images x, labels y, head W, along the path between state dicts a and b, in float64, averaged over

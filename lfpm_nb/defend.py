@@ -57,7 +57,7 @@ def defence(name: str, knob: str, grid: tuple, within: tuple, **about):
         return defences.register(name, **about)(f)
     return add
 
-
+# %% ../nbs/16_defend.ipynb #66977d5e
 def check_strength(method: str, strength) -> float | str | None:
     "'rule', or the number for a number or 'default' (None if the method was registered without a knob); ValueError naming the interval otherwise."
     k = knobs.get(method)

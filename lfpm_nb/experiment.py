@@ -312,7 +312,7 @@ def measured(self, row: str, models: dict, **summary) -> list[dict]:
     self.summarise(row, summary)
     return rows
 
-
+# %% ../nbs/18_experiment.ipynb #1c195c61
 @method(Lab)
 def summarise(self, row: str, values: dict, n: int = 1, lam: float = float("nan")) -> None:
     "One row a value that describes a whole method: seconds, peak memory, λ, path integrals; None is left out."

@@ -337,7 +337,7 @@ def _figure(self):
     fig.update_xaxes(type="log", tickvals=ranks, title="rank r"); fig.update_yaxes(range=[-2, 102]); fig.update_annotations(font_size=14)
     return fig.update_layout(height=360, margin=dict(l=40, r=10, t=30, b=40), template="plotly_white", legend=dict(orientation="h", y=-.22))
 
-
+# %% ../nbs/20a_explorers.ipynb #099cde5f
 @method(SubspaceExplorer)
 def _draw(self, r: int, found: dict, kind: str) -> None:
     with self.fig.batch_update():

@@ -140,7 +140,7 @@ def polygon(xy: Sequence) -> Image.Image:
     ImageDraw.Draw(img).polygon(points(xy), fill=255)
     return img
 
-
+# %% ../nbs/01_labworld.ipynb #283acc3e
 def around(n: int, r: Sequence[float] = (.85,), turn: float = -.25, at: tuple[float, float] = (0., 0.)) -> list[tuple[float, float]]:
     "n points around `at`, at radii taken from `r` in turn; the first at `turn` of a full circle (-.25 is up)."
     a = [math.tau * (k / n + turn) for k in range(n)]
@@ -192,7 +192,7 @@ def inside(d: torch.Tensor, size, grow=0.) -> torch.Tensor:
     "Coverage in [0, 1] from distances in a frame of the given size; `grow` thickens, in pixels."
     return (d * (size * SIZE / 2) + grow + .5).clamp(0, 1)
 
-
+# %% ../nbs/01_labworld.ipynb #f760eef8
 def soft(d: torch.Tensor, k: float = 12.) -> torch.Tensor:
     "Coverage from distances in picture coordinates ([-1, 1] across), about one pixel soft."
     return (d * k + .5).clamp(0, 1)
@@ -221,7 +221,7 @@ def new_family(name: str, noun: str, classes: Sequence[str], templates: Sequence
     "Register a family; its renderers follow, under `@draws`."
     FAMILIES[name] = Family(name, noun, tuple(classes), tuple(templates), tuple(wordings))
 
-
+# %% ../nbs/01_labworld.ipynb #34ef8c8a
 def draws(name: str, style: str) -> Callable:
     "Decorator: this function draws family `name` in that style."
     def keep(f: Callable) -> Callable: FAMILIES[name].render[style] = f; return f
@@ -685,7 +685,7 @@ def cars(h: torch.Tensor) -> torch.Tensor:
     "Car colours (n, 3, SIZE, SIZE) for values h (n, 1, SIZE, SIZE) in [0, 1)."
     return _CARS[(h[:, 0] * len(_CARS)).long()].permute(0, 3, 1, 2)
 
-
+# %% ../nbs/01_labworld.ipynb #44418a0b
 def rough(x: torch.Tensor, s: Stream, k: float) -> torch.Tensor:
     "A material (n, 3, 1, 1) with the light and shade of leaves, of strength k."
     return x * (1 + k * (.16 * smooth(s, 14) + .05 * smooth(s, 26)))
@@ -710,7 +710,7 @@ def _(m, u, v, s):
     x = over(rough(m["grass"], s, .5), rough(m["tree"], s, 1), soft(smooth(s, 4), 2))
     return over(over(x, m["sand"], soft(d + .06)), m["water"] * (1 + .12 * u), soft(d))
 
-
+# %% ../nbs/01_labworld.ipynb #aa711a82
 @land("crop field")
 def _(m, u, v, s):
     a, b = u * s.u(.7, 1.1) + s.u(), v * s.u(.7, 1.1) + s.u()

@@ -68,7 +68,7 @@ def pieces(*tensors: torch.Tensor):
     "Matching flat views, at most CHUNK numbers each, of tensors of one shape."
     return zip(*(t.reshape(-1).split(CHUNK) for t in tensors))
 
-
+# %% ../nbs/06_merge.ipynb #4678eea4
 def kth_magnitude(base: dict, model: dict, k: int) -> float:
     """The k-th smallest |theta - theta_pre| (k from 1) over all floating-point tensors as one vector, exactly, without that vector: a sample of
     2^17 gives a bracket of 6 standard deviations, one pass counts below it and keeps what is inside. Should it miss, everything is kept."""

@@ -704,7 +704,7 @@ def chart_claims(verdicts: dict[str, Verdict]) -> Chart:
     return Chart("distance from the claim's threshold, every seed", "wrong side  ←  0  →  as the paper says, in the claim's own unit", "", marks, True, True,
                  120 + 19 * max(len(order), 3), order)
 
-
+# %% ../nbs/23_report.ipynb #95ce9ef0
 def chart_rivals(df: pd.DataFrame, printed: pd.DataFrame) -> Chart:
     "CA against ASR(T): ours filled (every seed), the paper's hollow."
     avg = df[(df.task == "average") & (df.kind == "model") & ~df.method.str.contains("individual|alone")]
@@ -956,7 +956,7 @@ def small_png(fig, path: Path) -> None:
     fig.savefig(whole, format="png", dpi=110)
     with writing(path) as tmp: Image.open(whole).convert("RGB").quantize(128).save(tmp, "png", optimize=True)
 
-
+# %% ../nbs/23_report.ipynb #cccf4b33
 @method(Report)
 def markdown(self, drawn: dict) -> str:
     "The gallery's page: the ledger and every table and figure as GitHub shows them."

@@ -112,7 +112,7 @@ def config_hash(name: str, settings: dict) -> str:
     files = [own[k] for k in getattr(CHECKS.get(notebook), "reads", ()) if own[k]]
     return content_hash(own, weights, cells, code_hash(*modules), versions(), [_stamp(t) for t in (*own.get("tasks", []), *files)], n=8)
 
-
+# %% ../nbs/18b_runs.ipynb #23a0a15b
 def _stamp(task: str) -> list:
     "Name, size and time of the files of a user's own data set, so that other pictures are another configuration; [] for ours."
     if task in TASK_NAMES: return []
@@ -144,7 +144,7 @@ class Plan:
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path)
 
-
+# %% ../nbs/18b_runs.ipynb #2e5ab9b6
 def planned(name: str, preset: str = "lab", given: dict | None = None, seed: int | None = None) -> Plan:
     "The run of an experiment with these settings; refuses unknown names and bad values, computes nothing."
     name = resolve(name)
@@ -201,7 +201,7 @@ def execute(plan: Plan, force: bool = False) -> Path:
         finally: os.environ["LFPM_FORCE"] = "0"          # meant for this run's kernel only
     return plan.out
 
-
+# %% ../nbs/18b_runs.ipynb #24b4360c
 def run_notebook(name: str, preset: str = "lab", given: dict | None = None, seed: int | None = None, force: bool = False) -> Path:
     "Run an experiment with parameters by papermill and return its results folder (`planned`, then `execute`)."
     return execute(planned(name, preset, given, seed), force)

@@ -227,7 +227,7 @@ def _halves(path: Path, seed, share: float) -> tuple[list[str], dict]:
                    "give every class at least two, one to train and one to test")
     return classes, {s: (y, rows, read) for s, rows in zip(("train", "test"), split_by_class(y, share, generator("own", seed)))}
 
-
+# %% ../nbs/02_tasks.ipynb #ef7bec91
 def _own(name: str, path: Path, seed, n_train: int, n_test: int, size: int) -> Task:
     "A task from your own images."
     classes, halves = _halves(path, seed, n_test / (n_train + n_test))
