@@ -630,6 +630,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lfpm_nb.purify.open_models': ('purify.html#open_models', 'lfpm_nb/purify.py'),
                                 'lfpm_nb.purify.open_walk': ('purify.html#open_walk', 'lfpm_nb/purify.py'),
                                 'lfpm_nb.purify.path_figure': ('purify.html#path_figure', 'lfpm_nb/purify.py'),
+                                'lfpm_nb.purify.prompts_text': ('purify.html#prompts_text', 'lfpm_nb/purify.py'),
                                 'lfpm_nb.purify.purify': ('purify.html#purify', 'lfpm_nb/purify.py'),
                                 'lfpm_nb.purify.read_pictures': ('purify.html#read_pictures', 'lfpm_nb/purify.py'),
                                 'lfpm_nb.purify.save_head': ('purify.html#save_head', 'lfpm_nb/purify.py'),

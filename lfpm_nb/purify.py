@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEAST', 'FILES', 'PurifyParams', 'BESIDE', 'Pictures', 'read_pictures', 'save_head', 'Vocabulary', 'head', 'label',
            'PurifySettings', 'freeze_projection', 'Case', 'open_models', 'open_case', 'costs', 'path_figure',
-           'make_card', 'card_text', 'check_out', 'together', 'write_all', 'Purified', 'purify', 'merge_files', 'walk',
-           'open_walk', 'walk_figure']
+           'make_card', 'prompts_text', 'card_text', 'check_out', 'together', 'write_all', 'Purified', 'purify',
+           'merge_files', 'walk', 'open_walk', 'walk_figure']
 
 # %% ../nbs/21a_purify.ipynb #456e6de3
 import contextlib, csv, inspect, json, os, shutil, time
@@ -237,12 +237,20 @@ def make_card(P: PurifyParams, case: Case, merged: Tower, known: dict, d: Defend
     said, pre = "quick_gelu" in merged.meta, {k: v.cpu() for k, v in case.clip.state().items()}
     return dict(kind="purified", method="LFPM (arXiv 2606.12498)", model=case.clip.card["name"], quick_gelu=case.clip.card["quick_gelu"],
                 activation="the merged file says so" if said else "from the model's name; the file does not say", parents=parents, parameters=asdict(P) | names,
-                lam=d.lam, rule=d.rule, strength=d.strength,
+                lam=d.lam, rule=d.rule, strength=d.strength, prompts=[{k: p[k] for k in ("semantic", "shift")} for p in d.log["prompt"]],
                 stages={k: d.log[k] for k in ("rank", "rho", "knob", "strength_rule", "loss", "passes", "seconds", "cpu_seconds", "peak_mb")},
                 length=norm(task_vector(case.theta, d.end)), length_tau=norm(task_vector(pre, case.theta)), frozen=[] if "proj" in merged.visual else ["proj"],
                 shadow=known["shadow"], cost=dict(merged=at(0.0), purified=at(d.lam), end=at(1.0)), path=rows, versions=versions(), time=time.strftime("%F %T"))
 
 # %% ../nbs/21a_purify.ipynb #a2cf77f8
+def prompts_text(c: dict) -> str:
+    "What Stage I found, and a warning where it found nothing that moves the model."
+    listed = lambda k: ", ".join(f"{p[k]:.2g}" for p in c["prompts"])
+    weak = any(p["shift"] < c["parameters"]["prompt_shift"] for p in c["prompts"])
+    return (f"Prompts: mined with semantic weights {listed('semantic')} (LFPM Eq 16), they move the merged model's unit features by {listed('shift')} of at most 2."
+            + " **Less than asked for: a backdoor may have been missed.** Try more `prompt_steps` or other shadow pictures." * weak)
+
+# %% ../nbs/21a_purify.ipynb #ea07c833
 def card_text(c: dict) -> str:
     "The card as Markdown."
     row = lambda name, r: f"| {name} | {r['lam']:g} | {r['accuracy']:.1f} ({r['lo']:.1f} to {r['hi']:.1f}) | {r['changed']:.1f} |"
@@ -258,7 +266,8 @@ def card_text(c: dict) -> str:
         "What it costs the merged tasks, and whether there was a backdoor, cannot be seen from here: measure it on your own test pictures (`lfpm path`).", "",
         "## How", "",
         f"Shadow set: {s['used']} of {s['found']} pictures, {s['unreadable']} unreadable{f' ({skipped})' if skipped else ''}, {s['held']} held out, {s['classes']} classes.",
-        f"λ: {'the rule without knowledge of an attack (path.choose_lam)' if c['rule'] else 'given by hand'}. Strength: {c['strength']:g} ({c['stages']['knob']}).", "",
+        f"λ: {'the rule without knowledge of an attack (path.choose_lam)' if c['rule'] else 'given by hand'}. Strength: {c['strength']:g} ({c['stages']['knob']}).",
+        prompts_text(c), "",
         "Parameters: " + ", ".join(f"{k}={v}" for k, v in c["parameters"].items()) + ".", "",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in c["versions"].items()) + f". {c['stages']['cpu_seconds']:.0f} CPU seconds. {c['time']}.", "",
         f"Files: `{c['parameters']['out']}`; `anti-backdoor.safetensors`, θ_anti − θ_merged under open_clip's names (merged + λ · vector = purified); `card.json`; `path.html`.", ""])

@@ -109,6 +109,8 @@ def test_card_says_everything(stranger, done):
     assert [r["lam"] for r in card["path"]] == [i / 20 for i in range(21)] and card["cost"]["merged"]["changed"] == 0 and card["cost"]["purified"]["n"] == 20
     text = (done.folder / "card.md").read_text()
     assert card["parents"]["base"]["sha256"] in text and "agrees with label %" in text and "pseudo-labels" in text and "n = 20" in text
+    assert [p["semantic"] for p in card["prompts"]] == [2.0] and f"weights 2 (LFPM Eq 16), they move the merged model's unit features by {card['prompts'][0]['shift']:.2g} of" in text
+    assert "may have been missed" not in text and "may have been missed" in F.prompts_text(card | {"parameters": {"prompt_shift": 2.1}}), "a prompt that moves nothing is said"
     assert str(stranger) not in text + (done.folder / "card.json").read_text(), "a card travels: no path of this machine in it"
     page = (done.folder / "path.html").read_text()
     assert "under mined prompts" in page and "plotly" in page and sorted(p.name for p in done.folder.iterdir()) == sorted(("purified.safetensors", *BESIDE))
