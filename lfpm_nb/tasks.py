@@ -108,7 +108,8 @@ def read_npz(path: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     try:
         with open(path, "rb") as h, np.load(h, allow_pickle=False) as f: parts = {k: f[k] for k in _KEYS if k in f.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as e:
-        raise _bad(path, f"cannot be read ({e})", "save it again with np.savez, class names as plain strings") from e
+        why = "it holds pickled objects, which could run code" if "pickle" in str(e) else e       # numpy's own message advises to allow that
+        raise _bad(path, f"cannot be read ({why})", "save it again with np.savez, class names as plain strings") from e
     if missing := [k for k in _KEYS if k not in parts]:
         raise _bad(path, f"lacks {', '.join(missing)}", "it needs the keys images, labels and classes")
     x, y, classes = parts["images"], parts["labels"].reshape(-1), [str(c) for c in parts["classes"].reshape(-1)]

@@ -217,7 +217,7 @@ BAD = {
     "channels first": ("x.npz", bad_npz(images=np.zeros((12, 3, 8, 8), np.uint8)), r"expected uint8 \(N, H, W, 3\)"),
     "no images": ("x.npz", bad_npz(images=np.zeros((0, 8, 8, 3), np.uint8), labels=np.zeros(0, int)), "at least one image"),
     "class without images": ("x.npz", bad_npz(classes=np.array(list("abcd"))), "class 'd' has 0 images"),
-    "pickled classes": ("x.npz", bad_npz(classes=np.array(["a", None, "c"], object)), "cannot be read"),
+    "pickled classes": ("x.npz", bad_npz(classes=np.array(["a", None, "c"], object)), "holds pickled objects, which could run code"),
     "different classes": ("x", lambda p: ((p / "x").mkdir(), np.savez(p / "x/train.npz", **arrays()), np.savez(p / "x/test.npz", **arrays(classes=2))), "different classes")}
 
 
