@@ -45,7 +45,7 @@ class Strengths:
     semantic: tuple = (2.0, 2.0, 2.0)  # c0 of Eq 16: one prompt from its own random start is mined for each, Stage II takes them in turn
     prompt_steps: int = 60
     prompt_bound: float = 1.0   # in ordinary token norms
-    prompt_shift: float = 0.0   # a prompt that moves less is mined again with half its weight (`mine_moving`)
+    prompt_gain: float = 0.0    # share by which halving a prompt's weight must move features further, to be taken (`mine_moving`); 0: never try
     rho: float | str = "rule"   # in prompt norms, a number or choose_rho
     gamma: float = 1.0
     interval: tuple = (0.5, 1.0)
@@ -187,13 +187,15 @@ def shift(clip: Clip, visual, shadow: Shadow, p: torch.Tensor) -> float:
 
 
 def mine_moving(clip: Clip, visual, shadow: Shadow, U: torch.Tensor | None, c0: float, s: Strengths, seed) -> tuple[torch.Tensor, dict]:
-    """(prompt, {'semantic': the weight it was mined with, 'shift', 'terms'}): the largest of c0, c0/2, c0/4 whose prompt moves the merged tower
-    `visual` by `s.prompt_shift` or more; the last if none does. It sees shadow pictures only."""
-    for weight in (c0, c0 / 2, c0 / 4):
+    """(prompt, {'semantic': its weight, 'shift', 'terms', 'tried': [(weight, shift)]}) for the merged tower `visual`: mined with weight c0, and with half of that and a
+    quarter as long as each halving moves it further by the share `s.prompt_gain`. It sees shadow pictures only."""
+    best, tried = None, []
+    for weight in (c0, c0 / 2, c0 / 4) if s.prompt_gain else (c0,):
         p, terms = mine_prompt(clip, visual, shadow, U, weight, s.prompt_length, s.prompt_steps, s.batch, bound=s.prompt_bound, seed=seed)
-        moved = shift(clip, visual, shadow, p)
-        if moved >= s.prompt_shift: break
-    return p, dict(semantic=weight, shift=moved, terms=terms)
+        tried.append((weight, shift(clip, visual, shadow, p)))
+        if best and tried[-1][1] <= (1 + s.prompt_gain) * tried[-2][1]: break
+        best = p, dict(semantic=weight, shift=tried[-1][1], terms=terms)
+    return best[0], best[1] | dict(tried=tried)
 
 # %% ../nbs/13_antibackdoor.ipynb #6021a0a4
 def stage_one(clip: Clip, theta_mm: dict, shadow: Shadow, s: Strengths, seed: int) -> tuple[dict, dict]:

@@ -149,7 +149,7 @@ def _check_options(self) -> None:
 def strengths(self) -> Strengths:
     "Stage I and II settings; with LoRA the defender raises his learning rate by the contributors' factor."
     P = self
-    return Strengths(rank=P.rank, prompt_steps=P.prompt_steps, semantic=tuple(P.semantic), prompt_bound=P.prompt_bound, prompt_shift=P.prompt_shift, rho=P.rho, gamma=P.gamma,
+    return Strengths(rank=P.rank, prompt_steps=P.prompt_steps, semantic=tuple(P.semantic), prompt_bound=P.prompt_bound, prompt_gain=P.prompt_gain, rho=P.rho, gamma=P.gamma,
                      interval=(P.path_from, P.path_to), epochs=P.anti_epochs, batch=P.anti_batch, lr=P.anti_lr * P.tune.lr / P.lr,
                      start=P.start, recompute=P.recompute, A=P.A, B=P.B, C=P.C, lora=P.lora)
 
@@ -250,7 +250,7 @@ def heads(self) -> dict:
     return {n: zero_shot_head(self.clip, t.classes, t.templates) for n, t in self.tasks.items()}
 
 # %% ../nbs/18_experiment.ipynb #26988e1b
-STAGE_ONE = ("rank", "prompt_length", "semantic", "prompt_steps", "prompt_bound", "prompt_shift", "rho", "batch", "A")     # all that stage_one reads of the strengths
+STAGE_ONE = ("rank", "prompt_length", "semantic", "prompt_steps", "prompt_bound", "prompt_gain", "rho", "batch", "A")     # all that stage_one reads of the strengths
 
 
 @method(Lab)

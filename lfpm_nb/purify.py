@@ -244,11 +244,9 @@ def make_card(P: PurifyParams, case: Case, merged: Tower, known: dict, d: Defend
 
 # %% ../nbs/21a_purify.ipynb #a2cf77f8
 def prompts_text(c: dict) -> str:
-    "What Stage I found, and a warning where it found nothing that moves the model."
+    "What Stage I found: the weights it settled on, and how far its prompts move features."
     listed = lambda k: ", ".join(f"{p[k]:.2g}" for p in c["prompts"])
-    weak = any(p["shift"] < c["parameters"]["prompt_shift"] for p in c["prompts"])
-    return (f"Prompts: mined with semantic weights {listed('semantic')} (LFPM Eq 16), they move the merged model's unit features by {listed('shift')} of at most 2."
-            + " **Less than asked for: a backdoor may have been missed.** Try more `prompt_steps` or other shadow pictures." * weak)
+    return f"Prompts: mined with semantic weights {listed('semantic')} (LFPM Eq 16); they move the merged model's unit features by {listed('shift')} of at most 2."
 
 # %% ../nbs/21a_purify.ipynb #ea07c833
 def card_text(c: dict) -> str:

@@ -281,15 +281,16 @@ def test_shift_is_the_mean_way_of_unit_features(pico, theta, shadow, prompt):
     assert B.shift(pico, visual, shadow, prompt) == pytest.approx(sum(max(w, 0) ** .5 for w in want) / len(want), rel=.05, abs=1e-3) and min(want) > 1e-3
 
 
-@pytest.mark.parametrize("needed, moves, kept", [(0., [.1], 2.), (1., [1.], 2.), (1., [.9, 1.2], 1.), (1., [.9, .99, 1.3], .5), (1., [.9, .8, .7], .5)])
-def test_a_prompt_that_moves_too_little_is_mined_again_with_half_its_weight(pico, theta, shadow, monkeypatch, needed, moves, kept):
+@pytest.mark.parametrize("gain, moves, kept", [(0., [.1], 2.), (.25, [1., 1.2], 2.), (.25, [1., .5], 2.), (.25, [1., 1.3, 1.6], 1.), (.25, [.8, 1.3, 1.7], .5)])
+def test_a_weight_is_halved_as_long_as_that_moves_features_further(pico, theta, shadow, monkeypatch, gain, moves, kept):
     asked, way = [], iter(moves)
     def mine(clip, visual, shadow, U, c0, length, steps, batch, bound, seed): asked.append((c0, seed)); return torch.full((1,), c0), [c0]
     monkeypatch.setattr(B, "mine_prompt", mine)
     monkeypatch.setattr(B, "shift", lambda *a: next(way))
-    p, log = B.mine_moving(pico, pico.with_state(theta), shadow, None, 2., replace(S, prompt_shift=needed), (0, 1))
-    assert asked == [(w, (0, 1)) for w in (2., 1., .5)[:len(moves)]], "the same start, no weight tried in vain"
-    assert (p.item(), log) == (kept, dict(semantic=kept, shift=moves[-1], terms=[kept])), "prompt and log belong together"
+    p, log = B.mine_moving(pico, pico.with_state(theta), shadow, None, 2., replace(S, prompt_gain=gain), (0, 1))
+    weights = (2., 1., .5)[:len(moves)]
+    assert asked == [(w, (0, 1)) for w in weights], "the same start, no weight tried in vain"
+    assert (p.item(), log) == (kept, dict(semantic=kept, shift=moves[weights.index(kept)], terms=[kept], tried=list(zip(weights, moves)))), "prompt and log belong together"
 
 
 def test_strengths_by_rule_are_taken_from_what_was_tried(pico, theta, shadow):
