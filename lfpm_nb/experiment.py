@@ -108,7 +108,7 @@ class MainSettings:
             if getattr(self, k) not in words: setattr(self, k, _number(k, getattr(self, k), kind))
         self.semantic = [_number("semantic", c, float) for c in self.semantic]
         if not self.semantic: raise ValueError("semantic is empty; expected at least one weight, for example -p semantic=1,2")
-        least = {"lam_n": 2, "lora": 0, **dict.fromkeys(("n_train", "n_test", "n_target", "path_n", "batch", "side", "shadow_n", "held", "anti_batch", "merge_n"), 1)}
+        least = {"lam_n": 2, "lora": 0, "prompt_gain": 0, **dict.fromkeys(("n_train", "n_test", "n_target", "path_n", "batch", "side", "shadow_n", "held", "anti_batch", "merge_n"), 1)}
         for k, v in least.items():
             if getattr(self, k) < v: raise ValueError(f"{k} is {getattr(self, k)}; expected at least {v}")
         for a in self.attackers: self._check_attacker(a)
