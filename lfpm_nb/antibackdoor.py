@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['path_points', 'path_loss', 'worst_prompt', 'Strengths', 'step_loss', 'accumulate', 'shadow_loop', 'train_on_shadow',
-           'classify', 'terms', 'train_anti', 'accuracy', 'choose_rank', 'choose_rho', 'shift', 'mine_moving',
-           'stage_one']
+           'classify', 'terms', 'train_anti', 'accuracy', 'choose_rank', 'choose_rho', 'stage_one']
 
 # %% ../nbs/13_antibackdoor.ipynb #13fe4a99
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from .core import Progress, amp, choose, device, everywhere, share
 from .clip import Clip, encode, features, logits, lr_at
 from .lora import dense, trainable
 from .tune import RECOMPUTE, Lean, batches, gradients, optimiser
-from .subspace import Shadow, learn_subspace, mine_prompt, p_adv, p_clean
+from .subspace import Shadow, learn_subspace, mine_prompt, p_adv, p_clean, shift
 
 # %% ../nbs/13_antibackdoor.ipynb #d1626877
 def path_points(a: float, b: float, n: int) -> list[float]:
@@ -45,7 +44,6 @@ class Strengths:
     semantic: tuple = (2.0, 2.0, 2.0)  # c0 of Eq 16: one prompt from its own random start is mined for each, Stage II takes them in turn
     prompt_steps: int = 60
     prompt_bound: float = 1.0   # in ordinary token norms
-    prompt_gain: float = 0.0    # share by which halving a prompt's weight must move features further, to be taken (`mine_moving`); 0: never try
     rho: float | str = "rule"   # in prompt norms, a number or choose_rho
     gamma: float = 1.0
     interval: tuple = (0.5, 1.0)
@@ -179,24 +177,6 @@ def choose_rho(clip: Clip, shadow: Shadow, prompts: torch.Tensor, steps=(0.05, 0
     keep = [rho for rho, a in tried.items() if a >= 0.9 * mean(0.0)]
     return max(keep, default=steps[0]), tried
 
-# %% ../nbs/13_antibackdoor.ipynb #1a4d0aa7
-def shift(clip: Clip, visual, shadow: Shadow, p: torch.Tensor) -> float:
-    "Mean length, in [0, 2], of what the prompt p does to unit features of the held-out shadow pictures."
-    plain, prompted = (F.normalize(features(clip, visual, shadow.check[0], q), dim=-1) for q in (None, p))
-    return (prompted - plain).norm(dim=-1).mean().item()
-
-
-def mine_moving(clip: Clip, visual, shadow: Shadow, U: torch.Tensor | None, c0: float, s: Strengths, seed) -> tuple[torch.Tensor, dict]:
-    """(prompt, {'semantic': its weight, 'shift', 'terms', 'tried': [(weight, shift)]}) for the merged tower `visual`: mined with weight c0, and with half of that and a
-    quarter as long as each halving moves it further by the share `s.prompt_gain`. It sees shadow pictures only."""
-    best, tried = None, []
-    for weight in (c0, c0 / 2, c0 / 4) if s.prompt_gain else (c0,):
-        p, terms = mine_prompt(clip, visual, shadow, U, weight, s.prompt_length, s.prompt_steps, s.batch, bound=s.prompt_bound, seed=seed)
-        tried.append((weight, shift(clip, visual, shadow, p)))
-        if best and tried[-1][1] <= (1 + s.prompt_gain) * tried[-2][1]: break
-        best = p, dict(semantic=weight, shift=tried[-1][1], terms=terms)
-    return best[0], best[1] | dict(tried=tried)
-
 # %% ../nbs/13_antibackdoor.ipynb #6021a0a4
 def stage_one(clip: Clip, theta_mm: dict, shadow: Shadow, s: Strengths, seed: int) -> tuple[dict, dict]:
     "({'p': prompts (k, length, width), 'U': basis (absent with A off)}, log with the rank and rho in use) of Stage I on the merged model (LFPM Alg. B.2)."
@@ -206,7 +186,8 @@ def stage_one(clip: Clip, theta_mm: dict, shadow: Shadow, s: Strengths, seed: in
         if s.rank == "rule":
             log["rank"], log["ranks_tried"] = choose_rank(h, y, features(clip, visual, shadow.check[0]), shadow.check[1], shadow.W, seed)
         U, log["subspace"] = learn_subspace(h, y, shadow.W, log["rank"], seed=seed)
-    mined = [mine_moving(clip, visual, shadow, U, c0, s, (seed, k)) for k, c0 in enumerate(s.semantic)]
-    p, log["prompt"] = torch.stack([q for q, _ in mined]), [found for _, found in mined]
+    mined = [mine_prompt(clip, visual, shadow, U, c0, s.prompt_length, s.prompt_steps, s.batch, bound=s.prompt_bound, seed=(seed, k)) for k, c0 in enumerate(s.semantic)]
+    p, plain = torch.stack([q for q, _ in mined]), features(clip, visual, shadow.check[0])
+    log["prompt"] = [dict(semantic=c0, shift=shift(plain, features(clip, visual, shadow.check[0], q)), terms=terms) for c0, (q, terms) in zip(s.semantic, mined)]
     if s.rho == "rule": log["rho"], log["rhos_tried"] = choose_rho(clip, shadow, p)
     return {"p": p} | ({"U": U} if s.A else {}), log

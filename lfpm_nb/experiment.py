@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MainParams', 'STAGE_ONE', 'notebooks', 'parameters', 'parse', 'Attacker', 'variant', 'spelt', 'MainSettings',
            'attackers', 'strengths', 'check_inputs', 'Lab', 'tasks', 'shadow', 'home', 'contributor', 'poisoned',
-           'models', 'merged', 'heads', 'mined', 'defended', 'likeness', 'suite', 'measured', 'summarise', 'walked',
-           'defend_and_measure', 'frame']
+           'models', 'merged', 'heads', 'mined', 'along', 'defended', 'likeness', 'suite', 'measured', 'summarise',
+           'walked', 'defend_and_measure', 'frame']
 
 # %% ../nbs/18_experiment.ipynb #2076747a
 import ast, inspect, json
@@ -27,8 +27,8 @@ from . import lobam, trojan                    # they register their attacks
 from .measure import Goal, Suite, measure_task, with_averages
 from .subspace import Shadow
 from .antibackdoor import Strengths, stage_one
-from .path import curve, integrate, lerp, measure_path
-from .defend import Defended, check_lam, check_strength, defences, defend
+from .path import curve, integrate, lam_rules, lerp, measure_path, seen_along
+from .defend import Defended, check_lam, check_strength, defences, rule_of, train_end
 from . import baselines                        # it registers the rivals
 
 # %% ../nbs/18_experiment.ipynb #a7a099c7
@@ -108,7 +108,7 @@ class MainSettings:
             if getattr(self, k) not in words: setattr(self, k, _number(k, getattr(self, k), kind))
         self.semantic = [_number("semantic", c, float) for c in self.semantic]
         if not self.semantic: raise ValueError("semantic is empty; expected at least one weight, for example -p semantic=1,2")
-        least = {"lam_n": 2, "lora": 0, "prompt_gain": 0, **dict.fromkeys(("n_train", "n_test", "n_target", "path_n", "batch", "side", "shadow_n", "held", "anti_batch", "merge_n"), 1)}
+        least = {"lam_n": 2, "lora": 0, **dict.fromkeys(("n_train", "n_test", "n_target", "path_n", "batch", "side", "shadow_n", "held", "anti_batch", "merge_n"), 1)}
         for k, v in least.items():
             if getattr(self, k) < v: raise ValueError(f"{k} is {getattr(self, k)}; expected at least {v}")
         for a in self.attackers: self._check_attacker(a)
@@ -149,7 +149,7 @@ def _check_options(self) -> None:
 def strengths(self) -> Strengths:
     "Stage I and II settings; with LoRA the defender raises his learning rate by the contributors' factor."
     P = self
-    return Strengths(rank=P.rank, prompt_steps=P.prompt_steps, semantic=tuple(P.semantic), prompt_bound=P.prompt_bound, prompt_gain=P.prompt_gain, rho=P.rho, gamma=P.gamma,
+    return Strengths(rank=P.rank, prompt_steps=P.prompt_steps, semantic=tuple(P.semantic), prompt_bound=P.prompt_bound, rho=P.rho, gamma=P.gamma,
                      interval=(P.path_from, P.path_to), epochs=P.anti_epochs, batch=P.anti_batch, lr=P.anti_lr * P.tune.lr / P.lr,
                      start=P.start, recompute=P.recompute, A=P.A, B=P.B, C=P.C, lora=P.lora)
 
@@ -250,7 +250,7 @@ def heads(self) -> dict:
     return {n: zero_shot_head(self.clip, t.classes, t.templates) for n, t in self.tasks.items()}
 
 # %% ../nbs/18_experiment.ipynb #26988e1b
-STAGE_ONE = ("rank", "prompt_length", "semantic", "prompt_steps", "prompt_bound", "prompt_gain", "rho", "batch", "A")     # all that stage_one reads of the strengths
+STAGE_ONE = ("rank", "prompt_length", "semantic", "prompt_steps", "prompt_bound", "rho", "batch", "A")     # all that stage_one reads of the strengths
 
 
 @method(Lab)
@@ -260,19 +260,30 @@ def mined(self, theta: dict) -> tuple[dict, dict]:
     key = (code_hash("antibackdoor"), self._pre, theta, self.shadow, {k: getattr(s, k) for k in STAGE_ONE}, seed)
     return self.stages("stage1", key, lambda: stage_one(self.clip, theta, self.shadow, s, seed))
 
+# %% ../nbs/18_experiment.ipynb #c73cb41b
+@method(Lab)
+def along(self, theta: dict, end: dict) -> dict:
+    "What every rule for λ reads, along the path from a merged model to a λ = 1 model."
+    p = self.mined(theta)[0]["p"]
+    return self.stages("lam", (code_hash("path"), self._pre, theta, end, self.shadow, p), lambda: ({}, seen_along(self.clip, theta, end, self.shadow, p)))[1]
+
 
 @method(Lab)
 def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
-    "(purified state dict, record) of a registered defence on a merged model; seconds and peak memory include Stage I."
-    P, (mined, first) = self.P, self.mined(theta)
-    key = (code_hash(home(defences, name)), self._pre, theta, self.shadow, mined, P.strengths, P.strength, P.seed)
-    def compute():
-        _, d = defend(name, theta, self.clip, self.shadow, P.seed, "rule", P.strengths, (mined, first), P.strength)
-        return d.end, dict(lam=d.lam, rule=d.rule, log=d.log, strength=d.strength)
-    end, r = self.stages(f"defend-{name}", key, compute)          # the λ = 1 model does not depend on lam: another lam trains nothing
-    lam, rule = (r["lam"], r["rule"]) if P.lam == "rule" else (P.lam, {})
-    peak = max((x["peak_mb"] for x in (first, r) if x["peak_mb"] is not None), default=None)
-    log = {**first, **r["log"], **{k: first[k] + r[k] for k in ("seconds", "cpu_seconds")}, "peak_mb": peak}
+    "(purified state dict, record) of a registered defence on a merged model; seconds and peak memory include Stage I and the choice of λ."
+    P, (mined, first), by = self.P, self.mined(theta), rule_of(self.P.lam)
+    judged = dict(by=by) if P.strength == "rule" else {}         # only candidates for a strength are judged by a rule: else another λ trains nothing
+    key = (code_hash(home(defences, name)), self._pre, theta, self.shadow, mined, P.strengths, P.strength, P.seed, judged)
+    end, r = self.stages(f"defend-{name}", key, lambda: train_end(name, theta, self.clip, self.shadow, P.seed, by, P.strengths, (mined, first), P.strength))
+    took, rule, lam = [first, r], {}, P.lam
+    if lam == by:
+        took.append(self.along(theta, end))
+        rule = {k: took[-1][k] for k in ("curve", "pretrained")}
+        rule = dict(lam=lam_rules(by, **rule), rule=by, **rule)
+        lam = rule["lam"]
+    total = {k: sum(x[k] for x in took) for k in ("seconds", "cpu_seconds")}
+    peak = max((x["peak_mb"] for x in took if x["peak_mb"] is not None), default=None)
+    log = {k: v for k, v in {**first, **r, **total, "peak_mb": peak}.items() if k != "strength"}
     return lerp(theta, end, lam), Defended(end, lam, rule, log, r["strength"])
 
 # %% ../nbs/18_experiment.ipynb #3177a67d

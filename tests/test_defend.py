@@ -13,7 +13,7 @@ from lfpm_nb.antibackdoor import Strengths, accuracy, stage_one, train_anti
 from lfpm_nb.core import Stages, load_state
 from lfpm_nb.defend import Defended, check_strength, choose_strength, counting, defence, defences, defend, halved, knobs, prefer, train_defence
 from lfpm_nb.experiment import Lab, MainParams
-from lfpm_nb.path import lerp
+from lfpm_nb.path import lam_rules, lerp
 from lfpm_nb.subspace import Shadow
 
 S = Strengths(rank=4, rho=.1, prompt_length=3, prompt_steps=2, semantic=(1., 3.), epochs=1, batch=16, lr=1e-3, points=4)
@@ -35,12 +35,12 @@ def mined(pico, merged, shadow): return stage_one(pico, merged, shadow, S, 0)
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("method, lam", [("LFPM", lam) for lam in ("rule", 0.3, 0, 1, "0.25")] + [(m, "rule") for m in sorted(defences) if m != "LFPM"])
+@pytest.mark.parametrize("method, lam", [("LFPM", lam) for lam in ("knee", "level", 0.3, 0, 1, "0.25")] + [(m, "knee") for m in sorted(defences) if m != "LFPM"])
 def test_the_model_lies_on_the_path_at_lam(pico, merged, shadow, mined, method, lam):
     before = {k: v.clone() for k, v in merged.items()}
     model, d = defend(method, merged, pico, shadow, lam=lam, strengths=S, mined=mined)
     assert isinstance(d, Defended) and 0 <= d.lam <= 1 and same(model, lerp(merged, d.end, d.lam)) and same(merged, before) and not same(d.end, merged)
-    if lam == "rule": assert d.rule
+    if lam in lam_rules: assert d.rule["rule"] == lam and d.rule["lam"] == d.lam in [c["lam"] for c in d.rule["curve"]]
     else: assert d.lam == float(lam) and d.rule == {}
     json.dumps([d.rule, d.log])                                         # what is kept with the stage
     if d.lam == 0: assert same(model, merged)
@@ -63,7 +63,7 @@ def test_methods_differ_and_fine_tuning_is_lfpm_without_worst_case_and_path(pico
 @pytest.mark.parametrize("lam", [-0.1, 1.5, "2", float("nan"), "often", None])
 def test_lam_outside_is_refused_before_any_work(pico, merged, shadow, monkeypatch, lam):
     for f in ("stage_one", "choose_lam"): monkeypatch.setattr(D, f, None)
-    with pytest.raises(ValueError, match=r"expected 'rule' or a number in \[0, 1\]"): defend("LFPM", merged, pico, shadow, lam=lam, strengths=S)
+    with pytest.raises(ValueError, match=r"a number in \[0, 1\]"): defend("LFPM", merged, pico, shadow, lam=lam, strengths=S)
 
 
 def test_bad_models_and_names_are_refused_before_any_work(pico, merged, shadow, monkeypatch):
@@ -237,11 +237,25 @@ def test_lam_and_strengths_do_not_depend_on_the_evaluator(pico, merged, tmp_path
         lab.poisoned, lab.suite                                          # the evaluator exists before the defence runs
         model, d = lab.defended("LFPM", merged)
         alone.append((d.lam, d.rule, asdict(lab.P.strengths), {k: v for k, v in d.log.items() if k not in ("seconds", "cpu_seconds", "peak_mb")}, model))
-        assert [n for n, _, reused in lab.stages.log if not reused][-2:] == ["stage1", "defend-LFPM"], "computed anew"
+        assert [n for n, _, reused in lab.stages.log if not reused][-3:] == ["stage1", "defend-LFPM", "lam"], "computed anew"
         Lab(MainParams(**{**TINY, **change}), shared).defended("LFPM", merged)
     assert isinstance(alone[0][3]["rank"], int) and isinstance(alone[0][3]["rho"], float), "strengths are chosen by rule"
     for other in alone[1:]: assert other[:4] == alone[0][:4] and same(other[4], alone[0][4])
-    assert [r for n, _, r in shared.log if n == "defend-LFPM"] == [False] + [True] * (len(EVALUATORS) - 1), "the cache key holds nothing of the evaluator either"
+    for stage in ("defend-LFPM", "lam"):
+        assert [r for n, _, r in shared.log if n == stage] == [False] + [True] * (len(EVALUATORS) - 1), "the cache key holds nothing of the evaluator either"
+
+
+@pytest.mark.parametrize("strength, anew", [("default", []), ("rule", ["defend-LFPM", "lam"])])
+def test_another_rule_for_lam_trains_nothing_unless_candidates_were_judged_by_it(pico, merged, tmp_path, monkeypatch, strength, anew):
+    monkeypatch.setattr(E, "load_clip", lambda name: pico)
+    got, stages = {}, Stages(tmp_path)
+    for lam in ("knee", "level", "0.5"):
+        lab, done = Lab(MainParams(**TINY, strength=strength, lam=lam), stages), len(stages.log)
+        got[lam] = lab.defended("LFPM", merged)[1]
+        assert [n for n, _, reused in stages.log[done:] if not reused] == (["stage1", "defend-LFPM", "lam"] if lam == "knee" else anew if lam == "level" else []), lam
+    assert got["knee"].rule["rule"] == "knee" and got["level"].rule["rule"] == "level" and (got["0.5"].lam, got["0.5"].rule) == (.5, {})
+    for d in got.values(): assert d.log["rank"] == got["knee"].log["rank"] and d.strength is not None and d.log["seconds"] > 0
+    if strength == "default": assert same(got["knee"].end, got["level"].end) and got["knee"].rule["curve"] == got["level"].rule["curve"]
 
 
 def test_the_rule_sees_held_out_images_and_the_merged_model(pico, merged, shadow, mined):

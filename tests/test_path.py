@@ -8,7 +8,8 @@ from conftest import near, pixels, small_task
 from lfpm_nb.attack import Trigger
 from lfpm_nb.clip import encode
 from lfpm_nb.measure import Goal, Suite, measure
-from lfpm_nb.path import Path, curve, grid, integrate, lerp, lerp_, measure_path
+from lfpm_nb.path import Path, choose_lam, curve, grid, integrate, lam_rules, lerp, lerp_, measure_path, seen_along
+from lfpm_nb.subspace import Shadow, shift
 
 floats = st.lists(st.floats(-2. ** 99, 2. ** 99, width=32), min_size=3, max_size=3)
 values = st.lists(st.floats(0, 100), min_size=2, max_size=21)
@@ -113,3 +114,48 @@ def test_rows_along_a_path(pico):
     assert n["textures", "CA"] == 20 and n["signs", "CA"] == 48 and n["signs", "ASR_T"] == int((tasks[0].test_y != 1).sum())
     lams, ca = curve(list(reversed(rows)), "CA")
     assert lams == [0, .5, 1] and ca == [next(r["value"] for r in rows if r["lam"] == l and r["task"] == "average" and r["metric"] == "CA") for l in lams]
+
+
+# --- choosing λ ------------------------------------------------------------------------------------------------------------
+
+values = st.floats(0, 2, width=16)
+
+
+@given(st.lists(values, min_size=2, max_size=9), st.floats(.1, 3))
+def test_knee_is_the_first_step_that_does_not_pay(losses, least):
+    curve = [dict(lam=l, prompted=v) for l, v in zip(grid(len(losses)), losses)]
+    lam = lam_rules("knee", curve, [], least=least)
+    falls = [(a - b) * (len(losses) - 1) for a, b in zip(losses, losses[1:])]            # nats per unit of λ
+    k = round(lam * (len(losses) - 1))
+    assert all(f >= least - 1e-9 for f in falls[:k]) and (k == len(losses) - 1 or falls[k] < least + 1e-9)
+
+
+@given(st.lists(st.lists(values, min_size=2, max_size=2), min_size=1, max_size=9), st.lists(values, min_size=2, max_size=2))
+def test_level_is_the_first_healthy_model_or_the_least_sick_one(shifts, pretrained):
+    n = len(shifts)
+    curve = [dict(lam=l, shift=s) for l, s in zip(grid(n) if n > 1 else [0.], shifts)]
+    lam = lam_rules("level", curve, pretrained)
+    worst = [max(a - b for a, b in zip(s, pretrained)) for s in shifts]
+    healthy = [c["lam"] for c, w in zip(curve, worst) if w <= 0]
+    assert lam == healthy[0] if healthy else worst[[c["lam"] for c in curve].index(lam)] == min(worst)
+
+
+def test_what_is_seen_along_a_path(pico):
+    "Against the models themselves, one at a time; the training images take no part."
+    a, b, shadow = near(pico, 1), near(pico, 2, .3), Shadow.of(pico, 8, 24, seed=0)
+    prompts = torch.randn(2, 3, pico.visual.conv1.out_channels, generator=torch.Generator().manual_seed(0))
+    seen = seen_along(pico, a, b, shadow, prompts, n=3)
+    x, y = shadow.check
+    def of(visual, p=None):
+        with torch.no_grad(): return torch.cat([encode(visual, pico.normalise(x[i:i + 1]), p) for i in range(len(x))])
+    for point, state in zip(seen["curve"], (a, lerp(a, b, .5), b), strict=True):
+        visual = pico.with_state(state)
+        assert point["shift"] == pytest.approx([shift(of(visual), of(visual, p)) for p in prompts], rel=.03) and len(set(point["shift"])) == 2
+    assert seen["pretrained"] == pytest.approx([shift(of(pico.visual), of(pico.visual, p)) for p in prompts], rel=.03)
+    flat = choose_lam(pico, a, pico.state(), shadow, prompts, "level", n=3)              # the path ends in the pretrained model itself
+    assert flat["curve"][-1]["shift"] == flat["pretrained"] and flat["lam"] <= 1 and flat["rule"] == "level"
+    assert choose_lam(pico, a, b, shadow, prompts, "Knee of the prompted loss", n=3) == dict(lam=lam_rules("knee", **seen), rule="knee", **seen)
+
+
+def test_an_unknown_rule_is_refused(pico):
+    with pytest.raises(ValueError, match="did you mean 'level'"): lam_rules.find("levle")

@@ -122,11 +122,16 @@ def test_resumes_and_changes_nothing(stranger, done, monkeypatch):
     assert all(reused for _, _, reused in stages.log) and len(stages.log) == 3 and all(torch.equal(v, done.theta[k]) for k, v in again.theta.items())
 
 
-def test_the_rule_chooses_lam_when_asked(stranger, done, tmp_path):
-    got = call(stranger, lam="rule", out=tmp_path / "p.safetensors")             # the training is reused
-    c = got.card["rule"]["curve"]
+@pytest.mark.parametrize("rule", ["knee", "level"])
+def test_the_rule_chooses_lam_when_asked(stranger, done, tmp_path, rule):
+    got, text = call(stranger, lam=rule, out=tmp_path / "p.safetensors"), (tmp_path / "card.md").read_text           # the training is reused
+    c, level = got.card["rule"]["curve"], got.card["rule"]["pretrained"]
     knee = next((a["lam"] for a, b in zip(c, c[1:]) if a["prompted"] - b["prompted"] < 0.5 * (b["lam"] - a["lam"])), 1.0)
-    assert len(c) == 21 and got.card["lam"] == knee and "the rule without knowledge of an attack" in (tmp_path / "card.md").read_text()
+    healed = min(c, key=lambda p: max(0., *(s - l for s, l in zip(p["shift"], level))))["lam"]
+    assert len(c) == 21 and got.card["lam"] == dict(knee=knee, level=healed)[rule] and f"the rule `{rule}` (path.lam_rules), without knowledge of an attack" in text()
+    assert all(f"{s:.2g}" in text() for s in (*level, *next(p["shift"] for p in c if p["lam"] == got.card["lam"])))
+    page = (tmp_path / "path.html").read_text()
+    assert "prompt 1, pretrained model" in page and f"by the rule {rule}" in page.encode().decode("unicode_escape", "ignore")
 
 
 def test_same_code_path_as_the_main_run(stranger, done, lab):

@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 from conftest import near, pixels
 from lfpm_nb.clip import features, logits
 from lfpm_nb.core import generator
-from lfpm_nb.subspace import Shadow, clip_rows, learn_subspace, mine_prompt, mining_loss, p_adv, p_clean, token_norm
+from lfpm_nb.subspace import Shadow, clip_rows, learn_subspace, mine_prompt, mining_loss, p_adv, p_clean, shift, token_norm
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,15 @@ def test_clip_rows(limit, seed):
     assert (q.norm(dim=-1) <= limit * (1 + 1e-5)).all() and torch.allclose(F.cosine_similarity(p, q), torch.ones(6), atol=1e-4)
     short = p.norm(dim=-1) <= limit
     assert torch.equal(q[short], p[short]) and clip_rows(torch.zeros(1, 4), limit).abs().sum() == 0
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))
+def test_shift_is_the_mean_distance_of_unit_vectors(n, d, seed):
+    g = generator("shift", seed)
+    h, h_p = (torch.randn(n, d, generator=g, dtype=torch.float64) for _ in range(2))
+    want = sum(max(0., 2 - 2 * ((u @ v) / (u.norm() * v.norm())).item()) ** .5 for u, v in zip(h, h_p)) / n     # |u - v|² of unit vectors
+    assert shift(h, h_p) == pytest.approx(want, abs=1e-3) and shift(h, 3 * h) < 1e-6 and shift(h, -h) == pytest.approx(2, abs=1e-6)
+    assert shift(2 * h, 5 * h_p) == pytest.approx(shift(h, h_p), abs=1e-5) and shift(h_p, h) == pytest.approx(shift(h, h_p), abs=1e-6)
 
 
 def test_token_norm_is_the_mean_after_ln_pre(pico):
