@@ -14,6 +14,7 @@ from .realdata import check_set, every_set, find_set, get_set, inventory, presen
 from .clip import data_cards
 from .merge import merges
 from .attack import attacks
+from .path import lam_rules
 from .defend import defences, knobs
 from .experiment import Lab, MainParams, parameters
 from .results import COLUMNS, VERSUS, table, to_markdown, versus
@@ -93,8 +94,8 @@ def data_get(name: str = typer.Argument(..., help="a set of `lfpm data list`")):
 # %% ../nbs/25_cli.ipynb #37a19f08
 @app.command()
 def methods():
-    "List every merge, attack and defence. Its source, what it needs, and a defence's strength with the values that its rule tries."
-    for reg in (merges, attacks, defences):
+    "List every merge, attack, defence and rule for λ. Its source, what it needs, and a defence's strength with the values that its rule tries."
+    for reg in (merges, attacks, defences, lam_rules):
         print(f"{reg.kind}s")
         for name, m in reg.items():
             print(_hang(f"  {name}", " · ".join(filter(None, (m["long"], m["source"], f"needs {', '.join(m['needs']) or 'weights only'}"))), 20))

@@ -72,21 +72,21 @@ def curve(rows: list[dict], metric: str) -> tuple[list, list]:
     return [l for l, _ in of], [v for _, v in of]
 
 # %% ../nbs/14_path.ipynb #c2aff0e6
-lam_rules = Registry("rule for λ")
+lam_rules = Registry("λ rule")
 
 
-@lam_rules.register("knee", long="Knee of the prompted loss")
+@lam_rules.register("knee", long="Knee of the prompted loss", needs=("shadow labels",))
 def knee(curve: list[dict], pretrained: list[float], least: float = 0.5) -> float:
     "The first λ from which the next step lowers the prompted loss by less than `least` nats per unit of λ; the last one if none does."
     stop = (a for a, b in zip(curve, curve[1:]) if a["prompted"] - b["prompted"] < least * (b["lam"] - a["lam"]))
     return next(stop, curve[-1])["lam"]
 
 # %% ../nbs/14_path.ipynb #00966d92
-@lam_rules.register("level", long="Level of the pretrained model", needs=("pretrained",))
+@lam_rules.register("level", long="Level of the pretrained model", needs=("shadow labels", "pretrained"))
 def level(curve: list[dict], pretrained: list[float]) -> float:
-    "The first λ at which no prompt has a larger `shift` than on the pretrained model; where none is like that, the λ with the smallest largest excess."
-    excess = [max(0., *(a - b for a, b in zip(point["shift"], pretrained))) for point in curve]
-    return curve[excess.index(min(excess))]["lam"]
+    "The first λ at which no prompt has a larger `shift` than on the pretrained model; `knee`'s if there is none."
+    healthy = (point["lam"] for point in curve if all(a <= b for a, b in zip(point["shift"], pretrained)))
+    return next(healthy, knee(curve, pretrained))
 
 # %% ../nbs/14_path.ipynb #351f6340
 def seen_along(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: torch.Tensor, n: int = 21) -> dict:

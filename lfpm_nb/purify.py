@@ -265,7 +265,8 @@ def lam_text(c: dict) -> str:
     "How λ was chosen, and how far the prompts still turn the purified model's features."
     if not c["rule"]: return "given by hand"
     at, listed = next(p for p in c["rule"]["curve"] if p["lam"] == c["lam"]), lambda v: ", ".join(f"{x:.2g}" for x in v)
-    left = f"the prompts turn features by {listed(at['shift'])} there, the pretrained model's by {listed(c['rule']['pretrained'])}"
+    more = any(a > b for a, b in zip(at["shift"], c["rule"]["pretrained"]))
+    left = f"the prompts turn features by {listed(at['shift'])} there{', still more than' if more else ','} the pretrained model's by {listed(c['rule']['pretrained'])}"
     return f"the rule `{c['rule']['rule']}` (path.lam_rules), without knowledge of an attack; {left}"
 
 # %% ../nbs/21a_purify.ipynb #ea07c833

@@ -14,6 +14,7 @@ from lfpm_nb import cli, experiment as E
 from lfpm_nb.attack import attacks
 from lfpm_nb.clip import data_cards
 from lfpm_nb.defend import defences
+from lfpm_nb.path import lam_rules
 from lfpm_nb.experiment import parameters
 from lfpm_nb.runs import settings_of
 from lfpm_nb.merge import merges
@@ -40,11 +41,11 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(lfpm, monkeypatch):
     assert code == 0 and "pip install ipywidgets" in out and "nothing is missing" not in out and "lfpm run pretrain" in out
 
 
-def test_methods_lists_all_three_kinds_with_their_needs(lfpm, monkeypatch):
+def test_methods_lists_every_kind_with_its_needs(lfpm, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     code, out, _ = lfpm("methods")                                 # no terminal: an entry is a line, for grep
     assert code == 0
-    for reg in (merges, attacks, defences):
+    for reg in (merges, attacks, defences, lam_rules):
         assert f"{reg.kind}s" in out.splitlines()
         for name, m in reg.items():
             line = next(l for l in out.splitlines() if l.split()[:1] == [name])

@@ -130,14 +130,11 @@ def test_knee_is_the_first_step_that_does_not_pay(losses, least):
     assert all(f >= least - 1e-9 for f in falls[:k]) and (k == len(losses) - 1 or falls[k] < least + 1e-9)
 
 
-@given(st.lists(st.lists(values, min_size=2, max_size=2), min_size=1, max_size=9), st.lists(values, min_size=2, max_size=2))
-def test_level_is_the_first_healthy_model_or_the_least_sick_one(shifts, pretrained):
-    n = len(shifts)
-    curve = [dict(lam=l, shift=s) for l, s in zip(grid(n) if n > 1 else [0.], shifts)]
-    lam = lam_rules("level", curve, pretrained)
-    worst = [max(a - b for a, b in zip(s, pretrained)) for s in shifts]
-    healthy = [c["lam"] for c, w in zip(curve, worst) if w <= 0]
-    assert lam == healthy[0] if healthy else worst[[c["lam"] for c in curve].index(lam)] == min(worst)
+@given(st.lists(st.tuples(values, values, values), min_size=2, max_size=9), st.tuples(values, values))
+def test_level_is_the_first_healthy_model_else_the_knee(points, pretrained):
+    curve = [dict(lam=l, shift=[a, b], prompted=loss) for l, (a, b, loss) in zip(grid(len(points)), points)]
+    healthy = [l for l, (a, b, _) in zip(grid(len(points)), points) if a <= pretrained[0] and b <= pretrained[1]]
+    assert lam_rules("level", curve, list(pretrained)) == (healthy[0] if healthy else lam_rules("knee", curve, []))
 
 
 def test_what_is_seen_along_a_path(pico):

@@ -82,7 +82,6 @@ def test_spellings_of_the_same_settings_are_the_same():
     ("main", "tiny", {"target_class": "yeld"}, "did you mean 'yield'"), ("main", "tiny", {"tasks": "letters,signs,letters"}, "lists a task twice"),
     ("main", "tiny", {"lam": "1.2"}, r"a number in \[0, 1\]"), ("main", "tiny", {"lam": "-1"}, r"\[0, 1\]"), ("main", "tiny", {"lam": "nan"}, r"\[0, 1\]"),
     ("main", "tiny", {"lam": "often"}, r"a number in \[0, 1\]"), ("main", "tiny", {"path_from": "0.9", "path_to": "0.2"}, "0 <= a <= b <= 1"),
-    ("main", "tiny", {"prompt_gain": "-0.1"}, "prompt_gain is -0.1; expected at least 0"), ("main", "tiny", {"prompt_gain": "some"}, "is not a float"),
     ("main", "tiny", {"start": "here"}, "expected 'merged' or 'pretrained'"), ("main", "tiny", {"strength": "much"}, "strength is 'much'"), ("main", "tiny", {"strength": "-1"}, "learning-rate factor"),
     ("main", "tiny", {"options": '{"TIES": {"densty": 0.1}}'}, "unknown option of TIES 'densty'; did you mean 'density'"),
     ("main", "tiny", {"options": '{"TEIS": {}}'}, "did you mean 'TIES'"), ("main", "tiny", {"options": "[1]"}, "is not a dict"),
