@@ -216,10 +216,11 @@ from .report import Report
 @app.command("report")
 def report_(out: str = typer.Option(None, help="folder of the page (default: runs/report)"),
             preset: str = typer.Option("lab", help="only results of this preset"),
-            gallery: bool = typer.Option(False, "--gallery", help="also write data/gallery, the small pictures and tables that the kit shows on GitHub")):
+            gallery: bool = typer.Option(False, "--gallery", help="also write data/gallery (data/gallery-PRESET but for lab), the small pictures and tables that the kit shows on GitHub")):
     "Judge the claims of both papers by the results there are. Every table and figure stands beside the printed one, in one HTML file that needs no network."
     r = Report.of(preset)
-    page = r.write(out or runs_dir() / "report", proj_path("data", "gallery") if gallery else None)
+    shown = proj_path("data", "gallery" if r.preset == "lab" else f"gallery-{r.preset}")
+    page = r.write(out or runs_dir() / "report", shown if gallery else None)
     print("\n".join([r.summary(), *(f"- {w}" for w in r.warnings()), f"written: {page}"]))
 
 # %% ../nbs/25_cli.ipynb #89bfa3c7

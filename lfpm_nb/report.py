@@ -963,7 +963,7 @@ def markdown(self, drawn: dict) -> str:
     e = lambda x: str(x).replace("|", "\\|")
     line = lambda k: f"| {VERDICTS[self.verdicts[k].verdict][0]} {self.verdicts[k].verdict} | {e(claims[k].text)} | {e(said(claims[k], self.verdicts[k]))} | {e(said(claims[k], self.own[k]))} | {claims[k].threshold} | {claims[k].where} |"
     judged = [k for k in claims if len(self.verdicts[k].value)]
-    out = ["# Claims and results", "", "Written by `lfpm report --gallery`; do not edit.", "", self.summary(), "",
+    out = ["# Claims and results", "", f"Written by `lfpm report --preset {self.preset} --gallery`; do not edit.", "", self.summary(), "",
         "![every seed's distance from each claim's threshold](claims.png)", "",
            "| verdict | claim | ours | paper | expected in every seed | where |", "|---|---|---|---|---|---|", *map(line, judged), ""]
     lacking = {k: [n for n in claims[k].needs if n not in self.found] or claims[k].needs for k in claims if k not in judged}
