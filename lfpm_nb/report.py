@@ -967,7 +967,8 @@ def markdown(self, drawn: dict) -> str:
         "![every seed's distance from each claim's threshold](claims.png)", "",
            "| verdict | claim | ours | paper | expected in every seed | where |", "|---|---|---|---|---|---|", *map(line, judged), ""]
     lacking = {k: [n for n in claims[k].needs if n not in self.found] or claims[k].needs for k in claims if k not in judged}
-    if lacking: out += ["Not testable yet: " + ", ".join(f"{k} ({', '.join(f'`lfpm run {n}`' for n in names)})" for k, names in lacking.items()) + ".", ""]
+    size = "" if self.preset == "lab" else f" --preset {self.preset}"
+    if lacking: out += ["Not testable yet: " + ", ".join(f"{k} ({', '.join(f'`lfpm run {n}{size}`' for n in names)})" for k, names in lacking.items()) + ".", ""]
     for name, r in self.found.items():
         t = beside(r, self.printed.get(name))
         heads = [" ".join(filter(None, c)) for c in t.columns]
