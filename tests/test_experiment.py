@@ -116,8 +116,8 @@ TRAINED = {"tune-letters", "tune-signs", "attack-badmerging"}
 
 
 @pytest.mark.parametrize("change, new", [
-    (dict(lam_n=4), {"path"}), (dict(path_n=9), {"path"}), (dict(scale=.4), {"merge-TA", "measure", "stage1", "defend-LFPM", "path"}), (dict(gamma=.5), {"defend-LFPM", "measure", "path"}),
-    (dict(options={"badmerging": {"alpha": 4.}}), {"attack-badmerging", "merge-TA", "measure", "stage1", "defend-LFPM", "path"}), (dict(options={"TA": {"scale": .45}}), {"merge-TA", "measure", "stage1", "defend-LFPM", "path"})])
+    (dict(lam_n=4), {"path"}), (dict(path_n=9), {"path"}), (dict(scale=.4), {"merge-TA", "measure", "stage1", "defend-LFPM", "lam", "path"}), (dict(gamma=.5), {"defend-LFPM", "lam", "measure", "path"}),
+    (dict(options={"badmerging": {"alpha": 4.}}), {"attack-badmerging", "merge-TA", "measure", "stage1", "defend-LFPM", "lam", "path"}), (dict(options={"TA": {"scale": .45}}), {"merge-TA", "measure", "stage1", "defend-LFPM", "lam", "path"})])
 def test_only_what_depends_on_a_setting_is_computed_again(tiny_lab, change, new):
     got = again(tiny_lab, **change)
     assert got <= new and (got & {"path", "defend-LFPM"}), got
