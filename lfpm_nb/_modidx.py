@@ -606,6 +606,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lfpm_nb.path.lerp_': ('path.html#lerp_', 'lfpm_nb/path.py'),
                               'lfpm_nb.path.level': ('path.html#level', 'lfpm_nb/path.py'),
                               'lfpm_nb.path.measure_path': ('path.html#measure_path', 'lfpm_nb/path.py'),
+                              'lfpm_nb.path.pick_lam': ('path.html#pick_lam', 'lfpm_nb/path.py'),
                               'lfpm_nb.path.seen_along': ('path.html#seen_along', 'lfpm_nb/path.py')},
             'lfpm_nb.purify': { 'lfpm_nb.purify.Case': ('purify.html#case', 'lfpm_nb/purify.py'),
                                 'lfpm_nb.purify.Case.__init__': ('purify.html#case.__init__', 'lfpm_nb/purify.py'),

@@ -7,7 +7,7 @@ __all__ = ['app', 'data', 'main', 'doctor', 'data_list', 'data_check', 'data_get
            'purify_', 'run', 'table_', 'report_', 'sweep_', 'record_', 'explore']
 
 # %% ../nbs/25_cli.ipynb #8d6d8e1a
-import contextlib, json, os, shutil, subprocess, sys, tempfile, textwrap
+import contextlib, json, os, shutil, signal, subprocess, sys, tempfile, textwrap
 import typer
 from .core import cache_dir, choose, proj_path, runs_dir, versions
 from .realdata import check_set, every_set, find_set, get_set, inventory, present
@@ -279,6 +279,7 @@ def explore(port: int = typer.Option(8866, help="port on this machine"),
         print(f"written: {PathExplorer(core or load_recorded()).save_html(html, cdn)}")
         return
     print(f"http://127.0.0.1:{port}/  (Ctrl-C ends it)", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                      # as an exit, so that Voilà ends with it
     with tempfile.TemporaryDirectory() as d, contextlib.suppress(KeyboardInterrupt):
         page = str(page_of(made, words, d) if core else proj_path("nbs", "explore", "path.ipynb"))
         subprocess.run([sys.executable, "-m", "voila", page, "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--template=lfpm"], env=os.environ | voila_template(d))

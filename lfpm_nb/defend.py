@@ -32,10 +32,10 @@ class Defended:
 
 def check_lam(lam) -> float | str:
     "A rule of `lam_rules` by its short name, or a number in [0, 1] as a float; ValueError otherwise."
-    try: return float(lam) if 0 <= float(lam) <= 1 else lam_rules.find(lam)
-    except (TypeError, ValueError): pass
-    try: return lam_rules.find(lam)
-    except ValueError: raise ValueError(f"lam is {lam!r}; expected a rule ({', '.join(lam_rules)}) or a number in [0, 1]") from None
+    with contextlib.suppress(TypeError, ValueError):
+        if 0 <= float(lam) <= 1: return float(lam)
+    with contextlib.suppress(ValueError): return lam_rules.find(lam)
+    raise ValueError(f"lam is {lam!r}; expected a rule ({', '.join(lam_rules)}) or a number in [0, 1]")
 
 
 def rule_of(lam: float | str) -> str:
@@ -143,9 +143,9 @@ def defend(method: str, merged: dict, clip: Clip, shadow: Shadow, seed: int = 0,
     check_same(clip.visual.state_dict(), merged, "this backbone and the merged model")
     mined, by = mined or stage_one(clip, merged, shadow, strengths, seed), rule_of(lam)
     end, log = train_end(method, merged, clip, shadow, seed, by, strengths, mined, strength)
-    rule = choose_lam(clip, merged, end, shadow, mined[0]["p"], by) if lam == by else {}
-    lam = rule.get("lam", lam)
-    return lerp(merged, end, lam), Defended(end, lam, rule, log, log.pop("strength"))
+    rule = choose_lam(clip, merged, end, shadow, mined[0]["p"], by) if isinstance(lam, str) else {}
+    lam, value = rule.get("lam", lam), log.pop("strength")
+    return lerp(merged, end, lam), Defended(end, lam, rule, log, value)
 
 # %% ../nbs/16_defend.ipynb #a7b2ffe5
 _by_rate = dict(knob="learning-rate factor", grid=(0.5, 1.0, 2.0), within=(0.0, 10.0), needs=("shadow labels", "training", "pretrained"))

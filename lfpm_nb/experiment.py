@@ -25,9 +25,9 @@ from .adaptive import Unlabelled
 from .attack import Target, Trigger, attack, attacks, check_scope
 from . import lobam, trojan                    # they register their attacks
 from .measure import Goal, Suite, measure_task, with_averages
-from .subspace import Shadow
+from .subspace import Shadow, shift
 from .antibackdoor import Strengths, stage_one
-from .path import curve, integrate, lam_rules, lerp, measure_path, seen_along
+from .path import curve, integrate, lerp, measure_path, pick_lam, seen_along
 from .defend import Defended, check_lam, check_strength, defences, rule_of, train_end
 from . import baselines                        # it registers the rivals
 
@@ -275,12 +275,11 @@ def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
     judged = dict(by=by) if P.strength == "rule" else {}         # only candidates for a strength are judged by a rule: else another λ trains nothing
     key = (code_hash(home(defences, name)), self._pre, theta, self.shadow, mined, P.strengths, P.strength, P.seed, judged)
     end, r = self.stages(f"defend-{name}", key, lambda: train_end(name, theta, self.clip, self.shadow, P.seed, by, P.strengths, (mined, first), P.strength))
-    took, rule, lam = [first, r], {}, P.lam
-    if lam == by:
+    took, rule = [first, r], {}
+    if isinstance(P.lam, str):
         took.append(self.along(theta, end))
-        rule = {k: took[-1][k] for k in ("curve", "pretrained")}
-        rule = dict(lam=lam_rules(by, **rule), rule=by, **rule)
-        lam = rule["lam"]
+        rule = pick_lam(by, took[-1]["curve"], took[-1]["pretrained"])
+    lam = rule.get("lam", P.lam)
     total = {k: sum(x[k] for x in took) for k in ("seconds", "cpu_seconds")}
     peak = max((x["peak_mb"] for x in took if x["peak_mb"] is not None), default=None)
     log = {k: v for k, v in {**first, **r, **total, "peak_mb": peak}.items() if k != "strength"}
@@ -299,7 +298,7 @@ def likeness(self, name: str, n: int = 300) -> dict:
         right = [100 * (logits(z, self.shadow.W).argmax(1).cpu() == y).float().mean().item() for z in seen]
         moved = [z - seen[0] for z in seen[1:]]
         cosine = [F.cosine_similarity(m.mean(0), moved[0].mean(0), 0).item() for m in moved[1:]]
-        return dict(accuracy=right, shift=[m.norm(dim=1).mean().item() for m in moved], cosine=cosine)
+        return dict(accuracy=right, shift=[shift(seen[0], z) for z in seen[1:]], cosine=cosine)
     return {"merged": of(self.clip.with_state(theta)), "pretrained": of(self.clip.visual)}
 
 # %% ../nbs/18_experiment.ipynb #877497a5

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lam_rules', 'lerp_', 'lerp', 'Path', 'grid', 'integrate', 'measure_path', 'curve', 'knee', 'level', 'seen_along',
-           'choose_lam']
+           'pick_lam', 'choose_lam']
 
 # %% ../nbs/14_path.ipynb #e659abc1
 import numpy as np
@@ -101,7 +101,11 @@ def seen_along(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: t
     return dict(curve=[dict(lam=lam, **seen(path.at(lam))) for lam in grid(n)], pretrained=seen(clip.visual)["shift"])
 
 
+def pick_lam(rule: str, curve: list[dict], pretrained: list[float]) -> dict:
+    "{'lam', 'rule', 'curve', 'pretrained'}: the λ that a registered rule picks from what `seen_along` found."
+    return dict(lam=lam_rules(rule, curve, pretrained), rule=lam_rules.find(rule), curve=curve, pretrained=pretrained)
+
+
 def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: torch.Tensor, rule: str = "knee", n: int = 21) -> dict:
-    "{'lam', 'rule', 'curve', 'pretrained'}: the λ that a registered rule picks from what `seen_along` finds."
-    seen, rule = seen_along(clip, theta_mm, end, shadow, prompts, n), lam_rules.find(rule)
-    return dict(lam=lam_rules(rule, **seen), rule=rule, **seen)
+    "`pick_lam` of `seen_along`."
+    return pick_lam(rule, **seen_along(clip, theta_mm, end, shadow, prompts, n))

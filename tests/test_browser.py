@@ -9,6 +9,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,9 +72,11 @@ def serve(tmp_path):
         raise TimeoutError((tmp_path / "server.log").read_text())
     yield start
     for p in running:
+        family = psutil.Process(p.pid).children(recursive=True)
         p.terminate()
         try: p.wait(10)
         except subprocess.TimeoutExpired: p.kill()
+        assert not psutil.wait_procs(family, timeout=20)[1], "a server that is told to stop leaves nothing behind"
 
 
 def drive(page):

@@ -112,7 +112,8 @@ def test_card_says_everything(stranger, done):
     assert [p["semantic"] for p in card["prompts"]] == [2.0] and f"weights 2 (LFPM Eq 16); they move the merged model's unit features by {card['prompts'][0]['shift']:.2g} of" in text
     assert str(stranger) not in text + (done.folder / "card.json").read_text(), "a card travels: no path of this machine in it"
     page = (done.folder / "path.html").read_text()
-    assert "under mined prompts" in page and "plotly" in page and sorted(p.name for p in done.folder.iterdir()) == sorted(("purified.safetensors", *BESIDE))
+    assert "agrees with label" in page and "under mined prompts" not in page and "by hand" in page, "a given λ was chosen on nothing"
+    assert sorted(p.name for p in done.folder.iterdir()) == sorted(("purified.safetensors", *BESIDE))
 
 
 def test_resumes_and_changes_nothing(stranger, done, monkeypatch):
@@ -131,7 +132,7 @@ def test_the_rule_chooses_lam_when_asked(stranger, done, tmp_path, rule):
     assert len(c) == 21 and got.card["lam"] == dict(knee=knee, level=healed)[rule] and f"the rule `{rule}` (path.lam_rules), without knowledge of an attack" in text()
     assert all(f"{s:.2g}" in text() for s in (*level, *next(p["shift"] for p in c if p["lam"] == got.card["lam"])))
     page = (tmp_path / "path.html").read_text()
-    assert "prompt 1, pretrained model" in page and f"by the rule {rule}" in page
+    assert "prompt 1, pretrained model" in page and "under mined prompts" in page and f"by the rule {rule}" in page
 
 
 def test_same_code_path_as_the_main_run(stranger, done, lab):
