@@ -233,6 +233,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lfpm_nb.core.imported': ('core.html#imported', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.load_state': ('core.html#load_state', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.method': ('core.html#method', 'lfpm_nb/core.py'),
+                              'lfpm_nb.core.precision': ('core.html#precision', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.proj_path': ('core.html#proj_path', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.runs_dir': ('core.html#runs_dir', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.save_state': ('core.html#save_state', 'lfpm_nb/core.py'),

@@ -104,7 +104,7 @@ def _code(notebook: str) -> tuple[list, list]:
 
 
 def config_hash(name: str, settings: dict) -> str:
-    "8 hex digits of all settings but the seed, the backbone's weights, the notebook, the code behind it, versions, device and threads."
+    "8 hex digits of all settings but the seed, the backbone's weights, the notebook, the code behind it, versions, device, precision and threads."
     own = {k: v for k, v in settings.items() if k not in ("seed", "out_dir")}
     weights = weights_id(own["backbone"]) if "backbone" in own else None
     notebook = experiments()[name].notebook
