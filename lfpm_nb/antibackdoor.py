@@ -75,12 +75,7 @@ def step_loss(mm, anti, x, y, W, p, s: Strengths) -> torch.Tensor:
             h_a = encode(anti, x, q)
             h_m = encode(mm, x, q) if s.C else h_a
         return path_loss(h_m.float(), h_a.float(), y, W, points)
-    if s.B:
-        on = [w for v in (mm, anti) for w in v.parameters() if w.requires_grad]
-        for w in on: w.requires_grad_(False)
-        try: p = worst_prompt(loss, p, s.rho, len(x))
-        finally:
-            for w in on: w.requires_grad_(True)
+    if s.B: p = worst_prompt(loss, p, s.rho, len(x))
     return loss(None) + loss(p)
 
 # %% ../nbs/13_antibackdoor.ipynb #4cfbf3ad

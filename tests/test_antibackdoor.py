@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import near, pixels
 from lfpm_nb import antibackdoor as B
@@ -100,6 +102,19 @@ def test_worst_prompt_is_a_step_of_rho_norms_uphill(seed, rho):
     q = worst_prompt(lambda v: (v * w).sum().sigmoid(), p, rho)
     assert (q - p).norm().item() == pytest.approx(rho * p.norm().item(), rel=1e-3, abs=1e-5) and torch.equal(p, before) and not q.requires_grad
     if rho > .01: assert F.cosine_similarity((q - p).flatten(), w.flatten(), dim=0) > .99
+
+
+def test_the_ascent_computes_no_gradient_of_weights(step, prompt):
+    mm, anti, x, y, W = step
+    def work():
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:
+            worst_prompt(lambda q: path_loss(encode(mm, x, q), encode(anti, x, q), y, W, [.5, 1.]), prompt, .1)
+        return count.get_total_flops()
+    trainable = work()
+    assert grads(mm) == grads(anti) == [None] * len(list(mm.parameters()))
+    for v in (mm, anti): v.requires_grad_(False)
+    frozen = work()
+    assert trainable <= 1.01 * frozen, f"{trainable / frozen:.2f} times the work of frozen towers; with gradients of all weights it would be about 1.5"
 
 
 # --- theta_mm, theta_pre and the prompt are inputs ------------------------------------------------------------------------
