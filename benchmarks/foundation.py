@@ -5,10 +5,10 @@
 Prints one aligned table:
 
 - generator: images/s of every LabWorld family (task and pretrain style) and of scenes, on one thread, fonts and tiles drawn beforehand;
-- peak: the fastest square bf16 (as autocast chooses) and float32 matrix product found on this machine with these threads;
-- fine-tuning: images/s of `tune.fit`'s step (clean loss, backward, gradient norm, AdamW; bf16 autocast), and its share of that bf16 peak. The step's
+- peak: the fastest square bfloat16 and float32 matrix product found on this machine with these threads;
+- fine-tuning: images/s of `tune.fit`'s step (clean loss, backward, gradient norm, AdamW; in `core.precision`), and its share of that precision's peak. The step's
   FLOPs are counted by torch's FlopCounterMode, with attention as plain matrix products so that none is missed; element-wise work counts nothing;
-- evaluation: images/s of `clip.features` (bf16 autocast, no gradients);
+- evaluation: images/s of `clip.features` (in `core.precision`, no gradients);
 - stages: seconds of each stage of a main run, from the newest finished one under $LFPM_RUNS or `--run`; stages that ran several times are added up.
   Without any run, the tiny preset is run in a throw-away folder;
 - Stage II against SAM: one LFPM step (`antibackdoor.step_loss`, backward, accumulation, update) and one SAM step (Foret et al. 2021: ascent pass,
@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lfpm_nb.antibackdoor import accumulate, step_loss
 from lfpm_nb.clip import encode, features, load_clip, logits, zero_shot_head
-from lfpm_nb.core import amp, device, generator, runs_dir, versions
+from lfpm_nb.core import amp, device, generator, precision, runs_dir, versions
 from lfpm_nb.experiment import MainParams
 from lfpm_nb.runs import run_notebook, status
 from lfpm_nb.labworld import FAMILIES, draw, scenes
@@ -85,10 +85,8 @@ def matmul_peak(kind: torch.dtype, repeat: int) -> tuple[float, int]:
 
 
 def train_and_eval_rows(clip, P: MainParams, n: int, repeat: int):
-    peak, size = matmul_peak(torch.bfloat16, repeat)
-    yield "peak: bf16 matrix product", peak / 1e9, "GFLOP/s", f"{size} x {size}"
-    single, size = matmul_peak(torch.float32, repeat)
-    yield "peak: float32 matrix product", single / 1e9, "GFLOP/s", f"{size} x {size}"
+    peaks = {kind: matmul_peak(kind, repeat) for kind in (torch.bfloat16, torch.float32)}
+    for kind, (peak, size) in peaks.items(): yield f"peak: {kind} matrix product", peak / 1e9, "GFLOP/s", f"{size} x {size}"
     task = load_task("textures", n_train=P.batch, n_test=n)
     visual = clip.with_state(clip.state()).train().requires_grad_(True)
     loss, opt = clean_loss(clip, task.train_x, task.train_y, zero_shot_head(clip, task.classes, task.templates)), optimiser(visual.parameters(), 1e-5, 0.001)
@@ -100,7 +98,7 @@ def train_and_eval_rows(clip, P: MainParams, n: int, repeat: int):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count: step()
     flops, took = count.get_total_flops(), seconds(step, 5 * repeat)
     yield "fine-tuning", len(i) / took, "images/s", f"batch {len(i)}"
-    yield "fine-tuning: share of the bf16 peak", 100 * flops / took / peak, "%", f"{flops / len(i) / 1e6:.0f} MFLOP an image and step"
+    yield f"fine-tuning: share of the {precision()} peak", 100 * flops / took / peaks[precision()][0], "%", f"{flops / len(i) / 1e6:.0f} MFLOP an image and step"
     took = seconds(lambda: features(clip, clip.visual, task.test_x), repeat)
     yield "evaluation", len(task.test_x) / took, "images/s", "batch 512, no gradients"
 
