@@ -287,14 +287,19 @@ def test_a_diverged_stage_keeps_the_last_good_weights(tmp_path):
     assert Stages(tmp_path)("s", ("k",), lambda: ({"w": torch.zeros(1)}, {}))[0]["w"].item() == 0      # it is no result
 
 
-def test_a_stage_depends_on_threads_and_device(tmp_path, monkeypatch):
+def test_a_stage_depends_on_threads_device_and_precision(tmp_path, monkeypatch):
     calls, stages = [], Stages(tmp_path)
     stages("s", ("k",), computing(calls))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     stages("s", ("k",), computing(calls, 2.))
     monkeypatch.setenv("LFPM_DEVICE", "meta")
+    monkeypatch.setenv("LFPM_AMP", "1")
     stages("s", ("k",), computing(calls, 3.))
-    assert calls == [1., 2., 3.]
+    monkeypatch.setenv("LFPM_AMP", "0")
+    stages("s", ("k",), computing(calls, 4.))
+    monkeypatch.setenv("LFPM_AMP", "1")
+    assert stages("s", ("k",), computing(calls, 5.))[0]["x"].item() == 3.
+    assert calls == [1., 2., 3., 4.]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
