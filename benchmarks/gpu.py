@@ -7,7 +7,7 @@ Weights, images and heads are random: time and memory do not depend on them. `--
 of step take turns. The exit code is 1 when a goal is missed.
 
 - LFPM / SAM: one Stage-II step (`antibackdoor.step_loss`, backward, accumulation, update) against one SAM step, same batch, same clean and prompted terms; and the
-  same with `recompute` "towers" and "blocks" (`tune.Lean`). Memory as in foundation.py: CUDA's allocator, or torch's profiler on a CPU, with weights, gradients and optimiser;
+  same with `recompute` "towers" and "blocks" (`tune.Lean`). FLOPs as FlopCounterMode counts them: what the time ratio would be if only matrix products took time. Memory as in foundation.py: CUDA's allocator, or torch's profiler on a CPU, with weights, gradients and optimiser;
 - share of matmul throughput: FLOPs a second of a Stage-II step over those of a fine-tuning step on the same images, each counted by FlopCounterMode; on a GPU also
   Stage II's share of the fastest bf16 product found;
 - path: 21 models between two towers, each mixed (`path.Path`) and asked for the features and predictions of n images, over 21 times the features alone.
@@ -95,7 +95,8 @@ def stage2_rows(clip: Clip, batch: int, rounds: int):
     for k in ("LFPM", "towers: LFPM", "blocks: LFPM"):
         yield f"{k} / SAM, time", ratio(took, k, "SAM"), batch
         yield f"{k} / SAM, memory", peak[k] / peak["SAM"], batch
-    work = {k: flops(kinds[k]) for k in ("LFPM", "fine-tuning")}
+    work = {k: flops(kinds[k]) for k in ("LFPM", "SAM", "fine-tuning")}
+    yield "LFPM / SAM, FLOPs", work["LFPM"] / work["SAM"], batch
     yield "matmul throughput, Stage II / fine-tuning", work["LFPM"] / work["fine-tuning"] / ratio(took, "LFPM", "fine-tuning"), batch
     if device().type == "cuda":
         peak_rate, _ = matmul_peak(torch.bfloat16, 20)
