@@ -7,7 +7,8 @@ Weights, images and heads are random: time and memory do not depend on them. `--
 of step take turns. The exit code is 1 when a goal is missed.
 
 - LFPM / SAM: one Stage-II step (`antibackdoor.step_loss`, backward, accumulation, update) against one SAM step, same batch, same clean and prompted terms; and the
-  same with `recompute` "towers" and "blocks" (`tune.Lean`). FLOPs as FlopCounterMode counts them: what the time ratio would be if only matrix products took time. Memory as in foundation.py: CUDA's allocator, or torch's profiler on a CPU, with weights, gradients and optimiser;
+  same with `recompute` "towers" and "blocks" (`tune.Lean`). FLOPs: what the time ratio would be if only matrix products took time.
+  Memory as in foundation.py: CUDA's allocator, or torch's profiler on a CPU, with weights, gradients and optimiser;
 - share of matmul throughput: FLOPs a second of a Stage-II step over those of a fine-tuning step on the same images, each counted by FlopCounterMode; on a GPU also
   Stage II's share of the fastest bf16 product found;
 - path: 21 models between two towers, each mixed (`path.Path`) and asked for the features and predictions of n images, over 21 times the features alone.
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from foundation import Stage2, held_bytes, matmul_peak, peak_bytes, say, sync
 from lfpm_nb.antibackdoor import Strengths
 from lfpm_nb.clip import Clip, data_cards, features, load_clip, logits
-from lfpm_nb.core import device, versions
+from lfpm_nb.core import device, precision, versions
 from lfpm_nb.path import Path, grid
 from lfpm_nb.tune import Lean, clean_loss, gradients, optimiser
 
@@ -98,7 +99,7 @@ def stage2_rows(clip: Clip, batch: int, rounds: int):
     work = {k: flops(kinds[k]) for k in ("LFPM", "SAM", "fine-tuning")}
     yield "LFPM / SAM, FLOPs", work["LFPM"] / work["SAM"], batch
     yield "matmul throughput, Stage II / fine-tuning", work["LFPM"] / work["fine-tuning"] / ratio(took, "LFPM", "fine-tuning"), batch
-    if device().type == "cuda":
+    if device().type == "cuda" and precision() == torch.bfloat16:
         peak_rate, _ = matmul_peak(torch.bfloat16, 20)
         yield "Stage II, share of the bf16 peak", work["LFPM"] / statistics.median(took["LFPM"]) / peak_rate, batch
 

@@ -46,8 +46,10 @@ def precision(dev: torch.device | str | None = None) -> torch.dtype:
     `$LFPM_AMP` (1 or 0) overrules."""
     dev, wish = torch.device(dev or device()), os.environ.get("LFPM_AMP", "")
     if wish not in ("", "0", "1"): raise ValueError(f"LFPM_AMP is {wish!r}; expected 1 (bfloat16), 0 (float32) or nothing (the faster of the two)")
-    native = {"cpu": lambda: torch.backends.cpu.get_cpu_capability().startswith("AVX512"), "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False)}
-    return torch.bfloat16 if (wish == "1" if wish else native.get(dev.type, lambda: True)()) else torch.float32
+    if wish: return torch.bfloat16 if wish == "1" else torch.float32
+    if dev.type == "cpu": native = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    else: native = dev.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
 
 
 @contextlib.contextmanager

@@ -114,7 +114,7 @@ def test_the_ascent_computes_no_gradient_of_weights(step, prompt):
     assert grads(mm) == grads(anti) == [None] * len(list(mm.parameters()))
     for v in (mm, anti): v.requires_grad_(False)
     frozen = work()
-    assert trainable <= 1.01 * frozen, f"{trainable / frozen:.2f} times the work of frozen towers; with gradients of all weights it would be about 1.5"
+    assert trainable == frozen, f"{trainable / frozen:.2f} times the work of frozen towers"
 
 
 # --- theta_mm, theta_pre and the prompt are inputs ------------------------------------------------------------------------
