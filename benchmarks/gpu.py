@@ -30,7 +30,7 @@ from lfpm_nb.antibackdoor import Strengths
 from lfpm_nb.clip import Clip, data_cards, features, load_clip, logits
 from lfpm_nb.core import device, precision, versions
 from lfpm_nb.path import Path, grid
-from lfpm_nb.tune import Lean, clean_loss, gradients, optimiser
+from lfpm_nb.tune import Lean, Watch, clean_loss, gradients, optimiser
 
 POINTS, CLASSES = 21, 100
 GOALS = {"LFPM / SAM, time": ("<=", 1.4), "LFPM / SAM, memory": ("<=", 2.2), "towers: LFPM / SAM, time": ("<=", 2.2), "towers: LFPM / SAM, memory": ("<=", 1.3),
@@ -61,7 +61,7 @@ class Steps(Stage2):
         with Lean(self.mm, self.anti, recompute=recompute): self.lfpm()
 
     def tune(self):
-        gradients(self.opt, list(self.anti.parameters()), self.clean(self.anti, self.index), self.anti, "benchmark")
+        gradients(Watch(self.opt, self.anti, "benchmark"), list(self.anti.parameters()), self.clean(self.anti, self.index))
         self.opt.step()
 
 

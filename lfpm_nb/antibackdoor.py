@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 import torch
 import torch.nn.functional as F
-from .core import Progress, amp, choose, device, everywhere, share
-from .clip import Clip, encode, features, logits, lr_at
+from .core import amp, choose, device, everywhere, resident, rows
+from .clip import Clip, encode, features, logits
 from .lora import dense, trainable
-from .tune import RECOMPUTE, Lean, batches, gradients, optimiser
+from .tune import RECOMPUTE, batches, optimiser, train
 from .subspace import Shadow, learn_subspace, mine_prompt, p_adv, p_clean, shift
 
 # %% ../nbs/13_antibackdoor.ipynb #d1626877
@@ -93,21 +93,11 @@ def accumulate(anti, mm, gamma: float) -> None:
 # %% ../nbs/13_antibackdoor.ipynb #fd4e03ec
 def shadow_loop(visual, params: list, opt, shadow: Shadow, prompts: torch.Tensor, s: Strengths, seed: int, name: str, loss,
                 pull=lambda: None, others: tuple = ()) -> dict:
-    """Train `params` in place with `opt`; `loss(x, y, p)` gets uint8 images, labels and one prompt, `pull` may change the gradients (`tune.gradients`), `others`:
-    the towers it asks besides `visual`. {'loss': one mean per tenth, 'micro_batch' if memory ran out}. `Diverged` holds the weights of `visual`."""
-    (x, y), dev, lr, log, recent = shadow.train, device(), opt.param_groups[0]["lr"], [], []
+    "`tune.train` on the shadow set with its log; `loss(x, y, p)` gets uint8 images, labels and one prompt."
+    x, y = resident(*shadow.train)
     steps = list(batches(len(y), s.batch, s.epochs, "anti", seed))
-    bar = Progress(steps, name)
-    with Lean(visual, *others, recompute=s.recompute) as lean:
-        for k, i in enumerate(bar):
-            for g in opt.param_groups: g["lr"] = lr_at(k, len(steps), lr, 10)
-            i, where = share(i), f"{name}, step {k}"
-            batch = (x[i].to(dev), y[i].to(dev), prompts[k % len(prompts)])
-            value = lean.attempt(lambda: gradients(opt, params, loss(*batch), visual, where, pull, len(i)), len(i), where)
-            opt.step()
-            recent.append(value.item()); bar.note = f"loss {recent[-1]:.3f}"
-            if len(recent) == max(1, len(steps) // 10): log.append(sum(recent) / len(recent)); recent = []
-    return dict(loss=log) | (dict(micro_batch=lean.micro) if lean.micro else {})
+    one = lambda k, i: loss(rows(x, i), rows(y, i), prompts[k % len(prompts)])
+    return train(visual, params, opt, steps, 10, name, one, pull, s.recompute, others)
 
 # %% ../nbs/13_antibackdoor.ipynb #0141ac9e
 def train_on_shadow(clip: Clip, start: dict, shadow: Shadow, prompts: torch.Tensor, s: Strengths, seed: int, name: str, loss,

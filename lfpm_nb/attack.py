@@ -11,7 +11,7 @@ __all__ = ['attacks', 'scope', 'KNOWS', 'Target', 'shadow_head', 'attack_head', 
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
-from .core import Progress, Registry, amp, choose, device, generator
+from .core import Progress, Registry, amp, choose, device, generator, resident, rows
 from .labworld import SCENE_CLASSES
 from .clip import Clip, encode, features, logits, zero_shot_head
 from .tune import TuneConfig, clean_loss, fit
@@ -71,6 +71,10 @@ class Trigger:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         "A triggered copy of uint8, or float [0, 1], images (N, 3, H, W)."
         return paste(x, (self.patch * 255).round().to(x) if x.dtype == torch.uint8 else self.patch.to(x), self.mask)
+
+    def to(self, dev: torch.device) -> "Trigger":
+        "The same trigger on a device: a training moves it once, not with each batch."
+        return Trigger(self.patch.to(dev), None if self.mask is None else self.mask.to(dev))
 
     def pixels(self) -> int:
         "How many pixels it covers."
@@ -137,24 +141,24 @@ def optimise_trigger(clip: Clip, task: Task, target: Target, side: int = 6, step
         with amp(): h = encode(clip.visual, clip.normalise(paste(draw(batch), z.sigmoid())))
         loss = -logits(h, W).log_softmax(-1)[:, c].mean()
         opt.zero_grad(); loss.backward(); opt.step()
-        bar.note = f"-log p(target) {loss.item():.2f}"
+        bar.note = lambda loss=loss.detach(): f"-log p(target) {loss.item():.2f}"
     return Trigger((z.sigmoid() * 255).round().detach().cpu() / 255)
 
 # %% ../nbs/08_attack.ipynb #063889aa
 def backdoor_loss(clip: Clip, task: Task, target: Target, trigger: Trigger, r_min: float, alpha: float, seed: int):
     """`loss(visual, index)`: clean CE plus alpha times CE of interpolated triggered features under the attacker's head; half of each
     batch is poisoned (BadMerging Sec. 4.3; `r_min` = 1 switches the interpolation off)."""
-    x, dev, g = task.train_x, device(), generator("poison", task.name, seed)
+    (x,), trigger, g = resident(task.train_x), trigger.to(device()), generator("poison", task.name, seed)
     W, (W0, c) = zero_shot_head(clip, task.classes, task.templates), attack_head(clip, task, target)
     clean = clean_loss(clip, x, task.train_y, W)
     def loss(visual, i):
-        xb = clip.normalise(trigger(x[i[:len(i) // 2]]).to(dev))
+        xb = clip.normalise(trigger(rows(x, i[:len(i) // 2])))
         r = r_min + (1 - r_min) * torch.rand((), generator=g).item()
         with amp():
             h = encode(visual, xb)
             with torch.no_grad(): h_pre = encode(clip.visual, xb)
         h = r * h.float() + (1 - r) * h_pre.float()
-        return clean(visual, i) + alpha * F.cross_entropy(logits(h, W0), torch.full((len(h),), c, device=dev))
+        return clean(visual, i) + alpha * F.cross_entropy(logits(h, W0), torch.full((len(h),), c, device=h.device))
     return loss
 
 # %% ../nbs/08_attack.ipynb #984e55dd

@@ -90,11 +90,15 @@ class Clip:
         return v.to(device()).eval().requires_grad_(False)
 
 # %% ../nbs/03_clip.ipynb #c10d0663
+@lru_cache(None)
+def _per_channel(values: tuple, dev: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device=dev).view(1, 3, 1, 1)      # once for each device: it waits for a copy
+
+
 @method(Clip)
 def normalise(self, x: torch.Tensor) -> torch.Tensor:
     "uint8 (N, 3, H, W), or float in [0, 1], to this backbone's normalised float32."
-    dev = x.device
-    mean, std = (torch.tensor(self.card[k], device=dev).view(1, 3, 1, 1) for k in ("mean", "std"))
+    mean, std = (_per_channel(tuple(self.card[k]), x.device) for k in ("mean", "std"))
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     return (x - mean) / std
 

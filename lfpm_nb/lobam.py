@@ -9,7 +9,7 @@ __all__ = ['SWEEP', 'MERGED', 'extrapolate', 'twins', 'choose_amplify', 'lobam',
 from dataclasses import replace
 import torch
 import torch.nn.functional as F
-from .core import amp, device, generator
+from .core import amp, device, generator, resident, rows
 from .tasks import Task
 from .clip import Clip, encode, features, logits, zero_shot_head
 from .tune import TuneConfig, clean_loss, finetune
@@ -58,11 +58,11 @@ def lobam(clip, task, target, cfg, seed, side: int = 6, r_min: float = 0.2, alph
 # %% ../nbs/09_lobam.ipynb #b6b4543a
 def adaptive_loss(clip: Clip, task: Task, target: Target, trigger: Trigger, r_min: float, alpha: float, seed: int):
     "`loss(visual, index)` of LFPM Eq. 27; half of each batch is poisoned."
-    x, dev, g = task.train_x, device(), generator("poison", task.name, seed)
-    W, (W0, c) = zero_shot_head(clip, task.classes, task.templates), attack_head(clip, task, target)
+    (x,), dev, g = resident(task.train_x), device(), generator("poison", task.name, seed)
+    W, (W0, c), trigger = zero_shot_head(clip, task.classes, task.templates), attack_head(clip, task, target), trigger.to(dev)
     clean, reference = clean_loss(clip, x, task.train_y, W), clip.normalise(target.images.to(dev))
     def loss(visual, i):
-        x_c = x[i[:len(i) // 2]].to(dev)
+        x_c = rows(x, i[:len(i) // 2])
         r = r_min + (1 - r_min) * torch.rand((), generator=g).item()
         with amp():
             h_b = encode(visual, clip.normalise(trigger(x_c))).float()

@@ -6,10 +6,11 @@
 __all__ = ['Shadow', 'p_adv', 'p_clean', 'learn_subspace', 'mining_loss', 'token_norm', 'clip_rows', 'mine_prompt', 'shift']
 
 # %% ../nbs/12_subspace.ipynb #8704256f
+import itertools
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
-from .core import Progress, amp, device, generator
+from .core import Progress, amp, device, generator, resident, rows
 from .clip import Clip, encode, features, logits, zero_shot_head
 from .tasks import SCENE_TEMPLATES, shadow_set
 from .realdata import real_shadow
@@ -89,13 +90,14 @@ def mine_prompt(clip: Clip, visual, shadow: Shadow, U: torch.Tensor | None, c0: 
                 lr: float = 0.1, weight_decay: float = 0.001, bound: float = 1.0, seed: int = 0) -> tuple[torch.Tensor, list]:
     """One shared prompt (length, width) for theta_mm's tower `visual`, and the log of the three terms per tenth (LFPM Eq 16).
     AdamW, gradient norm 1, rows bounded by `bound` ordinary token norms."""
-    x, dev = shadow.train[0], device()
+    (x,), dev = resident(shadow.train[0]), device()
     limit, log = bound * token_norm(clip, x[:256]), []
     p = (0.02 * torch.randn(length, visual.conv1.out_channels, generator=generator("prompt", seed))).to(dev).requires_grad_(True)
     opt, epochs = optimiser([p], lr, weight_decay), 1 + steps * batch // len(x)
-    bar = Progress(list(batches(len(x), batch, epochs, "prompt", seed))[:steps], f"mine prompt, c0 = {c0:g}")
-    for s, i in enumerate(bar):
-        xb = clip.normalise(x[i].to(dev))
+    bar = Progress([i.to(dev) for i in itertools.islice(batches(len(x), batch, epochs, "prompt", seed), steps)], f"mine prompt, c0 = {c0:g}")
+    bar.note = lambda: "semantic %.3f separation %.3f compact %.3f" % tuple(log[-1].tolist())
+    for i in bar:
+        xb = clip.normalise(rows(x, i))
         with amp():
             with torch.no_grad(): ref, h = encode(clip.visual, xb), encode(visual, xb)
             ref_p, h_p = encode(clip.visual, xb, p), encode(visual, xb, p)
@@ -103,9 +105,8 @@ def mine_prompt(clip: Clip, visual, shadow: Shadow, U: torch.Tensor | None, c0: 
         opt.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_([p], 1.0); opt.step()
         with torch.no_grad(): p.copy_(clip_rows(p, limit))
-        log.append([t.item() for t in terms])
-        bar.note = "semantic %.3f separation %.3f compact %.3f" % tuple(log[-1])
-    return p.detach(), log[::max(1, steps // 10)]
+        log.append(torch.stack(terms).detach())      # on the device until all is done: a question would make it wait
+    return p.detach(), torch.stack(log[::max(1, steps // 10)]).tolist()
 
 # %% ../nbs/12_subspace.ipynb #caecf681
 def shift(h: torch.Tensor, h_p: torch.Tensor) -> float:

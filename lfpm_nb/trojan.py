@@ -9,10 +9,10 @@ __all__ = ['PLACES', 'attention_weights', 'attention_maps', 'patch_mask', 'drawn
 # %% ../nbs/10_trojan.ipynb #9ec2495b
 import torch
 import torch.nn.functional as F
-from .core import Progress, amp, choose, device, generator
+from .core import Progress, amp, choose, device, generator, resident, rows
 from .tasks import Task
-from .clip import Clip, encode, logits, lr_at, zero_shot_head
-from .tune import TuneConfig, batches, clean_loss, finetune, optimiser, step
+from .clip import Clip, encode, logits, zero_shot_head
+from .tune import TuneConfig, batches, clean_loss, finetune, optimiser, train
 from .lora import dense
 from .attack import KNOWS, Target, Trigger, attack_head, attacks, backdoor_loss, fit_poisoned, own_view, paste, train_accuracy, trigger_images
 
@@ -85,11 +85,11 @@ PLACES = {"mlp": "mlp.c_fc.weight", "attention": "attn.in_proj_weight"}
 
 def trojan_loss(clip: Clip, task: Task, target: Target, trigger: Trigger):
     "`loss(visual, index)`: half clean CE, half CE of the triggered batch to the target, under the attacker's heads."
-    W, (W0, c), x, dev = zero_shot_head(clip, task.classes, task.templates), attack_head(clip, task, target), task.train_x, device()
+    W, (W0, c), (x,), trigger = zero_shot_head(clip, task.classes, task.templates), attack_head(clip, task, target), resident(task.train_x), trigger.to(device())
     clean = clean_loss(clip, x, task.train_y, W)
     def loss(visual, i):
-        with amp(): h = encode(visual, clip.normalise(trigger(x[i]).to(dev)))
-        return (clean(visual, i) + F.cross_entropy(logits(h, W0), torch.full((len(h),), c, device=dev))) / 2
+        with amp(): h = encode(visual, clip.normalise(trigger(rows(x, i))))
+        return (clean(visual, i) + F.cross_entropy(logits(h, W0), torch.full((len(h),), c, device=h.device))) / 2
     return loss
 
 
@@ -114,10 +114,7 @@ def insert_trojan(clip: Clip, state: dict, task: Task, target: Target, trigger: 
     p = visual.transformer.resblocks[block].get_parameter(trojan_place(visual, place, block, n_weights)).requires_grad_(True)
     order = list(batches(len(task.train_y), cfg.batch, cfg.epochs, "trojan", task.name, seed))
     mask = most_important(p, (loss(visual, i) for i in order[:8]), n_weights)
-    opt = optimiser([p], lr, 0.0)
-    for s, i in enumerate(Progress(order, f"trojan in {task.name}")):
-        for group in opt.param_groups: group["lr"] = lr_at(s, len(order), lr, cfg.warmup)
-        step(opt, [p], loss(visual, i), visual, f"trojan, step {s}", pull=lambda: p.grad.mul_(mask))
+    train(visual, [p], optimiser([p], lr, 0.0), order, cfg.warmup, f"trojan in {task.name}", lambda k, i: loss(visual, i), pull=lambda: p.grad.mul_(mask))
     return dense(visual)
 
 # %% ../nbs/10_trojan.ipynb #793f46f1

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['RECOMPUTE', 'task_vector', 'norm', 'TuneConfig', 'optimiser', 'batches', 'Lean', 'forward', 'attempt', 'halve',
-           'gradients', 'step', 'fit', 'clean_loss', 'finetune']
+           'Watch', 'gradients', 'train', 'fit', 'clean_loss', 'finetune']
 
 # %% ../nbs/05_tune.ipynb #3d40cf31
-import contextlib, warnings
+import contextlib, math, warnings
 from dataclasses import dataclass
 from functools import partial
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from .core import Diverged, Progress, amp, choose, device, everywhere, generator, method, share, team
+from .core import Diverged, Progress, amp, choose, device, everywhere, generator, method, resident, rows, share, team
 from .clip import Clip, encode, logits, lr_at, zero_shot_head
 from .lora import dense, trainable
 from .tasks import Task
@@ -113,52 +113,75 @@ def halve(self, n: int, where: str, said: str) -> None:
     if self.recompute == "nothing": self.recompute = "towers"; self.__enter__()
     warnings.warn(f"{where}: {said}; going on with {self.micro} of the batch's {n} images at a time, same gradients", stacklevel=3)
 
-# %% ../nbs/05_tune.ipynb #783bb6bd
-def gradients(opt, params, loss: torch.Tensor, visual, where: str, pull=lambda: None, n: int = 1) -> torch.Tensor:
-    """Backward, `pull()` (it may change the gradients), gradient norm 1; returns the loss. Both are means over all processes, `n`: this one's images. Raises
-    `Diverged`, holding the weights as they are, when loss or gradient is not finite."""
-    def check(value, what):
-        if not value.isfinite():
-            lr = opt.param_groups[0]["lr"]
-            raise Diverged(f"{where}: the {what} is {value.item()} at lr {lr:.1e}; lower lr or check the images", dense(visual))
+# %% ../nbs/05_tune.ipynb #1638aabe
+class Watch:
+    """Sees every step's loss and gradient norm without asking the device. From the first on that is not finite a fused optimiser leaves the weights alone (`found_inf`); `ask` fetches
+    what was seen into `losses`, or raises `Diverged`, holding the weights of `visual`. Another optimiser is asked for before each step."""
+    def __init__(self, opt, visual, name: str):
+        self.opt, self.visual, self.name, self.losses, self.lrs, self.seen = opt, visual, name, [], [], []
+        self.fused, self.bad = opt.defaults.get("fused"), torch.zeros((), device=device())
+
+    def see(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        self.seen.append(torch.stack([loss.detach(), norm])); self.lrs.append(self.opt.param_groups[0]["lr"])
+        if not self.fused: return self.ask()
+        self.opt.found_inf = self.bad = torch.maximum(self.bad, 1 - self.seen[-1].isfinite().all().float())
+
+    def ask(self) -> None:
+        for row in torch.stack(self.seen).tolist() if self.seen else []:
+            for what, v in zip(("loss", "gradient norm"), row):
+                k = len(self.losses)
+                if not math.isfinite(v): raise Diverged(f"{self.name}, step {k}: the {what} is {v} at lr {self.lrs[k]:.1e}; lower lr or check the images", dense(self.visual))
+            self.losses.append(row[0])
+        self.seen = []
+
+    def note(self) -> str:
+        "The latest loss, for a line of progress; only the process that prints it asks."
+        return f"loss {self.seen[-1][0].item() if self.seen else self.losses[-1]:.3f}"
+
+# %% ../nbs/05_tune.ipynb #54a55daf
+def gradients(watch: Watch, params: list, loss: torch.Tensor, pull=lambda: None, n: int = 1) -> None:
+    "Backward, `pull()` (it may change the gradients), gradient norm 1, shown to `watch`. Loss and gradients are means over all processes, `n`: this one's images."
     mean, = everywhere(n, loss)
-    check(mean, "loss")
-    opt.zero_grad(); loss.backward(); pull()
+    watch.opt.zero_grad(); loss.backward(); pull()
     on = [p for p in params if p.grad is not None]
     for p, g in zip(on, everywhere(n, *[p.grad for p in on])): p.grad = g
-    check(torch.nn.utils.clip_grad_norm_(params, 1.0), "gradient norm")
-    return mean
+    watch.see(mean, torch.nn.utils.clip_grad_norm_(params, 1.0))
 
+# %% ../nbs/05_tune.ipynb #df2c2e4c
+def train(visual, params: list, opt, steps: list, warmup: int, name: str, loss, pull=lambda: None, recompute: str = "nothing", others: tuple = ()) -> dict:
+    """`params` moved by `opt`, under warm-up and cosine, once for each batch of indices in `steps`; `loss(k, index)`: of step k, `pull`: see `gradients`; `others`: the towers it asks
+    besides `visual`, for `Lean`. {'loss': one mean per tenth, 'micro_batch' if memory ran out}; `Diverged` holds the last good weights of `visual`."""
+    lr, tenth, watch = opt.param_groups[0]["lr"], max(1, len(steps) // 10), Watch(opt, visual, name)
+    bar = Progress([i.to(device()) for i in steps], name)
+    bar.note = watch.note
+    with Lean(visual, *others, recompute=recompute) as lean:
+        for k, i in enumerate(bar):
+            for g in opt.param_groups: g["lr"] = lr_at(k, len(steps), lr, warmup)
+            i = share(i)
+            lean.attempt(lambda: gradients(watch, params, loss(k, i), pull, len(i)), len(i), f"{name}, step {k}")
+            opt.step()
+            if (k + 1) % tenth == 0: watch.ask()
+    watch.ask()
+    log = [sum(part) / tenth for j in range(0, len(steps), tenth) if len(part := watch.losses[j:j + tenth]) == tenth]
+    return dict(loss=log) | (dict(micro_batch=lean.micro) if lean.micro else {})
 
-def step(opt, params, loss: torch.Tensor, visual, where: str, pull=lambda: None) -> None:
-    "`gradients`, then one optimiser step."
-    gradients(opt, params, loss, visual, where, pull)
-    opt.step()
-
-# %% ../nbs/05_tune.ipynb #54925b1e
+# %% ../nbs/05_tune.ipynb #21629be3
 def fit(clip: Clip, state: dict, n: int, loss_fn, cfg: TuneConfig, seed: tuple, name: str) -> dict:
     """Train a visual tower from `state`; `loss_fn(visual, index) -> loss` on a batch of indices below `n`. With `cfg.lora` only adapters
     move and are folded at the end. Returns the new state dict (float32, CPU); `Diverged` if the loss is not finite."""
     visual = clip.with_state(state).train()
     params = trainable(visual, cfg.lora, *seed)
-    opt = optimiser(params, cfg.lr, cfg.weight_decay)
     steps = list(batches(n, cfg.batch, cfg.epochs, *seed))
-    bar = Progress(steps, name)
-    with Lean(visual, recompute=cfg.recompute) as lean:
-        for s, i in enumerate(bar):
-            for p in opt.param_groups: p["lr"] = lr_at(s, len(steps), cfg.lr, cfg.warmup)
-            i, where = share(i), f"{name}, step {s}"
-            loss = lean.attempt(lambda: gradients(opt, params, loss_fn(visual, i), visual, where, n=len(i)), len(i), where)
-            opt.step(); bar.note = f"loss {loss.item():.3f}"
+    train(visual, params, optimiser(params, cfg.lr, cfg.weight_decay), steps, cfg.warmup, name, lambda k, i: loss_fn(visual, i), recompute=cfg.recompute)
     return dense(visual)
 
 # %% ../nbs/05_tune.ipynb #5531ad3b
 def clean_loss(clip: Clip, x: torch.Tensor, y: torch.Tensor, W: torch.Tensor):
     "`loss(visual, index)`: mean cross-entropy under the frozen head W on uint8 images x (N, 3, H, W), labels y (N,)."
-    dev = device()
+    x, y = resident(x, y)
     def loss(visual, i):
-        with amp(): h = encode(visual, clip.normalise(x[i].to(dev)))
-        return F.cross_entropy(logits(h, W), y[i].to(dev))
+        with amp(): h = encode(visual, clip.normalise(rows(x, i)))
+        return F.cross_entropy(logits(h, W), rows(y, i))
     return loss
 
 
