@@ -20,14 +20,13 @@ import sys
 import time
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")          # or the profiler chats; read when torch is imported
-import open_clip
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from foundation import Stage2, held_bytes, matmul_peak, peak_bytes, say, sync
 from lfpm_nb.antibackdoor import Strengths
-from lfpm_nb.clip import Clip, data_cards, features, load_clip, logits
+from lfpm_nb.clip import Clip, data_cards, features, load_clip, logits, untrained
 from lfpm_nb.core import device, precision, versions
 from lfpm_nb.path import Path, grid
 from lfpm_nb.tune import Lean, Watch, clean_loss, gradients, optimiser
@@ -40,8 +39,9 @@ GOALS = {"LFPM / SAM, time": ("<=", 1.4), "LFPM / SAM, memory": ("<=", 2.2), "to
 def random_clip(name: str) -> Clip:
     "A shipped backbone, or open_clip's fresh model of that name."
     if name in data_cards(): return load_clip(name)
-    model = open_clip.create_model(name, pretrained=None).float().eval().requires_grad_(False).to(device())
-    return Clip(model, None, dict(name=name, mean=[0.48, 0.46, 0.41], std=[0.27, 0.26, 0.28]))
+    clip = untrained(name)
+    clip.model.requires_grad_(False).to(device())
+    return clip
 
 
 class Steps(Stage2):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 from .core import Diverged, Progress, amp, check_same, device
-from .clip import Clip, logits
+from .clip import Clip, logits, qkv, whole
 from .merge import allow, each, merges, simple_average, uniform
 from .tune import batches
 
@@ -76,7 +76,7 @@ def fisher(base: dict, models: list[dict], data: Unlabelled | None = None, examp
 # %% ../nbs/07_adaptive.ipynb #b38c27d5
 def mixed_values(m: torch.nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
     "What enters `out_proj` of self-attention without mask: the heads' mixed values (N, L, d) for inputs x (N, L, d)."
-    q, k, v = F.linear(x, m.in_proj_weight, m.in_proj_bias).unflatten(-1, (3, m.num_heads, m.head_dim)).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv(m.in_proj_weight, m.in_proj_bias, x, m.num_heads)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -95,7 +95,8 @@ def grams(data: Unlabelled, state: dict, t: int, examples: int, attention: bool,
         if isinstance(m, torch.nn.Linear): m.register_forward_pre_hook(lambda m, args: add(f"{name}.weight", args[0]))
         elif isinstance(m, torch.nn.MultiheadAttention) and attention: m.register_forward_pre_hook(attend, with_kwargs=True)
     for name, m in visual.named_modules(): watch(name, m)
-    for xs in data.images[t][:examples].split(batch): visual(data.clip.normalise(xs.to(device())))
+    with whole(visual):
+        for xs in data.images[t][:examples].split(batch): visual(data.clip.normalise(xs.to(device())))
     return {k: g / rows[k] for k, g in G.items()}
 
 # %% ../nbs/07_adaptive.ipynb #6a6b3d83

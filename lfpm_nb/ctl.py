@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from .core import device
-from .clip import Clip, encode
+from .clip import Clip, encode, whole
 from .path import Path
 
 # %% ../nbs/15_ctl.ipynb #dedc184f
@@ -45,7 +45,7 @@ def layers(visual: torch.nn.Module, x: torch.Tensor, prompt: torch.Tensor | None
     for k, block in enumerate(visual.transformer.resblocks, 1):
         hooks.append(block.register_forward_hook(lambda m, args, y, name=f"block {k}": out.update({name: y})))
     try:
-        with exact(): h = encode(visual, x, prompt)
+        with exact(), whole(visual): h = encode(visual, x, prompt)
     finally:
         for hook in hooks: hook.remove()
     return out | {"feature": h}

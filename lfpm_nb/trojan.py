@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from .core import Progress, amp, choose, device, generator, resident, rows
 from .tasks import Task
-from .clip import Clip, encode, logits, zero_shot_head
+from .clip import Clip, encode, logits, qkv, zero_shot_head
 from .tune import TuneConfig, batches, clean_loss, finetune, optimiser, train
 from .lora import dense
 from .attack import KNOWS, Target, Trigger, attack_head, attacks, backdoor_loss, fit_poisoned, own_view, paste, train_accuracy, trigger_images
@@ -19,7 +19,7 @@ from .attack import KNOWS, Target, Trigger, attack_head, attacks, backdoor_loss,
 # %% ../nbs/10_trojan.ipynb #d5acde10
 def attention_weights(attn: torch.nn.MultiheadAttention, z: torch.Tensor) -> torch.Tensor:
     "softmax(QK^T / sqrt(d_h)), (N, heads, L, L), of an attention on its input z (N, L, width); row i holds where token i looks."
-    q, k, _ = F.linear(z, attn.in_proj_weight, attn.in_proj_bias).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, _ = qkv(attn.in_proj_weight, attn.in_proj_bias, z, attn.num_heads)
     return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
 
 

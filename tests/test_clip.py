@@ -23,9 +23,36 @@ BOTH = pytest.mark.parametrize("which", ["pico", "lab"])
 def test_encode_is_open_clips_encode_image(which, request, fp32):
     clip = request.getfixturevalue(which)
     x = clip.normalise(pixels(5))
-    want = clip.model.encode_image(x)
-    assert torch.equal(encode(clip.visual, x), want) and want.shape == (5, clip.visual.proj.shape[1]) and want.std() > 0
+    with C.whole(clip.visual): want = clip.model.encode_image(x)
+    assert torch.allclose(encode(clip.visual, x), want, atol=1e-5) and want.shape == (5, clip.visual.proj.shape[1]) and want.std() > 0
     assert torch.allclose(features(clip, clip.visual, pixels(5), batch=2), want, atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("prompted", [False, True])
+def test_the_lighter_tower_has_open_clips_gradients_for_less_work(which, prompted, request, fp32):
+    from torch.utils.flop_counter import FlopCounterMode
+    clip = request.getfixturevalue(which)
+    v, x = clip.with_state(clip.state()).requires_grad_(True), clip.normalise(pixels(4))
+    p = torch.randn(3, clip.visual.conv1.out_channels, requires_grad=True) if prompted else None
+    wanted = [*v.parameters()] + ([p] if prompted else [])
+    def slopes():
+        with FlopCounterMode(display=False) as count, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return torch.autograd.grad(encode(v, x, p).square().sum(), wanted), count.get_total_flops()
+    ours, work = slopes()
+    with C.whole(v): theirs, more = slopes()
+    for a, b in zip(ours, theirs, strict=True): assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
+    assert work < (1 - 0.5 / len(v.transformer.resblocks)) * more, "the last block's other tokens are not computed"
+
+
+def test_whole_towers_are_whole_inside_and_only_there(pico):
+    v, t = pico.visual, pico.visual._embeds(pico.normalise(pixels(2)))
+    places = lambda: (v.transformer(t).shape[1], v.transformer.resblocks[-1](t).shape[1])
+    with pytest.raises(KeyError), C.whole(v):
+        assert places() == (17, 17) and type(v.transformer) is open_clip.transformer.Transformer
+        assert {type(b) for b in v.transformer.resblocks} == {open_clip.transformer.ResidualAttentionBlock}
+        raise KeyError
+    assert places() == (1, 17) and type(pico.with_state(pico.state()).transformer) is type(v.transformer)
 
 
 @BOTH
@@ -199,7 +226,7 @@ def test_load_refuses_a_wrong_sha256(shipped):
 
 
 def test_load_refuses_a_pickled_module(shipped, tmp_path):
-    torch.save(shipped[2].model, tmp_path / "whole.pt")
+    with C.whole(shipped[2].visual): torch.save(shipped[2].model, tmp_path / "whole.pt")
     with pytest.raises(ValueError, match="pickled objects"): load_clip("pico-shipped", tmp_path / "whole.pt")
 
 

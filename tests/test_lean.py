@@ -2,7 +2,6 @@
 from dataclasses import replace
 from functools import partial
 
-import open_clip.transformer
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ from lfpm_nb import tune
 from lfpm_nb.antibackdoor import Strengths, accumulate, step_loss, terms
 from lfpm_nb.attack import Target, Trigger, backdoor_loss
 from lfpm_nb.baselines import encode_at, sam_offset
+from lfpm_nb.clip import whole
 from lfpm_nb.core import generator
 from lfpm_nb.defend import defences, train_defence
 from lfpm_nb.lora import trainable
@@ -34,9 +34,10 @@ def sgd(monkeypatch, fp32):
 
 
 @pytest.fixture
-def room(monkeypatch):
+def room(pico, monkeypatch):
     "`room(n)`: from now on a tower's transformer runs out of memory above n images; returns the list of the numbers it was asked with."
-    real = open_clip.transformer.Transformer.forward
+    kind = type(pico.visual.transformer)
+    real = kind.forward
     def set(n, fails=lambda: True):
         asked = []
         def forward(self, x, *a, **k):
@@ -44,7 +45,7 @@ def room(monkeypatch):
                 asked.append(len(x))
                 if len(x) > n and fails(): raise OOM("out of memory. Tried to allocate a lot")
             return real(self, x, *a, **k)
-        monkeypatch.setattr(open_clip.transformer.Transformer, "forward", forward)
+        monkeypatch.setattr(kind, "forward", forward)
         return asked
     return set
 
@@ -95,7 +96,7 @@ def test_gradients_at_other_weights_are_those_of_other_weights(pico, merged, sha
     assert all(torch.equal(a, b) for a, b in zip(want, got))
     v.set_grad_checkpointing(True)
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    with sdpa_kernel(SDPBackend.MATH): theirs = gradient()
+    with sdpa_kernel(SDPBackend.MATH), whole(v): theirs = gradient()
     assert (sum((a - b).square().sum() for a, b in zip(want, theirs)) / sum(a.square().sum() for a in want)).sqrt() > .01
 
 

@@ -6,9 +6,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from conftest import near, small_task
+from lfpm_nb.antibackdoor import Strengths
+from lfpm_nb.attack import Target, Trigger, backdoor_loss
 from lfpm_nb.clip import encode, logits, zero_shot_head
 from lfpm_nb.core import Diverged
+from lfpm_nb.defend import train_defence
+from lfpm_nb.subspace import mine_prompt
 from lfpm_nb.tune import TuneConfig, batches, clean_loss, finetune, fit, norm, task_vector
 
 QUICK = TuneConfig(epochs=1, batch=32)
@@ -68,6 +74,48 @@ def test_a_loss_that_is_not_finite_stops_with_advice(pico):
 def test_a_gradient_that_is_not_finite_stops_too(pico):
     endless = lambda v, i: (v.proj.sum() * 0).sqrt()                  # 0 with an infinite slope
     with pytest.raises(Diverged, match="the gradient norm is"): fit(pico, pico.state(), 32, endless, QUICK, (), "on fire")
+
+
+@pytest.mark.parametrize("broken", [0, 1, 7, 19])
+def test_whenever_it_is_noticed_the_weights_are_those_before_the_bad_step(pico, broken):
+    seen = []
+    def loss(v, i):
+        seen.append({k: t.clone() for k, t in v.state_dict().items()})
+        return v.proj.square().sum() * (float("nan") if len(seen) == broken + 1 else 1)
+    with pytest.raises(Diverged, match=f"on fire, step {broken}: the loss is nan") as e:
+        fit(pico, pico.state(), 20, loss, TuneConfig(epochs=10, batch=10, lr=1e-2), (), "on fire")
+    assert all(torch.equal(v, seen[broken][k]) for k, v in e.value.state.items())
+    assert broken == 0 or not torch.equal(e.value.state["proj"], pico.state()["proj"]), "the steps before it were taken"
+
+
+class Questions(TorchDispatchMode):
+    "Counts how often Python asked for a number: on a GPU each waits until all the work given to it is done."
+    n = 0
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.n += f is torch.ops.aten._local_scalar_dense.default
+        return f(*args, **(kwargs or {}))
+
+
+def test_questions_are_counted():
+    with Questions() as asked: float(torch.ones(1)), bool(torch.ones(1) > 0), torch.ones(1).item()
+    assert asked.n == 3
+
+
+@pytest.mark.parametrize("stage", ["finetune", "BadMerging", "prompt", "LFPM", "fine-tuning", "SAM"])
+def test_no_step_asks_the_device_for_a_number(pico, shadow, prompts, stage):
+    task, theta = small_task("textures"), near(pico, 1)
+    W, bad = zero_shot_head(pico, task.classes, task.templates), Trigger(torch.rand(3, 6, 6))
+    def train(epochs):
+        cfg, s = TuneConfig(epochs=epochs, batch=8), Strengths(rank=4, rho=.1, prompt_length=3, epochs=epochs, batch=8, lr=1e-3, points=4)
+        if stage == "finetune": fit(pico, theta, 24, clean_loss(pico, task.train_x, task.train_y, W), cfg, (), "x")
+        elif stage == "BadMerging": fit(pico, theta, 24, backdoor_loss(pico, task, Target.of(small_task("signs"), "yield", 4), bad, 1., 2., 0), cfg, (), "x")
+        elif stage == "prompt": mine_prompt(pico, pico.with_state(theta), shadow, None, 2., 3, steps=3 * epochs, batch=8)
+        else: train_defence(stage, theta, pico, shadow, prompts, s, 0)
+    def asked(epochs):
+        with Questions() as q: train(epochs)
+        return q.n
+    few, many = asked(1), asked(3)
+    assert many - few == (6 if stage == "BadMerging" else 0)          # BadMerging's r is drawn on the CPU, wherever the training is
 
 
 @pytest.mark.parametrize("rank", [1, 3])
