@@ -78,6 +78,7 @@ class Results:
     seconds: float
     versions: dict
     others: dict = field(default_factory=dict)         # {other configuration: its folders}
+    notes: list = field(default_factory=list)          # what a run's status says of how it was made (`note`)
 
     @property
     def seeds(self) -> list: return sorted(self.df.seed.unique().tolist())
@@ -115,7 +116,7 @@ def read_results(name: str, preset: str, root: Path) -> tuple[Results | None, di
     mine = {s["seed"]: (s, df, params, folder) for _, s, df, params, folder in good if s["config"] == config}
     df = pd.concat([x[1] for x in mine.values()], ignore_index=True).replace({"method": PRINTED.get(name, {})})
     return Results(name, preset, df, config, [x[3] for x in mine.values()], sum(x[0]["seconds"] for x in mine.values()), list(mine.values())[-1][2].get("versions", {}),
-                   {c: fs for c, fs in by.items() if c != config}), bad
+                   {c: fs for c, fs in by.items() if c != config}, sorted({x[0]["note"] for x in mine.values() if "note" in x[0]})), bad
 
 # %% ../nbs/23_report.ipynb #35f15e1a
 def gather(preset: str = "lab", roots: list | None = None) -> tuple[dict[str, Results], dict]:
@@ -914,7 +915,7 @@ def section(self, r: Results, drawn: dict) -> str:
     "One experiment: what it repeats, its table beside the paper's, figures, how it was made."
     paper, number = SOURCES[r.name]
     n = r.df[(r.df.metric == "ASR_T") & (r.df.task == "average")].n if "lo" in r.df else pd.Series(dtype=int)
-    made = (f"configuration {r.config}, seeds {', '.join(map(str, r.seeds))}, {r.seconds / 60:.0f} minutes, {html.escape(', '.join(f'{k} {v}' for k, v in r.versions.items()))}"
+    made = (f"configuration {r.config}, seeds {', '.join(map(str, r.seeds))}, {r.seconds / 60:.0f} minutes, {html.escape(', '.join([*(f'{k} {v}' for k, v in r.versions.items()), *r.notes]))}"
             + (f"; ASR(T) counts {', '.join(map(str, sorted({int(x) for x in n})))} pictures a seed" if len(n) else ""))
     figs = "".join(f"<figure>{plotly_div(fig)}<figcaption>{html.escape(caption)}</figcaption></figure>" for _, fig, caption in drawn.values())
     table = html_table(beside(r, self.printed.get(r.name)), "ours: mean ± std over seeds")
@@ -972,7 +973,7 @@ def markdown(self, drawn: dict) -> str:
     for name, r in self.found.items():
         t = beside(r, self.printed.get(name))
         heads = [" ".join(filter(None, c)) for c in t.columns]
-        out += [f"## {name}", "", f"{SOURCES[name][0]} {f'Table {SOURCES[name][1]}' if SOURCES[name][1] else 'Fig 5'}; configuration {r.config}, seeds {', '.join(map(str, r.seeds))}.", "",
+        out += [f"## {name}", "", f"{SOURCES[name][0]} {f'Table {SOURCES[name][1]}' if SOURCES[name][1] else 'Fig 5'}; configuration {r.config}, seeds {', '.join(map(str, r.seeds))}{''.join(f'; {n}' for n in r.notes)}.", "",
                 "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|", *("| " + " | ".join([e(k), *map(e, row)]) + " |" for k, row in zip(t.index, t.itertuples(index=False))), ""]
         out += [line for k, (_, _, caption) in drawn[name].items() for line in (f"![{name}: {caption}]({k}.png)", "")]
     return "\n".join(out)

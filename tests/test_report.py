@@ -147,6 +147,15 @@ def made_up(root, name="main", seed=0, config="aaaa1111", started="2026-01-01 10
     return f
 
 
+def test_a_note_in_a_status_stands_beside_its_numbers(tmp_path):
+    f, other = made_up(tmp_path), made_up(tmp_path, "lobam")
+    write_json(f / "status.json", json.loads((f / "status.json").read_text()) | dict(note="made by hand <at night>"))
+    report = Report.of("lab", [tmp_path])
+    page = report.markdown({name: {} for name in report.found})
+    assert page.count("seeds 0; made by hand <at night>.") == 1 and page.count("configuration aaaa1111, seeds 0.") == 1
+    assert "made by hand &lt;at night&gt;" in report.section(report.found["main"], {}) and "by hand" not in report.section(report.found["lobam"], {})
+
+
 def test_newest_configuration_counts_and_others_are_named(tmp_path):
     made_up(tmp_path, seed=0, config="old00000", started="2026-01-01 10:00:00"); made_up(tmp_path, seed=1, config="old00000", started="2026-01-01 11:00:00")
     new = made_up(tmp_path, seed=0, config="new00000", started="2026-02-01 10:00:00")
