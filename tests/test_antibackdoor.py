@@ -14,6 +14,7 @@ from lfpm_nb.antibackdoor import (Strengths, accumulate, classify, path_loss, pa
                                   train_on_shadow, worst_prompt)
 from lfpm_nb.clip import Clip, encode, logits, lr_at
 from lfpm_nb.core import Diverged, generator
+from lfpm_nb.defend import counting
 from lfpm_nb.lora import dense, trainable
 from lfpm_nb.subspace import Shadow
 from lfpm_nb.tune import batches, optimiser
@@ -307,6 +308,23 @@ def test_strengths_by_rule_are_taken_from_what_was_tried(pico, theta, shadow):
     assert all(0 <= a <= 1 for pair in log["ranks_tried"].values() for a in pair) and all(0 <= a <= 1 for a in log["rhos_tried"].values())
     fixed, given = stage_one(pico, theta, shadow, replace(S, rank=log["rank"], rho=.7), 0)
     assert torch.equal(fixed["U"], mined["U"]) and torch.equal(fixed["p"], mined["p"]) and (given["rank"], given["rho"]) == (log["rank"], .7)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_the_slope_of_a_prompt_does_not_depend_on_how_many_images_are_taken_at_once(pico, shadow, prompts, fp32, monkeypatch, batch):
+    (x, y), q, asked, real = shadow.check, prompts[0].clone().requires_grad_(True), [], B.encode
+    want, = torch.autograd.grad(F.cross_entropy(logits(encode(pico.visual, pico.normalise(x), q), shadow.W), y), q)
+    monkeypatch.setattr(B, "encode", lambda v, xs, p: asked.append(len(xs)) or real(v, xs, p))
+    got = B.prompted_slope(pico, shadow, prompts[0], batch)
+    assert torch.allclose(got, want, atol=1e-4 * want.abs().max().item()) and max(asked) <= batch and sum(asked) == len(y), "a big held-out set must not fill a GPU"
+
+
+def test_stage_one_computes_plain_features_once(pico, theta, shadow, monkeypatch):
+    asked, real = [], B.plain_features
+    monkeypatch.setattr(B, "plain_features", lambda *a: asked.append(1) or real(*a))
+    with counting(pico) as n: stage_one(pico, theta, shadow, replace(S, A=False, rho=.1, semantic=(2., 2., 2.)), 0)
+    k, held, mined = len(shadow.train[1]), len(shadow.check[1]), 3 * S.prompt_steps * min(S.batch, len(shadow.train[1]))
+    assert asked == [1] and n["passes"] == pytest.approx((2 * k + 4 * held) / 3 + 2 * mined), "both models plain once, both prompted in each step, the held-out ones for the log"
 
 
 def test_the_rules_are_judged_on_held_out_images_by_clean_models(pico, theta, shadow, prompts):

@@ -9,6 +9,7 @@ from hypothesis import given, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import near, small_task
+from lfpm_nb import baselines  # registers SAM
 from lfpm_nb.antibackdoor import Strengths
 from lfpm_nb.attack import Target, Trigger, backdoor_loss
 from lfpm_nb.clip import encode, logits, zero_shot_head
