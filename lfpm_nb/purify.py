@@ -14,7 +14,7 @@ from itertools import cycle
 from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 import torch
-from .core import Progress, Stages, choose, code_hash, content_hash, generator, load_state, method, save_state, versions, write_json, writing
+from .core import Progress, Stages, choose, code_hash, content_hash, first, generator, load_state, method, save_state, versions, write_json, writing
 from .tasks import SCENE_TEMPLATES, Folder, Task, _image, _listing, _IMAGES, _stack, load_task
 from .labworld import SCENE_CLASSES
 from .clip import Clip, data_cards, features, logits, zero_shot_head
@@ -352,13 +352,13 @@ def purify(merged, base, model: str, shadow, labels: str = "", out="purified.saf
     P = PurifyParams(**{k: v for k, v in settings.items() if k != "out_dir"})
     out = check_out(P.out, (P.merged, P.base))
     case, tower, known = open_case(P, stages)
-    check_writable(out.parent)
+    if first(): check_writable(out.parent)
     try: theta, d = case.defended("LFPM", case.theta)
     except torch.cuda.OutOfMemoryError as e:
         raise RuntimeError(f"the GPU's memory is full with batches of {P.anti_batch} ({str(e).splitlines()[0][:120]}); free it, give -p anti_batch={max(1, P.anti_batch // 2)} "
                            "(a smaller batch is another run), or compute on the CPU: LFPM_DEVICE=cpu") from None
     card = make_card(P, case, tower, known, d, case.costs(d))
-    write_all(out, P, case, tower, theta, d, card)
+    if first(): write_all(out, P, case, tower, theta, d, card)      # of several processes under torchrun
     return Purified(out.parent, card, theta, d.end)
 
 # %% ../nbs/21a_purify.ipynb #627a6546

@@ -11,7 +11,7 @@ import itertools
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
-from .core import Progress, amp, device, generator, resident, rows
+from .core import Progress, amp, device, everywhere, generator, resident, rows, share
 from .clip import Clip, encode, features, logits, zero_shot_head
 from .tasks import SCENE_TEMPLATES, shadow_set
 from .realdata import real_shadow
@@ -72,7 +72,8 @@ def mining_loss(U: torch.Tensor | None, ref: torch.Tensor, ref_p: torch.Tensor, 
     semantic = p_clean(U, ref_p - ref).square().sum(-1).mean()
     separation = p_adv(U, h_p - h).square().sum(-1).mean()
     a_p = p_adv(U, h_p)
-    compact = (a_p - a_p.mean(0)).square().sum(-1).mean()
+    centre, = everywhere(len(a_p), a_p.mean(0))      # of the whole batch; that it is a constant where several processes share one changes no gradient
+    compact = (a_p - centre).square().sum(-1).mean()
     return c0 * semantic - separation + compact, (semantic, separation, compact)
 
 # %% ../nbs/12_subspace.ipynb #f7c73a09
@@ -103,14 +104,15 @@ def mine_prompt(clip: Clip, visual, shadow: Shadow, U: torch.Tensor | None, c0: 
     opt, epochs = optimiser([p], lr, weight_decay), 1 + steps * batch // len(x)
     bar = Progress([i.to(dev) for i in itertools.islice(batches(len(x), batch, epochs, "prompt", seed), steps)], f"mine prompt, c0 = {c0:g}")
     bar.note = lambda: "semantic %.3f separation %.3f compact %.3f" % tuple(log[-1].tolist())
-    for i in bar:
+    for i in map(share, bar):
         xb = clip.normalise(rows(x, i))
         with amp(): ref_p, h_p = encode(clip.visual, xb, p), encode(visual, xb, p)
         loss, terms = mining_loss(U, ref[i], ref_p, h[i], h_p, c0)
         opt.zero_grad(); loss.backward()
+        p.grad, seen = everywhere(len(i), p.grad, torch.stack(terms))
         torch.nn.utils.clip_grad_norm_([p], 1.0); opt.step()
         with torch.no_grad(): p.copy_(clip_rows(p, limit))
-        log.append(torch.stack(terms).detach())      # on the device until all is done: a question would make it wait
+        log.append(seen.detach())      # on the device until all is done: a question would make it wait
     return p.detach(), torch.stack(log[::max(1, steps // 10)]).tolist()
 
 # %% ../nbs/12_subspace.ipynb #caecf681

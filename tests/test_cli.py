@@ -152,6 +152,13 @@ def test_table_refuses_unknown_names(lfpm, dirs):
     assert "did you mean 'tiny'" in lfpm("table", "main", "--preset", "tinny")[2]
 
 
+@pytest.mark.parametrize("command", [("run", "main", "--preset", "tiny"), ("sweep", "all-lab")], ids=" ".join)
+def test_what_several_processes_would_spoil_is_refused(lfpm, dirs, monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    code, out, err = lfpm(*command)
+    assert (code, out) == (2, "") and f"lfpm {command[0]} was started in 4 processes" in err and "lfpm purify" in err and not (dirs / "runs").exists()
+
+
 # --- as a program --------------------------------------------------------------------------------------------------------
 
 def test_the_command_itself(dirs):

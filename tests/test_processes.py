@@ -12,12 +12,12 @@ import torch
 
 from lfpm_nb import antibackdoor as B
 from lfpm_nb import baselines as R
-from lfpm_nb import core, tune
+from lfpm_nb import core, subspace, tune
 from lfpm_nb.antibackdoor import Strengths, train_anti
 from lfpm_nb.attack import Target, Trigger, backdoor_loss
 from lfpm_nb.core import Diverged, Progress, Stages, content_hash, first, generator, load_state, save_state, share, team
 from lfpm_nb.defend import train_defence
-from lfpm_nb.subspace import Shadow
+from lfpm_nb.subspace import Shadow, mine_prompt
 from lfpm_nb.tune import TuneConfig, finetune, fit, norm, task_vector
 
 S = Strengths(rho=.1, prompt_length=3, epochs=1, batch=15, lr=1e-3, points=4)                 # 15: shares of 8 and 7 images
@@ -28,7 +28,7 @@ SGD = lambda w, lr, _: torch.optim.SGD(list(w), 30 * lr)          # AdamW turns 
 def work(root: Path) -> dict:
     "{name: state dict} of every training; and what a cached stage, a file and a failing step do."
     os.environ["LFPM_AMP"] = "0"
-    for m in (tune, B, R): m.optimiser = SGD
+    for m in (tune, B, R, subspace): m.optimiser = SGD
     pico, task, other = conftest.new_pico(), conftest.small_task("textures", 48, 1), conftest.small_task("signs", 16, 1)
     merged, p = conftest.near(pico, 1), 0.3 * torch.randn(2, 3, 64, generator=generator("p"))
     shadow = Shadow.of(pico, 45, 8, seed=0)
@@ -39,6 +39,10 @@ def work(root: Path) -> dict:
     logs = {}
     for name in METHODS: ends[name], logs[name] = train_defence(name, merged, pico, shadow, p, S, 0)
     ends["LFPM, lean"], _ = train_anti(pico, merged, shadow, p, replace(S, recompute="towers"), 0, "x")
+    U = torch.linalg.qr(torch.randn(32, 4, generator=generator("U")))[0]
+    for name, basis in ("prompt", None), ("prompt under U", U):
+        found, logs[name] = mine_prompt(pico, pico.with_state(merged), shadow, basis, 2., 3, steps=6, batch=15, lr=.01, seed=1)
+        ends[name] = {"p": found}
     calls, stages = [], Stages(root / "cache")
     for _ in range(2): stages("stage", ("x",), lambda: calls.append(1) or ({"v": torch.ones(2)}, {}))
     try: train_anti(pico, merged, shadow, torch.full((1, 3, 64), float("nan")), S, 0, "x")
@@ -75,10 +79,10 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    before = {m: m.optimiser for m in (tune, B, R)} | {"amp": os.environ.get("LFPM_AMP")}
+    before = {m: m.optimiser for m in (tune, B, R, subspace)} | {"amp": os.environ.get("LFPM_AMP")}
     try: return work(tmp_path_factory.mktemp("one"))
     finally:
-        for m in (tune, B, R): m.optimiser = before[m]
+        for m in (tune, B, R, subspace): m.optimiser = before[m]
         os.environ.pop("LFPM_AMP") if before["amp"] is None else os.environ.update(LFPM_AMP=before["amp"])
 
 
@@ -87,6 +91,16 @@ def test_two_processes_end_where_one_does(one, two, name):
     start = one[0]["pre" if name in ("finetune", "lora", "BadMerging") else "start"]
     a, b = one[0][name], two[0][name]
     assert norm(task_vector(a, b)) < 1e-3 * norm(task_vector(start, a)) and norm(task_vector(start, a)) > 1e-5
+
+
+@pytest.mark.parametrize("name", ["prompt", "prompt under U"])
+def test_a_prompt_mined_together_is_that_of_the_whole_batch(one, two, name):
+    "Eq 16's last term is a variance: its centre is the whole batch's, not each share's."
+    start = 0.02 * torch.randn(3, 64, generator=generator("prompt", 1))
+    a, b = one[0][name]["p"], two[0][name]["p"]
+    assert (a - b).norm() < 1e-3 * (a - start).norm() and (a - start).norm() > .01
+    for log in two[1]:
+        for terms, want in zip(log[name], one[1][name], strict=True): assert terms == pytest.approx(want, rel=1e-3, abs=1e-6)
 
 
 def test_both_processes_hold_the_same_weights_to_the_last_bit(two): assert two[1][0]["hash"] == two[1][1]["hash"]

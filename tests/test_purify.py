@@ -1,6 +1,9 @@
 """Purifying a stranger's checkpoint: files in, files out, what is refused before any work, and that nothing half-written stays."""
 import errno
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -334,6 +337,21 @@ def test_as_a_notebook(stranger, done, dirs):
     assert {"notebook.ipynb", "purified.safetensors", *BESIDE} <= {p.name for p in out.iterdir()}
     a, b = (load_state(f / "purified.safetensors")[0] for f in (out, done.folder))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+@pytest.mark.slow
+def test_two_processes_purify_together(stranger, done, tmp_path):
+    "torchrun: one training shared by two processes, one of which writes and speaks; the same vector but for rounding (bf16, AdamW)."
+    out, given = tmp_path / "two" / "purified.safetensors", [x for k, v in QUICK.items() if k != "preset" for x in ("-p", f"{k}={v}")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", sys.executable, "-c", "from lfpm_nb.cli import main; main()", "purify",
+               stranger / "merged.safetensors", "--base", stranger / "pre.safetensors", "--model", "lfpm-lab", "--shadow", stranger / "shadow", "--preset", "tiny", "--out", out, *given]
+    r = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=tmp_path,
+                       env={**os.environ, "OMP_NUM_THREADS": "1", "LFPM_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
+    assert r.returncode == 0, r.stderr[-3000:]
+    assert r.stdout.count("written: ") == 1 and "destroy_process_group" not in r.stderr
+    assert {p.name for p in out.parent.iterdir()} == {out.name, *BESIDE}
+    a, b = (torch.cat([v.flatten() for _, v in sorted(load_state(f / "anti-backdoor.safetensors")[0].items())]) for f in (done.folder, out.parent))
+    assert (a - b).norm() < .3 * a.norm() and a.norm() > 0
 
 
 def test_real_clip_is_not_trained_at_the_labs_rate(monkeypatch, lfpm):
