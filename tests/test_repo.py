@@ -138,7 +138,7 @@ def test_readme_and_index_know_every_notebook():
 
 
 def test_links_to_files():
-    for doc in [ROOT / n for n in ("README.md", "CONTRIBUTING.md", "SAFETY.md")]:
+    for doc in [ROOT / n for n in ("README.md", "CONTRIBUTING.md", "SAFETY.md", "data/results/README.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)", doc.read_text(encoding="utf-8")):
             if "://" not in target: assert (doc.parent / target).exists(), f"{doc.name} links to {target}, which is not there"
 
