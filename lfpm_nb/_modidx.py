@@ -174,7 +174,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lfpm_nb.clip._Resume.load': ('clip.html#_resume.load', 'lfpm_nb/clip.py'),
                               'lfpm_nb.clip._Resume.save': ('clip.html#_resume.save', 'lfpm_nb/clip.py'),
                               'lfpm_nb.clip._bpe': ('clip.html#_bpe', 'lfpm_nb/clip.py'),
-                              'lfpm_nb.clip._exchange': ('clip.html#_exchange', 'lfpm_nb/clip.py'),
                               'lfpm_nb.clip._openai': ('clip.html#_openai', 'lfpm_nb/clip.py'),
                               'lfpm_nb.clip._passes': ('clip.html#_passes', 'lfpm_nb/clip.py'),
                               'lfpm_nb.clip._per_channel': ('clip.html#_per_channel', 'lfpm_nb/clip.py'),

@@ -139,21 +139,21 @@ def _passes() -> list:
     return [(Transformer, Tower), (ResidualAttentionBlock, Block)]
 
 # %% ../nbs/03_clip.ipynb #a2e34781
-def _exchange(visual: torch.nn.Module, classes: dict) -> None:
-    for m in visual.modules(): m.__class__ = classes.get(type(m), type(m))
-
-
 def lighter(visual: torch.nn.Module) -> None:
     "From here on the tower computes of its last block only the class token: the transformer gives (N, 1, width). Weights and their names stay."
-    _exchange(visual, dict(_passes()))
+    ours = dict(_passes())
+    for m in visual.modules(): m.__class__ = ours.get(type(m), type(m))
 
 
 @contextlib.contextmanager
 def whole(visual: torch.nn.Module):
-    "Inside, the tower is open_clip's own again: every block gives all its tokens, and its attention is called as a module."
-    _exchange(visual, {ours: theirs for theirs, ours in _passes()})
+    "Inside, the tower is open_clip's own again: every block gives all its tokens, and its attention is called as a module. Then it is what it was."
+    theirs = {ours: own for own, ours in _passes()}
+    changed = [(m, type(m)) for m in visual.modules() if type(m) in theirs]
+    for m, kind in changed: m.__class__ = theirs[kind]
     try: yield visual
-    finally: lighter(visual)
+    finally:
+        for m, kind in changed: m.__class__ = kind
 
 # %% ../nbs/03_clip.ipynb #6c403b5f
 def data_cards() -> dict[str, Path]:

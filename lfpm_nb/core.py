@@ -121,7 +121,7 @@ def everywhere(n: int, *values: torch.Tensor) -> tuple:
     "Means of tensors over all processes, each weighted by its n images; the same tensors for one process alone."
     if team() is None: return values
     from accelerate.utils import reduce
-    weight, *sums = reduce([torch.tensor(float(n), device=device()), *[n * v.detach() for v in values]], "sum")
+    weight, *sums = reduce([torch.full((), float(n), device=device()), *[n * v.detach() for v in values]], "sum")
     return tuple(s / weight for s in sums)
 
 # %% ../nbs/00_core.ipynb #be8a7875

@@ -122,11 +122,13 @@ class Watch:
         self.fused, self.bad = opt.defaults.get("fused"), torch.zeros((), device=device())
 
     def see(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        "A step's loss and gradient norm (scalars), between its backward pass and its update."
         self.seen.append(torch.stack([loss.detach(), norm])); self.lrs.append(self.opt.param_groups[0]["lr"])
         if not self.fused: return self.ask()
         self.opt.found_inf = self.bad = torch.maximum(self.bad, 1 - self.seen[-1].isfinite().all().float())
 
     def ask(self) -> None:
+        "Wait for the device and look at all that was seen since the last time."
         for row in torch.stack(self.seen).tolist() if self.seen else []:
             for what, v in zip(("loss", "gradient norm"), row):
                 k = len(self.losses)

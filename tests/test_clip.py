@@ -55,6 +55,12 @@ def test_whole_towers_are_whole_inside_and_only_there(pico):
     assert places() == (1, 17) and type(pico.with_state(pico.state()).transformer) is type(v.transformer)
 
 
+def test_a_tower_that_is_open_clips_own_stays_so():
+    v = open_clip.create_model("ViT-B-32").visual
+    with C.whole(v): pass
+    assert type(v.transformer) is open_clip.transformer.Transformer and {type(b) for b in v.transformer.resblocks} == {open_clip.transformer.ResidualAttentionBlock}
+
+
 @BOTH
 def test_normalise_is_the_same_for_bytes_and_floats(which, request):
     clip, x = request.getfixturevalue(which), pixels(2)

@@ -342,3 +342,17 @@ def test_code_hash_follows_every_kind_of_import(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: (seen.append(self.stem), read(self, *a, **k))[1])
     code_hash("experiment")
     assert {"core", "merge", "adaptive", "attack", "lobam", "trojan", "defend", "baselines"} <= set(seen)
+
+
+# --- data where the work is ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("free, moves", [(200, True), (199, False)])
+def test_pictures_move_to_the_device_if_they_take_half_of_it_at_most(monkeypatch, free, moves):
+    class There(torch.Tensor):
+        "A picture that notes where it is sent; there is no GPU to send it to."
+        sent = None
+        def to(self, dev): self.sent = dev; return self
+    x = torch.zeros(100, dtype=torch.uint8).as_subclass(There)
+    monkeypatch.setattr(core, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda dev: (free, 1000))
+    assert core.resident(x)[0] is x and x.sent == (torch.device("cuda") if moves else None)
