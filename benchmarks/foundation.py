@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lfpm_nb.antibackdoor import accumulate, step_loss
 from lfpm_nb.clip import encode, features, load_clip, logits, zero_shot_head
 from lfpm_nb.core import amp, device, generator, precision, runs_dir, versions
-from lfpm_nb.experiment import MainParams
+from lfpm_nb.settings import MainParams
 from lfpm_nb.runs import run_notebook, status
 from lfpm_nb.labworld import FAMILIES, draw, scenes
 from lfpm_nb.subspace import Shadow

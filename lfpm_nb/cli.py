@@ -16,7 +16,8 @@ from .merge import merges
 from .attack import attacks
 from .path import lam_rules
 from .defend import defences, knobs
-from .experiment import Lab, MainParams, parameters
+from .settings import parameters
+from .experiment import Lab
 from .results import COLUMNS, VERSUS, table, to_markdown, versus
 from .runs import experiments, load_runs, planned, run_notebook, settings_of
 from .sweep import overview, sweep
@@ -197,7 +198,8 @@ def run(name: str = typer.Argument(None, help="an experiment, e.g. main; see --l
     given = _options(p)
     if dry_run:
         plan = planned(name, preset, given, seed)
-        for k, (_, text) in parameters(plan.notebook).items(): print(_hang(f"{k:15s} {json.dumps(plan.settings[k], ensure_ascii=False)}", text, 40))
+        for k, (_, text) in parameters(plan.notebook).items():
+            print(_hang(f"{k:15s} {json.dumps(plan.passed[k], ensure_ascii=False)}", text, 40))
         return
     alone("run")
     try: out = run_notebook(name, preset, given, seed, force)
@@ -261,7 +263,7 @@ def record_(seed: int = typer.Option(0, help="seed of the recorded lab"),
             folder: str = typer.Option(None, help="where to (default: data/recorded/lab, what the lessons open)")):
     "Write the recorded lab that lessons and explorers open (minutes). Preset lab is trained once more where needed."
     names = ["LFPM", "fine-tuning", "SAM", "PAM"]                      # what the lessons compare
-    lab = Lab(MainParams(**{k: v for k, v in settings_of("main", "lab", dict(defences=names), seed).items() if k != "out_dir"}))
+    lab = Lab(settings_of("main", "lab", dict(defences=names), seed))
     print(f"recorded in {record(lab, folder or proj_path('data', 'recorded', 'lab'))}")
 
 # %% ../nbs/25_cli.ipynb #e3ca8d7a

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['proj_path', 'runs_dir', 'cache_dir', 'device', 'precision', 'amp', 'resident', 'rows', 'versions', 'cpu_name', 'team',
-           'first', 'agreed', 'share', 'everywhere', 'stable_seed', 'generator', 'choose', 'Registry', 'method',
-           'content_hash', 'as_it_runs', 'imported', 'code_hash', 'writing', 'write_json', 'save_state', 'load_state',
-           'check_same', 'Progress', 'Peak', 'Diverged', 'Stages']
+           'first', 'agreed', 'share', 'everywhere', 'stable_seed', 'generator', 'short', 'choose', 'Registry',
+           'method', 'content_hash', 'as_it_runs', 'imported', 'code_hash', 'writing', 'write_json', 'save_state',
+           'load_state', 'check_same', 'Progress', 'Peak', 'Diverged', 'Stages']
 
 # %% ../nbs/00_core.ipynb #03d8054d
-import ast, contextlib, difflib, functools, hashlib, inspect, json, os, platform, re, sys, tempfile, time
+import ast, contextlib, difflib, functools, hashlib, inspect, json, os, platform, re, reprlib
+import sys, sysconfig, tempfile, textwrap, time, types
 from dataclasses import is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -135,13 +136,24 @@ def generator(*parts) -> torch.Generator:
     return torch.Generator().manual_seed(stable_seed(*parts))
 
 # %% ../nbs/00_core.ipynb #5f56ca1b
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 160
+
+
+def short(x) -> str:
+    "`repr` for an error message: what is long or deep is cut."
+    return _brief.repr(x)
+
+
 def choose(name: str, options, kind: str) -> str:
     "`name` as spelt in `options` (case is ignored); ValueError naming the nearest match otherwise."
     low = {str(o).lower(): o for o in options}
-    if str(name).lower() in low: return low[str(name).lower()]
-    near = difflib.get_close_matches(str(name).lower(), low, 1, 0.5)
+    if not isinstance(name, str):
+        raise ValueError(f"{kind} is {short(name)}; expected text, one of: {', '.join(low.values())}")
+    if name.lower() in low: return low[name.lower()]
+    near = difflib.get_close_matches(name.lower(), low, 1, 0.5) if len(name) < 160 else []
     hint = f"did you mean {low[near[0]]!r}?" if near else f"known: {', '.join(map(str, options))}."
-    raise ValueError(f"unknown {kind} {name!r}; {hint}")
+    raise ValueError(f"unknown {kind} {short(name)}; {hint}")
 
 # %% ../nbs/00_core.ipynb #42a1af9e
 class Registry(dict):
@@ -223,16 +235,80 @@ def imported(source: str) -> tuple[str, ...]:
     return tuple(out)
 
 # %% ../nbs/00_core.ipynb #146ee57e
-def code_hash(*modules: str) -> str:
-    "Hash of what runs in library modules and in every library module they import, directly or not; comments and docstrings are free to change."
-    seen, todo = {}, list(modules)
+_INSTALLED = tuple(sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+def _belongs(thing) -> str | None:
+    """The library's module that holds a function, class or module: `merge`, for example.
+    '' where it is installed or built in; None where it is one's own."""
+    name = thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__ or ""
+    package, *inside = name.split(".")
+    if package == "lfpm_nb": return ".".join(inside) or "core"
+    if name == "__main__": return None
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return "" if file is None or file.startswith(_INSTALLED) else None
+
+
+def _names(f) -> set[str]:
+    "Global names that a function or a class's methods use."
+    of = [getattr(v, "__func__", v) for v in vars(f).values()] if isinstance(f, type) else [f]
+    todo, names = [v.__code__ for v in of if hasattr(v, "__code__")], set()
     while todo:
-        m = todo.pop()
-        if m in seen: continue
-        source = (Path(__file__).parent / f"{m}.py").read_text()
-        seen[m] = as_it_runs(source)
+        code = todo.pop()
+        names.update(code.co_names)
+        todo += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return names
+
+# %% ../nbs/00_core.ipynb #38d5f108
+def _own(f) -> tuple[str, list, dict]:
+    """Source, used functions, classes and modules, and {name: used value} of one's own function.
+    ValueError where its source cannot be found."""
+    try: source = textwrap.dedent(inspect.getsource(f))
+    except (OSError, TypeError):
+        raise ValueError(f"the source of {f.__qualname__} cannot be found; "
+                         "write it into a file and name that under plugins") from None
+    if isinstance(f, type): scope = vars(sys.modules[f.__module__])
+    else: scope = f.__globals__ | inspect.getclosurevars(f).nonlocals
+    used, plain = [], {}
+    for k in sorted(_names(f) & scope.keys()):
+        v = scope[k]
+        if isinstance(v, Registry): used += [m["f"] for m in v.values()]
+        elif isinstance(v, types.ModuleType) or hasattr(v, "__qualname__"): used.append(v)
+        else: plain[k] = v
+    return source, used, plain
+
+
+def code_hash(*things) -> str:
+    """Hash of what runs in library modules (given by name), in functions, and in all they use.
+    Comments and docstrings are free to change. ValueError and TypeError for one's own functions whose
+    source cannot be found, or that use a value without content to hash."""
+    seen, todo = {}, list(things)
+    while todo:
+        t = todo.pop()
+        if not isinstance(t, str):
+            where = _belongs(t)
+            if where == "": continue
+            t = t if where is None else where
+        key = t if isinstance(t, str) else f"{t.__name__} of {getattr(t, '__module__', 'its file')}"
+        if key in seen: continue
+        if isinstance(t, str):
+            source = (Path(__file__).parent / f"{t}.py").read_text(encoding="utf-8")
+        elif isinstance(t, types.ModuleType): source = Path(t.__file__).read_text(encoding="utf-8")
+        else:
+            source, used, plain = _own(t)
+            todo += used
+            seen[f"values of {key}"] = _by_content(t, plain)
+        seen[key] = as_it_runs(source)
         todo += imported(source)
     return content_hash(seen)
+
+
+def _by_content(f, plain: dict) -> str:
+    "Hash of the values that a function takes from outside itself."
+    try: return content_hash(plain)
+    except TypeError as e:
+        raise TypeError(f"{f.__qualname__} uses {', '.join(plain)} from outside itself: {e}. "
+                        "Make such a thing inside the function, or an option of it") from None
 
 # %% ../nbs/00_core.ipynb #397d22a8
 @contextlib.contextmanager

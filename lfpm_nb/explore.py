@@ -20,7 +20,8 @@ from .core import Stages, check_same, choose, device, method, writing
 from .clip import Clip, features, logits
 from .measure import Suite, average, measure
 from .path import Path, integrate, measure_path
-from .experiment import Lab, MainParams
+from .settings import MainParams
+from .experiment import Lab
 from .results import DASHES, MARKS, styles
 from .runs import status
 

@@ -15,7 +15,8 @@ import torch
 from .core import Stages, check_same, choose, cpu_name, load_state, method, proj_path, save_state, versions, write_json, writing
 from .attack import Trigger
 from .defend import Defended
-from .experiment import Lab, MainParams
+from .settings import MainParams
+from .experiment import Lab
 from .path import lerp
 
 # %% ../nbs/19_recorded.ipynb #f2241d62

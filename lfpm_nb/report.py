@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .core import choose, method, proj_path, runs_dir, writing
-from .experiment import notebooks
+from .settings import notebooks
 from .results import DASHES, MARKS, draw_path, plot_path, styles, versus
 
 # %% ../nbs/23_report.ipynb #cb9ad549

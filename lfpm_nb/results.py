@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .core import code_hash, content_hash, cpu_name, method, versions, write_json, writing
+from .core import cpu_name, method, versions, write_json, writing
 from .experiment import Lab
 
 # %% ../nbs/18a_results.ipynb #5755bbf4
@@ -93,11 +93,12 @@ def draw_merges(df: pd.DataFrame, merges: list[str]):
 
 # %% ../nbs/18a_results.ipynb #2ff7624b
 @method(Lab)
-def save(self, folder) -> Path:
-    "Write metrics.parquet and params.json to `folder`, path.html and path.png where there are paths, merges.png where there are several merges."
+def save(self, folder, config: str = "") -> Path:
+    """Write metrics.parquet and params.json to `folder`, path.html and path.png where there are paths, merges.png where there are several merges.
+    `config` is the configuration's hash, where the run has one."""
     folder, df = Path(folder), self.frame()
     with writing(folder / "metrics.parquet") as tmp: df.to_parquet(tmp, index=False)
-    write_json(folder / "params.json", dict(params=self.settings, hash=content_hash(self.settings, self._pre, code_hash("experiment")), versions=versions(),
+    write_json(folder / "params.json", dict(params=self.settings, config=config, versions=versions(),
                                             time=time.strftime("%F %T"), cpu=cpu_name(), backbone=self.clip.card["sha256"],
                                             defences=self.records, stages=[dict(name=n, seconds=s, reused=r) for n, s, r in self.stages.log]))
     if (df.kind == "path").any():

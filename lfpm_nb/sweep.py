@@ -8,11 +8,11 @@ __all__ = ['PASSED_ON', 'ONE_AT_A_TIME', 'Point', 'read_sweep', 'interleave', 'u
 
 # %% ../nbs/22_sweep.ipynb #1641c018
 import contextlib, itertools, os, threading, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import pandas as pd
 import torch
-from .core import Progress, cache_dir, choose, proj_path, runs_dir, write_json
+from .core import Progress, cache_dir, choose, proj_path, runs_dir, short, write_json
 from .runs import Plan, execute, experiments, planned, read_yaml, resolve, status
 
 # %% ../nbs/22_sweep.ipynb #858bd39b
@@ -26,19 +26,27 @@ class Point:
 
     def __str__(self): return " ".join([f"{self.name} s{self.seed}", *(f"{k}={v}" for k, v in self.given.items())])
 
-    def plan(self) -> Plan: return planned(self.name, self.preset, self.given, self.seed)
+    def plan(self) -> Plan: return planned(self.name, self.preset, self.given | dict(seed=self.seed))
 
 # %% ../nbs/22_sweep.ipynb #6bef48f7
 def _entry(entry, spec: dict, where) -> list[Point]:
     "The points of one entry of `runs`: a name, or {run, grid, seeds, preset}."
     e = {"run": entry} if isinstance(entry, str) else entry
-    if not isinstance(e, dict) or "run" not in e: raise ValueError(f"{where}: {entry!r} is not a run; expected a name or {{run: NAME, grid: {{parameter: [values]}}}}")
+    if not isinstance(e, dict) or "run" not in e:
+        raise ValueError(f"{where}: {short(entry)} is not a run; expected a name or {{run: NAME, grid: {{parameter: [values]}}}}")
     for k in e: choose(k, ["run", "grid", "seeds", "preset"], f"key of a run in {where}")
-    name, grid, seeds = resolve(e["run"], f"run in {where}"), e.get("grid") or {}, e.get("seeds", spec.get("seeds", [0]))
+    name, grid = resolve(e["run"], f"run in {where}"), e.get("grid") or {}
+    seeds, preset = e.get("seeds", spec.get("seeds", [0])), e.get("preset", spec.get("preset", "lab"))
+    if not isinstance(grid, dict):
+        raise ValueError(f"{where}: grid of {name} is {short(grid)}; expected {{parameter: [values]}}")
+    if "seed" in grid: raise ValueError(f"{where}: seed of {name} stands in its grid; write seeds: {short(grid['seed'])} beside it")
     for k, v in (*grid.items(), ("seeds", seeds)):
-        if not isinstance(v, list) or not v: raise ValueError(f"{where}: {k} of {name} is {v!r}; expected a list of one value or more, for example [0.2, 0.3]")
+        if not isinstance(v, list) or not v:
+            raise ValueError(f"{where}: {k} of {name} is {short(v)}; expected a list of one value or more, for example [0.2, 0.3]")
     combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    return [Point(name, e.get("preset", spec.get("preset", "lab")), seed, given) for given in combinations for seed in seeds]
+    points = [Point(name, preset, seed, given) for given in combinations for seed in seeds]
+    try: return [replace(p, seed=p.plan().settings.seed) for p in points]      # planning checks every value
+    except ValueError as e: raise ValueError(f"{where}: {e}") from None
 
 # %% ../nbs/22_sweep.ipynb #88e0c718
 def read_sweep(file) -> tuple[str, list[Point]]:
@@ -47,12 +55,12 @@ def read_sweep(file) -> tuple[str, list[Point]]:
     path = Path(file) if Path(file).suffix in (".yaml", ".yml") else known[choose(str(file), known, "sweep (or give a path that ends in .yaml)")]
     if not path.is_file(): raise FileNotFoundError(f"no sweep at {path}; shipped ones: {', '.join(sorted(known))}")
     spec = read_yaml(path, ["title", "preset", "seeds", "runs"], ["runs"])
-    if not isinstance(spec["runs"], list) or not spec["runs"]: raise ValueError(f"{path}: runs is {spec['runs']!r}; expected a list of one run or more")
+    if not isinstance(spec["runs"], list) or not spec["runs"]: raise ValueError(f"{path}: runs is {short(spec['runs'])}; expected a list of one run or more")
     points, seen = [p for entry in spec["runs"] for p in _entry(entry, spec, path)], {}
     for p in points:
-        twin = seen.setdefault(p.plan().out, p)                 # planning checks every parameter, before anything runs
+        twin = seen.setdefault(p.plan().out, p)
         if twin is not p: raise ValueError(f"{path}: '{twin}' and '{p}' are the same run; remove one")
-    return spec.get("title", path.stem), points
+    return str(spec.get("title", path.stem)), points
 
 # %% ../nbs/22_sweep.ipynb #0c67993e
 def interleave(points: list[Point]) -> list[Point]:

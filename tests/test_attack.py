@@ -115,7 +115,7 @@ def test_a_trigger_is_an_8_bit_patch(attacked):
 
 
 def test_the_default_trigger_is_small(attacked):
-    from lfpm_nb.experiment import MainParams
+    from lfpm_nb.settings import MainParams
     _, _, _, trigger, _ = attacked
     assert trigger.pixels() / 32 ** 2 <= (0.04 if trigger.mask is None else 1 / 16) and MainParams().side ** 2 / 32 ** 2 <= 0.04
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lfpm_nb.experiment import MainParams
+from lfpm_nb.settings import MainParams
 
 
 def load(name: str):

@@ -15,8 +15,8 @@ from lfpm_nb.attack import attacks
 from lfpm_nb.clip import data_cards
 from lfpm_nb.defend import defences
 from lfpm_nb.path import lam_rules
-from lfpm_nb.experiment import parameters
-from lfpm_nb.runs import settings_of
+from lfpm_nb.settings import parameters
+from lfpm_nb.runs import planned
 from lfpm_nb.merge import merges
 from conftest import fake
 from test_results import paths
@@ -68,10 +68,10 @@ def test_dry_run_prints_every_parameter_and_runs_nothing(lfpm, dirs, monkeypatch
     monkeypatch.setenv("COLUMNS", "10000")                       # an entry a line, whatever window the tests run in
     monkeypatch.setattr(cli, "run_notebook", lambda *a, **k: pytest.fail("it ran"))
     code, out, err = lfpm("run", "main", "--preset", preset, "-p", "scale=0.35", "--seed", "5", "--dry-run")
-    want, helps = settings_of("main", preset, {"scale": "0.35"}, 5), parameters("main")
+    want, helps = planned("main", preset, {"scale": "0.35"}, 5).passed, parameters("main")
     assert code == 0 and err == "" and not (dirs / "runs").exists()
     lines = {l.split()[0]: l for l in out.splitlines()}
-    assert list(lines) == list(want)
+    assert list(lines) == list(helps)
     for k, line in lines.items(): assert json.dumps(want[k]) in line and helps[k][1] in line
     assert '0.35' in lines["scale"] and lines["seed"].split()[1] == "5"
 

@@ -12,7 +12,8 @@ from lfpm_nb import experiment as E
 from lfpm_nb.antibackdoor import Strengths, accuracy, stage_one, train_anti
 from lfpm_nb.core import Stages, load_state
 from lfpm_nb.defend import Defended, check_strength, choose_strength, counting, defence, defences, defend, halved, knobs, prefer, train_defence
-from lfpm_nb.experiment import Lab, MainParams
+from lfpm_nb.experiment import Lab
+from lfpm_nb.settings import MainParams
 from lfpm_nb.path import lam_rules, lerp
 from lfpm_nb.subspace import Shadow
 

@@ -2,7 +2,7 @@
 import json
 import os
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,38 +15,12 @@ from lfpm_nb import clip as C
 from lfpm_nb import experiment as E
 from lfpm_nb.antibackdoor import accuracy
 from lfpm_nb.core import Stages
-from lfpm_nb.experiment import Lab, MainParams, parameters, parse
+from lfpm_nb.experiment import Lab
+from lfpm_nb.settings import MainParams
 from lfpm_nb.results import path_lines, table
 from lfpm_nb.subspace import Shadow
 
 # --- parameters --------------------------------------------------------------------------------------------------------
-
-def test_main_params_are_the_notebooks_parameters():
-    own = {f.name: getattr(MainParams(), f.name) for f in fields(MainParams)}
-    cell = {k: v for k, (v, _) in parameters("main").items() if k != "out_dir"}
-    assert list(own) == list(cell), "names and order"
-    assert own == cell and {k: type(v) for k, v in own.items()} == {k: type(v) for k, v in cell.items()}, "checking leaves the defaults as they are"
-    one, two = MainParams(), MainParams()
-    one.tasks.append("digits"); one.options["TA"] = {}
-    assert two.tasks == MainParams().tasks and two.options == {}, "no two share a list"
-
-
-def test_all_names_every_method():
-    P = MainParams(merges=["all"], defences=["all"], clean_defences=[])
-    assert P.merges == list(E.merges) and P.defences == list(E.defences) and P.clean_defences == []
-
-
-def test_several_attackers():
-    P = MainParams(adversary="letters, land", target="signs,flags", target_class="yield,Japan")
-    assert [(a.adversary, a.target, a.target_class) for a in P.attackers] == [("letters", "signs", "yield"), ("land", "flags", "Japan")]
-
-
-def test_each_adversary_may_have_an_attack_of_his_own():
-    P = MainParams(attack="BadViT, trojvit", adversary="letters,land", target="letters,land", target_class="B,harbour")
-    assert P.attack == "badvit,trojvit" and [a.attack for a in P.attackers] == ["badvit", "trojvit"] and [a.attack for a in MainParams().attackers] == ["badmerging"]
-    with pytest.raises(ValueError, match="as many of each"): MainParams(attack="badvit,trojvit,lobam", adversary="letters,land", target="letters,land", target_class="B,harbour")
-    with pytest.raises(ValueError, match="badmerging is off-task"): MainParams(attack="badvit,badmerging", adversary="letters,land", target="letters,land", target_class="B,harbour")
-
 
 def test_stage_one_reads_no_other_strength_than_its_key_holds(pico):
     "A setting that Stage I reads but its cache key lacks would give stale prompts."
@@ -62,18 +36,6 @@ def test_stage_one_reads_no_other_strength_than_its_key_holds(pico):
         read.clear()
         stage_one(pico, pico.state(), Shadow.of(pico, 64, 32, 0), s, 0)
         assert read <= set(E.STAGE_ONE) and {"rho", "semantic", "A"} <= read
-
-@pytest.mark.parametrize("text, default, want", [
-    ("3", 1, 3), ("-3", 1, -3), ("1e-3", .1, 1e-3), ("2", .5, 2.), ("true", False, True), ("False", True, False), ("0", True, False), ("rule", "x", "rule"),
-    ("a,b", ["x"], ["a", "b"]), ("a", [], ["a"]), ('["a b", "c"]', [], ["a b", "c"]), ("", [], []), ("a=b", "x", "a=b")])
-def test_parse(text, default, want): assert parse("p", text, default) == want and type(parse("p", text, default)) is type(want)
-
-
-@pytest.mark.parametrize("text, default, kind", [("one", 1, "int"), ("1.5", 1, "int"), ("x", .5, "float"), ("yes!", True, "bool"), ("[a", [], "list")])
-def test_parse_says_what_was_expected(text, default, kind):
-    with pytest.raises(ValueError, match=f"p='.*' is not a {kind}; the default is") as e: parse("p", text, default)
-    assert repr(text) in str(e.value)
-
 
 # --- the lab: what is computed again, and what not -------------------------------------------------------------------------------
 
@@ -164,7 +126,7 @@ def test_saved_files(tiny_lab, tmp_path):
     assert pd.read_parquet(tmp_path / "out" / "metrics.parquet").equals(tiny_lab.frame().reset_index(drop=True))
     p = json.loads((tmp_path / "out" / "params.json").read_text())
     assert p["params"] == json.loads(json.dumps(asdict(tiny_lab.P))) and {"torch", "python", "lfpm_nb", "device", "threads"} <= p["versions"].keys()
-    assert p["backbone"] == "0" * 64 and p["cpu"] and {"hash", "time"} <= p.keys()
+    assert p["backbone"] == "0" * 64 and p["cpu"] and {"config", "time"} <= p.keys()
     assert {"lam", "lam_rule", "strength", "knob", "passes", "seconds", "peak_mb"} <= p["defences"]["LFPM"].keys()
     assert {s["name"] for s in p["stages"]} >= TRAINED and all(s["seconds"] >= 0 for s in p["stages"])
     html = (tmp_path / "out" / "path.html").read_text()
@@ -184,7 +146,7 @@ def test_a_variant_is_the_method_with_an_option_of_its_own(tiny_lab):
     by_option = Lab(MainParams(**TINY, options={"TA": {"scale": .45}}), Stages(tiny_lab.stages.root)).merged("TA")[0]
     own, plain = tiny_lab.merged("TA:scale=0.45")[0], tiny_lab.merged("TA")[0]
     assert all(torch.equal(own[k], by_option[k]) for k in own) and any(not torch.equal(own[k], plain[k]) for k in own)
-    for text, message in (("TA:scal=1", "unknown option of TA 'scal'; did you mean 'scale'"), ("TA:scale=much", "is not a float"), ("TB:scale=1", "unknown merge 'TB'")):
+    for text, message in (("TA:scal=1", "unknown option of TA 'scal'; did you mean 'scale'"), ("TA:scale=much", "expected float"), ("TB:scale=1", "unknown merge 'TB'")):
         with pytest.raises(ValueError, match=message): MainParams(**TINY, merges=[text])
 
 

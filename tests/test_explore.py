@@ -273,7 +273,8 @@ def finished(tmp_path_factory):
     "A folder as `lfpm run main` leaves it, of a very small run, and the stages behind it."
     from dataclasses import asdict
     from lfpm_nb.core import Stages, versions, write_json
-    from lfpm_nb.experiment import Lab, MainParams
+    from lfpm_nb.experiment import Lab
+    from lfpm_nb.settings import MainParams
     root = tmp_path_factory.mktemp("finished")
     P = MainParams(tasks=["letters", "signs"], defences=["fine-tuning"], clean_defences=[], n_train=96, n_test=40, n_target=60, epochs=1, trigger_steps=2, shadow_n=96, held=32,
                    prompt_steps=1, semantic=[1.], anti_epochs=1, lam_n=5, path_n=30)
@@ -326,7 +327,8 @@ def test_the_command_opens_a_run_and_two_files(finished, monkeypatch, tmp_path, 
 
 def test_between_any_two_models_of_the_lab(finished, monkeypatch):
     from lfpm_nb.core import Stages
-    from lfpm_nb.experiment import Lab, MainParams
+    from lfpm_nb.experiment import Lab
+    from lfpm_nb.settings import MainParams
     lab = Lab(MainParams(**json.loads((finished / "params.json").read_text())["params"]), Stages(finished.parent.parent / "cache"))
     a, b = lab.contributor("signs"), lab.merged("TA")[0]
     core = between(lab, a, b, "merged", n=12, points=3, images=20)

@@ -13,7 +13,7 @@ import lfpm_nb.clip as C
 from lfpm_nb import realdata as R
 from lfpm_nb.clip import load_clip, untrained, weights_id
 from lfpm_nb.core import Stages, save_state
-from lfpm_nb.experiment import Lab, MainParams
+from lfpm_nb.experiment import Lab
 from lfpm_nb.runs import config_hash, experiments, presets, settings_of
 from test_experiment import everything
 from test_realdata import hub
@@ -21,22 +21,22 @@ from test_realdata import hub
 
 def test_orders_are_the_papers():
     order = {n: settings_of(n, "paper") for n in ("main", "sequence2", "sequence3", "multi_adversary", "dam_two", "dam_four")}
-    said = lambda n: (order[n]["tasks"], order[n]["adversary"], order[n]["target"], order[n]["target_class"])
+    said = lambda n: (order[n].tasks, order[n].adversary, order[n].target, order[n].target_class)
     assert said("main") == (["cifar100", "cars", "sun397", "eurosat", "gtsrb", "pets"], "cifar100", "cars", "Acura RL Sedan 2012")
     assert said("sequence2") == (["cifar10", "cars", "svhn", "sun397", "stl10", "pets"], "cifar10", "cars", "Acura RL Sedan 2012")
     assert said("sequence3") == (["svhn", "cifar10", "food101", "pets", "stl10", "resisc45"], "svhn", "cifar10", "automobile")
     assert said("multi_adversary") == (["cifar100", "cars", "svhn", "cifar10", "sun397", "pets"], "cifar100,svhn", "cars,cifar10", "Acura RL Sedan 2012,automobile")
-    assert set(order["dam_two"]["tasks"]) == {"cars", "resisc45", "eurosat", "svhn", "mnist", "dtd"} and order["dam_two"]["adversary"] == "resisc45,eurosat"
+    assert set(order["dam_two"].tasks) == {"cars", "resisc45", "eurosat", "svhn", "mnist", "dtd"} and order["dam_two"].adversary == "resisc45,eurosat"
     for s in order.values():
-        assert set(s["tasks"]) <= set(R.paper_sets) and s["backbone"] == "ViT-B-32-quickgelu"
-        assert (s["anti_epochs"], s["epochs"], s["batch"], s["shadow_n"], s["prompt_steps"]) == (5, 5, 128, 10_000, 5 * 10_000 // 64), "what LFPM's App. D gives"
+        assert set(s.tasks) <= set(R.paper_sets) and s.backbone == "ViT-B-32-quickgelu"
+        assert (s.anti_epochs, s.epochs, s.batch, s.shadow_n, s.prompt_steps) == (5, 5, 128, 10_000, 5 * 10_000 // 64), "what LFPM's App. D gives"
 
 
 def test_every_experiment_of_the_main_run_has_a_paper_preset():
     for n, e in experiments().items():
         if e.notebook != "main": continue
         s = settings_of(n, "paper")
-        for a in MainParams(**{k: v for k, v in s.items() if k != "out_dir"}).attackers:
+        for a in s.attackers:
             classes = R.paper_sets[a.target].classes
             assert classes is None or a.target_class in classes, f"{n}: {a.target} has no {a.target_class}"
 
@@ -61,7 +61,7 @@ def test_a_published_backbone_from_a_file(weights, tmp_path):
     assert clip.size == 224 and clip.card["quick_gelu"] and clip.card["sha256"] == weights_id(name) != weights_id("ViT-B-32-quickgelu")
     assert clip.card["open_domain"]["name"] == "imagenet" and len(clip.card["open_domain"]["classes"]) == 1000
     s = settings_of("main", "paper")
-    assert config_hash("main", s) != config_hash("main", s | dict(backbone=name))
+    assert config_hash("main", s) != config_hash("main", replace(s, backbone=name))
     with pytest.raises(ValueError, match="was trained with quick_gelu=True, ViT-B-32 has False"): load_clip(f"ViT-B-32:{weights}")
     with pytest.raises(ValueError, match="lfpm convert .*open_clip"): load_clip(f"ViT-B-16-quickgelu:{weights}")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"): load_clip("ViT-B-32-quickgelu:none.safetensors")
@@ -111,7 +111,7 @@ def test_the_whole_main_run_on_a_random_vit(layers, tmp_path, monkeypatch):
     hub(tmp_path / "imagenet" / "validation-0.parquet", [k % 12 for k in range(24)], names)
     small = dict(backbone=f"{name}:{weights}", tasks=["letters", "signs"], adversary="letters", target="signs", target_class="yield", n_train=8, n_test=4, n_target=6,
                  epochs=1, batch=4, trigger_steps=1, shadow_n=16, held=8, prompt_steps=1, semantic=[2.0], anti_epochs=1, anti_batch=8, lam_n=2, path_n=4, rho=.1)
-    P = MainParams(**{k: v for k, v in (settings_of("main", "paper") | small).items() if k != "out_dir"})
+    P = replace(settings_of("main", "paper"), **small)
     P.check_inputs()
     lab = Lab(P, Stages(tmp_path / "stages"))
     rows = everything(lab)

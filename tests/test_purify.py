@@ -13,7 +13,7 @@ from conftest import near
 from PIL import Image
 from lfpm_nb import purify as F
 from lfpm_nb.core import Diverged, Stages, load_state, save_state
-from lfpm_nb.experiment import parameters
+from lfpm_nb.settings import around, parameters
 from lfpm_nb.runs import config_hash, experiments, presets, settings_of
 from lfpm_nb.formats import Tower, backbone, fitted, layout, read_tower, take, write_tower
 from lfpm_nb.path import lerp
@@ -108,7 +108,7 @@ def test_card_says_everything(stranger, done):
     card = json.loads((done.folder / "card.json").read_text())
     assert card["parents"]["merged"]["sha256"] == F.file_sha(stranger / "merged.safetensors") and card["parents"]["merged"]["format"] == "hf"
     assert card["files"]["purified.safetensors"] == F.file_sha(done.folder / "purified.safetensors") and {"torch", "open_clip", "threads"} <= card["versions"].keys()
-    assert set(card["parameters"]) == set(parameters("purify")) - {"out_dir"} and card["lam"] == 0.5 and card["rule"] == {}
+    assert set(card["parameters"]) == set(parameters("purify")) - set(around("purify")) and card["lam"] == 0.5 and card["rule"] == {}
     assert [r["lam"] for r in card["path"]] == [i / 20 for i in range(21)] and card["cost"]["merged"]["changed"] == 0 and card["cost"]["purified"]["n"] == 20
     text = (done.folder / "card.md").read_text()
     assert card["parents"]["base"]["sha256"] in text and "agrees with label %" in text and "pseudo-labels" in text and "n = 20" in text
@@ -142,8 +142,8 @@ def test_same_code_path_as_the_main_run(stranger, done, lab):
     "The same merge, pictures, labels and settings given to `defend` directly: the same weights."
     from lfpm_nb.antibackdoor import stage_one
     from lfpm_nb.defend import defend
-    P = F.PurifyParams(**{k: v for k, v in settings_of("purify", "tiny", {k: v for k, v in QUICK.items() if k != "preset"} | dict(
-        merged=str(stranger / "merged.safetensors"), base=str(stranger / "pre.safetensors"), shadow=str(stranger / "shadow"))).items() if k != "out_dir"})
+    files = dict(merged=stranger / "merged.safetensors", base=stranger / "pre.safetensors", shadow=stranger / "shadow")
+    P = settings_of("purify", "tiny", {k: v for k, v in QUICK.items() if k != "preset"} | files)
     case, _, _ = open_case(P)
     s = P.main.strengths
     theta, d = defend("LFPM", case.theta, case.clip, case.shadow, 0, 0.5, s, stage_one(case.clip, case.theta, case.shadow, s, 0))
@@ -262,10 +262,10 @@ def test_gpu_out_of_memory_says_what_to_do(stranger, monkeypatch, tmp_path):
 def test_settings_are_the_main_runs(stranger):
     main, mine = parameters("main"), parameters("purify")
     apart = ("semantic", "lam")                          # a stranger's model is no lab: as on real pictures
-    for k in apart: assert mine[k][0] == settings_of("main", "paper")[k] == settings_of("main", "small-real")[k] != main[k][0], k
-    shared = set(main) & set(mine) - {"seed", "out_dir", *apart}
+    for k in apart: assert mine[k][0] == getattr(settings_of("main", "paper"), k) == getattr(settings_of("main", "small-real"), k) != main[k][0], k
+    shared = set(main) & set(mine) - {"seed", *around("purify"), *apart}
     assert {k: mine[k][0] for k in shared} == {k: main[k][0] for k in shared} and {"rho", "strength", "anti_lr", "prompt_steps"} <= shared
-    assert set(presets(experiments()["purify"])) == {"lab", "tiny", "paper"} and settings_of("purify", "paper")["shadow_n"] == 10_000
+    assert set(presets(experiments()["purify"])) == {"lab", "tiny", "paper"} and settings_of("purify", "paper").shadow_n == 10_000
 
 
 def test_folded_lora_is_an_ordinary_tower(stranger, lab, tmp_path):
@@ -356,7 +356,7 @@ def test_two_processes_purify_together(stranger, done, tmp_path):
 
 def test_real_clip_is_not_trained_at_the_labs_rate(monkeypatch, lfpm):
     seen = []
-    def stop(name, preset, given): seen.append((preset, settings_of(name, preset)["anti_lr"])); raise ValueError("seen")
+    def stop(name, preset, given): seen.append((preset, settings_of(name, preset).anti_lr)); raise ValueError("seen")
     monkeypatch.setattr(F, "settings_of", stop)
     for model in ("lfpm-lab", "ViT-B-32-quickgelu"): assert lfpm("purify", "m", "--base", "b", "--model", model, "--shadow", "s")[0] == 2
     assert seen == [("lab", 5e-4), ("paper", 1e-5)]

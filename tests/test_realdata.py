@@ -312,14 +312,14 @@ def test_zero_shot_check():
 @pytest.mark.parametrize("name", ["main", "sequence2", "sequence3"])
 def test_preset_without_data_says_all_that_is_missing(pico, monkeypatch, tmp_path, name):
     from dataclasses import replace
-    from lfpm_nb import experiment
+    from lfpm_nb import settings
     from lfpm_nb.runs import settings_of
     monkeypatch.setenv("LFPM_DATA", str(tmp_path))
-    monkeypatch.setattr(experiment, "load_clip", lambda name: replace(pico, card=pico.card | dict(open_domain=dict(name="tiny_imagenet"))))
-    s = {k: v for k, v in settings_of(name, "small-real").items() if k != "out_dir"}
-    with pytest.raises((ValueError, OSError)) as e: experiment.MainParams(**s).check_inputs()
-    for task in (*s["tasks"], "tiny_imagenet"): assert f"  {task}: {R.how_to_get(*R.find_set(task))}" in str(e.value), task
-    assert len(s["tasks"]) == 6 and {s["adversary"], s["target"]} < set(s["tasks"]) and s["target_class"] in R.small_sets[s["target"]].classes
+    monkeypatch.setattr(settings, "load_clip", lambda name: replace(pico, card=pico.card | dict(open_domain=dict(name="tiny_imagenet"))))
+    s = settings_of(name, "small-real")
+    with pytest.raises((ValueError, OSError)) as e: s.check_inputs()
+    for task in (*s.tasks, "tiny_imagenet"): assert f"  {task}: {R.how_to_get(*R.find_set(task))}" in str(e.value), task
+    assert len(s.tasks) == 6 and {s.adversary, s.target} < set(s.tasks) and s.target_class in R.small_sets[s.target].classes
 
 
 @pytest.mark.skipif("lfpm-real" not in data_cards(), reason="no backbone lfpm-real here: lfpm run pretrain --preset small-real makes it")

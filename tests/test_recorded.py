@@ -9,7 +9,8 @@ import torch
 from conftest import near
 from lfpm_nb import recorded as R
 from lfpm_nb.core import Stages, proj_path, save_state
-from lfpm_nb.experiment import Lab, MainParams
+from lfpm_nb.experiment import Lab
+from lfpm_nb.settings import MainParams
 from lfpm_nb.runs import settings_of
 from lfpm_nb.recorded import Recorded, load_recorded, load_vector, record, save_vector
 
@@ -79,8 +80,8 @@ def test_the_table_holds_every_recorded_method(rec):
 def test_record_then_open(tmp_path, rec, monkeypatch):
     "A tiny lab is recorded, measured as written, and opens; the rounding changes no weight by more than fp16 of the step."
     few = dict(n_train=64, n_test=24, n_target=48, shadow_n=64, held=24, prompt_steps=2, trigger_steps=2, lam_n=2, path_n=16)
-    P = {k: v for k, v in settings_of("main", "tiny", dict(defences=["LFPM"], clean_defences=[], **few)).items() if k != "out_dir"}
-    lab = Lab(MainParams(**P), Stages(tmp_path / "cache"))
+    P = settings_of("main", "tiny", dict(defences=["LFPM"], clean_defences=[], **few))
+    lab = Lab(P, Stages(tmp_path / "cache"))
     folder = record(lab, tmp_path / "mine")
     mine = Recorded(folder, stages=lab.stages)
     theta, truth = mine.both["poisoned"], lab.merged("TA")[0]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -46,7 +47,7 @@ def test_files_and_status(out, home):
 def test_params_are_what_was_asked_and_what_it_ran_on(out):
     p = json.loads((out / "params.json").read_text())
     want = settings_of("main", "tiny", GIVEN)
-    assert p["params"] == {k: v for k, v in want.items() if k != "out_dir"}
+    assert p["params"] == asdict(want) and p["config"] in out.name
     assert p["versions"]["threads"] == int(os.environ["OMP_NUM_THREADS"]) and p["versions"]["device"] == "cpu"
     assert p["versions"]["precision"] == versions()["precision"]
     assert {s["name"] for s in p["stages"]} >= {"tune-letters", "tune-signs", "tune-textures", "attack-badmerging", "stage1", "defend-LFPM", "defend-fine-tuning", "measure", "path"}

@@ -3,6 +3,7 @@ import json
 import os
 import threading
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from conftest import fake, new_pico
 from lfpm_nb import clip as C
 from lfpm_nb import runs as E
 from lfpm_nb.clip import ship_clip
-from lfpm_nb.experiment import notebooks, parameters
+from lfpm_nb.settings import around, notebooks, parameters
 from lfpm_nb.results import table
 from lfpm_nb.runs import config_hash, execute, experiments, load_runs, planned, presets, run_notebook, settings_of, status
 
@@ -27,8 +28,9 @@ def test_an_experiment_is_known_parameters_and_sizes(name):
     for preset, values in sizes.items():
         values = e.parameters | values
         assert set(values) <= set(known) and all(type(v) is type(known[k][0]) for k, v in values.items()), preset
-        got = settings_of(name, preset)
-        assert list(got) == list(known) and all(got[k] == values.get(k, known[k][0]) for k in known if values.get(k) != ["all"])
+        got = asdict(settings_of(name, preset))
+        assert {*got, *around(e.notebook)} == set(known)
+        assert all(got[k] == values.get(k, known[k][0]) for k in got if values.get(k) != ["all"])
     assert all(text for _, text in known.values()), "every parameter is explained"
 
 
@@ -48,8 +50,8 @@ def yamls(tmp_path, monkeypatch):
 
 def test_a_notebook_without_yaml_is_an_experiment(yamls):
     every = yamls("mine", "title: t\nnotebook: main\nparameters: {scale: 0.5}\npresets: {small: {n_train: 50}}")
-    assert set(every) == {"mine", *notebooks()} and settings_of("ctl")["n"] == parameters("ctl")["n"][0]
-    assert (settings_of("mine", "small")["scale"], settings_of("mine", "small")["n_train"]) == (.5, 50) and list(presets(every["mine"])) == ["lab", "small"]
+    assert set(every) == {"mine", *notebooks()} and settings_of("ctl").n == parameters("ctl")["n"][0]
+    assert (settings_of("mine", "small").scale, settings_of("mine", "small").n_train) == (.5, 50) and list(presets(every["mine"])) == ["lab", "small"]
 
 
 @pytest.mark.parametrize("text, message", [
@@ -62,8 +64,8 @@ def test_bad_experiments_say_where_and_what(yamls, text, message):
 
 def test_settings_are_defaults_then_preset_then_given_then_seed():
     s = settings_of("MAIN", "tiny", {"n_train": "77", "defences": "lfpm", "A": "false", "gamma": 0.5}, seed=4)
-    assert (s["n_train"], s["A"], s["gamma"], s["seed"], s["n_test"]) == (77, False, 0.5, 4, presets(experiments()["main"])["tiny"]["n_test"])
-    assert s["scale"] == parameters("main")["scale"][0]
+    assert (s.n_train, s.partition, s.gamma, s.seed, s.n_test) == (77, False, 0.5, 4, presets(experiments()["main"])["tiny"]["n_test"])
+    assert s.scale == parameters("main")["scale"][0]
 
 
 def test_spellings_of_the_same_settings_are_the_same():
@@ -75,7 +77,7 @@ def test_spellings_of_the_same_settings_are_the_same():
 @pytest.mark.parametrize("name, preset, given, message", [
     ("mian", "tiny", {}, "unknown run 'mian'; did you mean 'main'"), ("main", "tinny", {}, "unknown preset of main 'tinny'; did you mean 'tiny'"),
     ("main", "tiny", {"lamda": "1"}, "unknown parameter of main 'lamda'; did you mean 'lam'"),
-    ("main", "tiny", {"seed": "one"}, "seed='one' is not a int"), ("main", "tiny", {"attack": "badmergin"}, "did you mean 'badmerging'"),
+    ("main", "tiny", {"seed": "one"}, "seed is 'one'; expected a whole number from 0 on"), ("main", "tiny", {"attack": "badmergin"}, "did you mean 'badmerging'"),
     ("main", "tiny", {"merges": "TIS"}, "unknown merge 'TIS'"), ("main", "tiny", {"defences": "LFMP"}, "did you mean 'LFPM'"),
     ("main", "tiny", {"clean_defences": "LFMP"}, "did you mean 'LFPM'"), ("main", "tiny", {"adversary": "signs"}, "two different tasks"),
     ("main", "tiny", {"target": "sign"}, "did you mean 'signs'"), ("main", "tiny", {"adversary": "shapes"}, "must be one of tasks"),
@@ -84,7 +86,7 @@ def test_spellings_of_the_same_settings_are_the_same():
     ("main", "tiny", {"lam": "often"}, r"a number in \[0, 1\]"), ("main", "tiny", {"path_from": "0.9", "path_to": "0.2"}, "0 <= a <= b <= 1"),
     ("main", "tiny", {"start": "here"}, "expected 'merged' or 'pretrained'"), ("main", "tiny", {"strength": "much"}, "strength is 'much'"), ("main", "tiny", {"strength": "-1"}, "learning-rate factor"),
     ("main", "tiny", {"options": '{"TIES": {"densty": 0.1}}'}, "unknown option of TIES 'densty'; did you mean 'density'"),
-    ("main", "tiny", {"options": '{"TEIS": {}}'}, "did you mean 'TIES'"), ("main", "tiny", {"options": "[1]"}, "is not a dict"),
+    ("main", "tiny", {"options": '{"TEIS": {}}'}, "did you mean 'TIES'"), ("main", "tiny", {"options": "[1]"}, "expected a table as JSON"),
     ("main", "tiny", {"adversary": "letters,land"}, "as many of each"),
     ("main", "tiny", {"adversary": "letters,letters", "target": "signs,flags", "target_class": "yield,Japan"}, "names 'letters' twice")])
 def test_bad_settings_are_refused_with_a_hint(name, preset, given, message):
@@ -114,7 +116,7 @@ def refused(lfpm, dirs, monkeypatch):
     (("-p", "attack=badmergin"), "did you mean 'badmerging'"), (("-p", "merges=TAA"), "did you mean 'TA'"), (("-p", "defences=LFMP"), "did you mean 'LFPM'"),
     (("-p", "lam=1.5"), "[0, 1]"), (("-p", "lam=often"), "expected a rule (knee, level) or a number in [0, 1]"), (("-p", "adversary=signs"), "two different tasks"),
     (("-p", "target_class=yeld"), "did you mean 'yield'"), (("-p", "target=handwritten", "-p", "target_class=eleventy"), "unknown class of handwritten 'eleventy'"),
-    (("-p", "backbone=lfpm-lob"), "did you mean 'lfpm-lab'"), (("-p", "lamm=1"), "did you mean 'lam'"), (("-p", "lam"), "is not key=value"), (("-p", "seed=x"), "is not a int"),
+    (("-p", "backbone=lfpm-lob"), "did you mean 'lfpm-lab'"), (("-p", "lamm=1"), "did you mean 'lam'"), (("-p", "lam"), "is not key=value"), (("-p", "seed=x"), "expected a whole number"),
     (("-p", "n_train=0"), "n_train"), (("-p", "side=33"), "side"), (("-p", "lam_n=1"), "lam_n"), (("-p", "held=0"), "held"),
     (("-p", "rank=many"), "rank"), (("-p", "semantic=much"), "semantic"), (("-p", "semantic="), "semantic"), (("-p", "rho=much"), "rho")])
 def test_bad_parameters(refused, args, message): assert message in refused(*args)
@@ -236,8 +238,8 @@ def test_status(tmp_path):
 def test_configurations_differ_in_all_but_seed_and_folder(monkeypatch):
     s = settings_of("main", "tiny")
     one = config_hash("main", s)
-    assert one == config_hash("main", {**s, "seed": 7, "out_dir": "x"}) and len(one) == 8
-    others = [config_hash("main", {**s, k: v}) for k, v in (("scale", .31), ("lam", "0.5"), ("tasks", s["tasks"][::-1]), ("A", not s["A"]))]
+    assert one == config_hash("main", replace(s, seed=7)) and len(one) == 8
+    others = [config_hash("main", replace(s, **{k: v})) for k, v in (("scale", .31), ("lam", "0.5"), ("tasks", s.tasks[::-1]), ("partition", not s.partition))]
     monkeypatch.setattr(E, "versions", lambda: dict(threads=99))
     others.append(config_hash("main", s))
     assert len({one, *others}) == 6
@@ -254,7 +256,7 @@ def test_another_backbone_file_is_another_configuration(own_data):
 
 def test_other_pictures_of_ones_own_are_another_configuration(tmp_path):
     s = settings_of("main", "tiny")
-    s["tasks"] = s["tasks"] + [str(tmp_path / "mine")]
+    s = replace(s, tasks=[*s.tasks, str(tmp_path / "mine")])
     (tmp_path / "mine" / "cat").mkdir(parents=True)
     (tmp_path / "mine" / "cat" / "1.png").write_bytes(b"a")
     one = config_hash("main", s)

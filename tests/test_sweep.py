@@ -88,8 +88,8 @@ def runs(dirs, monkeypatch):
     def local(workers, scheduler):
         with Client(processes=False, n_workers=workers, threads_per_worker=1, dashboard_address=None) as client: yield client
     def execute(plan, force=False):
-        runs.ran.append(plan.settings["seed"])
-        if plan.settings["seed"] in runs.bad: raise RuntimeError("main failed in cell 3: too much\nmore")
+        runs.ran.append(plan.settings.seed)
+        if plan.settings.seed in runs.bad: raise RuntimeError("main failed in cell 3: too much\nmore")
         write_json(plan.out / "status.json", dict(state="done"))
         return plan.out
     runs = type("Runs", (), dict(ran=[], bad=set(), file=sweep_file(dirs, "preset: tiny\nseeds: [0, 1, 2]\nruns: [main]"), root=dirs))

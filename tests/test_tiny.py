@@ -9,6 +9,7 @@ import pandas as pd
 from conftest import new_pico
 from lfpm_nb import experiment
 from lfpm_nb.runs import experiments, notebooks, planned
+from lfpm_nb.settings import MainParams
 from test_sweep import OWN
 
 pytestmark = pytest.mark.slow
@@ -31,16 +32,16 @@ def run(root, monkeypatch):
         for cell in json.loads(notebooks()[plan.notebook].read_text())["cells"]:
             if cell["cell_type"] != "code": continue
             exec(compile("".join(cell["source"]), name, "exec"), names)
-            if "parameters" in cell["metadata"].get("tags", []): names |= plan.settings | {"out_dir": str(plan.out)}
+            if "parameters" in cell["metadata"].get("tags", []): names |= plan.passed
         return plan, pd.read_parquet(plan.out / "metrics.parquet")
     return call
 
 
-def promised(s: dict) -> set:
+def promised(s: MainParams) -> set:
     "The rows that the main notebook's settings name."
-    row = lambda m, d: d if m == s["merges"][0] else f"{m} + {d}"
-    return {"individual", "individual (clean)", *s["merges"], *(f"{m} (clean)" for m in s["merges"]), *(row(m, d) for m in s["merges"] for d in s["defences"]),
-            *(f"{row(m, d)} (clean)" for m in s["merges"] for d in s["clean_defences"])}
+    row = lambda m, d: d if m == s.merges[0] else f"{m} + {d}"
+    return {"individual", "individual (clean)", *s.merges, *(f"{m} (clean)" for m in s.merges), *(row(m, d) for m in s.merges for d in s.defences),
+            *(f"{row(m, d)} (clean)" for m in s.merges for d in s.clean_defences)}
 
 
 @pytest.mark.parametrize("name", sorted(set(experiments()) - OWN))
@@ -52,6 +53,6 @@ def test_every_method_yields_numbers_that_vary(name, run):
     rates = numbers[numbers.kind != "summary"] if plan.notebook == "main" else numbers           # seconds and megabytes always vary
     if plan.notebook == "main": assert promised(plan.settings) <= set(rates.method), promised(plan.settings) - set(rates.method)
     for method, rows in rates.groupby("method"): assert rows.value.nunique() > 1, f"{method}: {rows.value.unique()}"
-    if plan.notebook == "main" and "LFPM" in plan.settings["defences"]:
+    if plan.notebook == "main" and "LFPM" in plan.settings.defences:
         curves = df[(df.kind == "path") & (df.method == "LFPM")].groupby(["task", "metric"]).value
-        assert (curves.size() == plan.settings["lam_n"]).all() and curves.nunique().max() > 1, "LFPM's path leads nowhere"
+        assert (curves.size() == plan.settings.lam_n).all() and curves.nunique().max() > 1, "LFPM's path leads nowhere"
