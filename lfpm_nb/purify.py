@@ -234,7 +234,8 @@ def make_card(P: PurifyParams, case: Case, merged: Tower, known: dict, d: Defend
     "Parents with sha256, every parameter, versions, λ with its rule's curve, costs on the shadow pictures."
     at = lambda lam: next(r for r in rows if r["lam"] == lam)
     parents = {k: dict(file=Path(t.path).name, sha256=t.sha256, format=t.form) for k, t in (("merged", merged), ("base", known["base"]))}
-    names = dict(merged=Path(P.merged).name, base=Path(P.base).name, shadow=Path(P.shadow).name, labels=Path(P.labels).name, vocabulary=Path(P.vocabulary).name, out=Path(P.out).name)
+    names = dict(merged=Path(P.merged).name, base=Path(P.base).name, shadow=Path(P.shadow).name, labels=Path(P.labels).name, vocabulary=Path(P.vocabulary).name, out=Path(P.out).name,
+                 plugins=[Path(f).name for f in P.plugins])
     said, pre = "quick_gelu" in merged.meta, {k: v.cpu() for k, v in case.clip.state().items()}
     return dict(kind="purified", method="LFPM (arXiv 2606.12498)", model=case.clip.card["name"], quick_gelu=case.clip.card["quick_gelu"],
                 activation="the merged file says so" if said else "from the model's name; the file does not say", parents=parents, parameters=asdict(P) | names,

@@ -1,6 +1,7 @@
 """The main run from end to end, as `lfpm run main` does it; interrupted and started again."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from lfpm_nb.cli import app
 from lfpm_nb.core import versions
 from lfpm_nb.runs import run_notebook, settings_of
+from lfpm_nb.settings import notebooks
 from typer.testing import CliRunner
 
 ROWS = ["individual (clean)", "individual", "letters alone, poisoned", "TA (clean)", "TA", "fine-tuning", "LFPM", "LFPM (clean)"]
@@ -88,6 +90,28 @@ def test_again_is_instant(out):
     t0 = time.time()
     assert run_notebook("main", "tiny", GIVEN) == out and time.time() - t0 < 3
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_three_ways_lead_to_one_configuration(out, home, tmp_path):
+    "`lfpm run`, `papermill` and `pm.execute_notebook`: the same hash and, stage for stage, the same numbers."
+    import papermill as pm
+    own = json.loads((out / "params.json").read_text(encoding="utf-8"))["config"]
+    numbers = pd.read_parquet(out / "metrics.parquet").query("kind != 'seconds'").reset_index(drop=True)
+    book, by_hand = notebooks()["main"], home / "runs" / "main" / "by-hand"
+    words = [w for k, v in GIVEN.items() for w in ("-p", k, v)]
+    def shell():
+        command = [sys.executable, "-m", "papermill", book, tmp_path / "a.ipynb", "-p", "preset", "tiny", *words]
+        subprocess.run([str(w) for w in command], check=True, capture_output=True)
+    def python():
+        given = SMALL | dict(preset="tiny", tasks=SMALL["tasks"].split(","))
+        pm.execute_notebook(book, tmp_path / "b.ipynb", given, progress_bar=False)
+    for way in (shell, python):
+        shutil.rmtree(by_hand, ignore_errors=True)
+        way()
+        assert json.loads((by_hand / "params.json").read_text(encoding="utf-8"))["config"] == own
+        found = pd.read_parquet(by_hand / "metrics.parquet").query("kind != 'seconds'").reset_index(drop=True)
+        pd.testing.assert_frame_equal(found, numbers, check_exact=True)
 
 
 # --- interrupted (slow) ----------------------------------------------------------------------------------------------------
