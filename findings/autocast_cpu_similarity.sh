@@ -10,7 +10,7 @@
 #   and with the device, by more than any seed.
 # Here: clip.logits casts features to float32 before they are normalised (tests/test_clip.py).
 . "$(dirname "$0")/lib.sh"
-packages torch==2.14.1 numpy
+packages "torch==$TORCH" numpy
 "$PY" - <<'PYTHON'
 import torch
 import torch.nn.functional as F

@@ -10,7 +10,7 @@
 #   otherwise than those of two, so "the same seed" gives other weights depending on the order of imports.
 # Here: nbs/22_sweep sets threads and environment of each run itself and puts them back.
 . "$(dirname "$0")/lib.sh"
-packages distributed==2026.8.0 torch==2.14.1 numpy
+packages distributed==2026.8.0 "torch==$TORCH" numpy
 [ "$("$PY" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')" -ge 2 ] || { echo "needs two cores"; exit 1; }
 cat > cluster.py <<'PYTHON'
 import os

@@ -11,7 +11,7 @@
 # Thread: pytorch#196700.
 # Here: ctl.exact() spells layer norm out; tests/test_derivatives.py holds second and third derivatives against differences.
 . "$(dirname "$0")/lib.sh"
-packages torch==2.14.1 numpy
+packages "torch==$TORCH" numpy
 "$PY" - <<'PYTHON'
 import torch
 import torch.nn.functional as F

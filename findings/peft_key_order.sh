@@ -9,7 +9,7 @@
 #   the vector is nonsense.
 # Here: merges go by name; tests/test_order.py shuffles every state dict that is merged.
 . "$(dirname "$0")/lib.sh"
-packages peft==0.21.2 torch==2.14.1 transformers==5.24.0 numpy
+packages peft==0.21.2 "torch==$TORCH" transformers==5.24.0 numpy
 "$PY" - <<'PYTHON'
 import copy
 

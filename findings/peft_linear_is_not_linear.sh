@@ -9,7 +9,7 @@
 #   and a coefficient found for dense models means something else.
 # Here: merge.check_models refuses adapters and says how to fold them; all merges work on dense weights (tests/test_merge.py).
 . "$(dirname "$0")/lib.sh"
-packages peft==0.21.2 torch==2.14.1 numpy
+packages peft==0.21.2 "torch==$TORCH" numpy
 "$PY" - <<'PYTHON'
 import torch
 from peft import LoraConfig, get_peft_model

@@ -10,7 +10,7 @@
 #   (activation statistics for RegMean, pruning): out_proj reports no input.
 # Here: nbs/04_lora has its own adapters as parametrizations of the weight; tests/test_adaptive.py::test_what_fires_in_open_clip.
 . "$(dirname "$0")/lib.sh"
-packages peft==0.21.2 torch==2.14.1 numpy
+packages peft==0.21.2 "torch==$TORCH" numpy
 "$PY" - <<'PYTHON'
 import torch
 from peft import LoraConfig, get_peft_model

@@ -9,7 +9,7 @@
 #   are other numbers, and only where a size is below 16 or no multiple of it, so that a test with 32 and 64 passes.
 # Here: labworld draws in chunks of one size, each from a seed of its own; merges draw every tensor from a seed of its own (merge.uniform).
 . "$(dirname "$0")/lib.sh"
-packages torch==2.14.1 numpy==2.4.6
+packages "torch==$TORCH" numpy==2.4.6
 "$PY" - <<'PYTHON'
 import numpy as np
 import torch
