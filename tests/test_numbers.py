@@ -43,6 +43,16 @@ class Runs:
         d = self.df
         return int(d[(d.method == method) & (d.metric == "ASR_T") & (d.task == "average") & (d.kind == "model")].n.iloc[0])
 
+    def least(self, method: str) -> pd.Series:
+        "By seed: the lowest ASR(T) on a method's path where it is at least as accurate as LFPM at the λ of its rule."
+        path = self.df[(self.df.kind == "path") & (self.df.task == "average")].pivot_table(index=["method", "seed", "lam"], columns="metric", values="value")
+        out = {}
+        for seed in self.all("TA").index:
+            lfpm, own = path.loc["LFPM", seed], path.loc[method, seed]
+            chosen = lfpm.CA.iloc[abs(lfpm.index - self.all("LFPM", "lam")[seed]).argmin()]
+            out[seed] = own.ASR_T[own.CA >= chosen].min()
+        return pd.Series(out)
+
     def rivals(self) -> list[str]:
         "Defences other than LFPM, the one that leaves the least first; a merge's own rows and clean twins are none."
         found = self.df[(self.df.metric == "path_ASR") & ~self.df.method.str.contains("LFPM|clean\\)")].method.unique()
@@ -155,6 +165,8 @@ def attacks_and_orders(get) -> list[str]:
     first = big.rivals()[0]
     return out + [
         f"| | shapes attack signs, n = {get('sequence2').n():,} | digits attack shapes, n = {get('sequence3').n():,} |",
+        f"{span([get(n)('TA', 'CA') - get(n)('LFPM', 'CA') for n in ('lobam', 'adaptive', 'multi_adversary')])} points below the poisoned merge",
+        f"In the third order it pays {f0(get('sequence3')('TA', 'CA') - get('sequence3')('LFPM', 'CA'))} points for that: the blind rule goes on to λ = {get('sequence3')('LFPM', 'lam'):g}",
         f"the second order's merge keeps {a[0]} % (clean merge {a[1]}), after LFPM {a[2]} (CA {a[3]} of {a[4]}), after its next rival, {a[5]}, {a[6]} ({a[7]}); "
         f"the third's {b[0]} (clean merge {b[1]}), after LFPM {b[2]} ({b[3]} of {b[4]}), after {b[5]} {b[6]} ({b[7]}).",
         f"The merge keeps {f1(big('TA'))} % (CA {f1(big('TA', 'CA'))}; clean merge {f1(big('TA (clean)'))}), LFPM {f1(big('LFPM'))} ({f1(big('LFPM', 'CA'))}; Path-ASR "
@@ -168,6 +180,14 @@ def ablation(get) -> list[str]:
     return out + [row("λ", *(f"{value(r, 'lam'):g}" for r in parts))]
 
 
+def dam_attack(get) -> list[str]:
+    r = get("dam_mixed")
+    fixed, learned = ("SA", "Fisher", "RegMean", "TA", "TIES"), ("AdaTask", "AdaLayer", "ConcreteTask", "ConcreteLayer")
+    floor = [r(f"{m} (clean)") for m in (*fixed, *learned, "ConcreteTA", "DAM")]
+    return [f"the floor is {span(floor)} % and the difference clear: fixed merges keep {span([r(m) for m in fixed])} % (TA {f1(r('TA'))}, TIES {f1(r('TIES'))}, Fisher {f1(r('Fisher'))}), "
+            f"of those that learn Concrete TA {f1(r('ConcreteTA'))}, DAM {f1(r('DAM'))} (its clean twin {f1(r('DAM (clean)'))}) and the rest {span([r(m) for m in learned])} %."]
+
+
 def real_pictures(get) -> list[str]:
     r, out = get("main", "small-real"), []
     def cells(m, k):
@@ -179,7 +199,13 @@ def real_pictures(get) -> list[str]:
     a, b = two.rivals()[:2]
     c = three.rivals()[0]
     keeps = r("TA (clean)", "CA") / r("individual (clean)", "CA") * 100
+    cost, rivals = (lambda m, of="TA": r.all(of, "CA") - r.all(m, "CA")), [m for m in r.rivals() if m != "IBVS"]
+    strong = [0, 1, 3]                                   # seeds whose attack the rivals leave standing; on 2 and 4 it is weak
+    ours, best = r.least("LFPM"), pd.concat([r.least(m) for m in rivals], axis=1).min(axis=1)
     return out + [
+        f"LFPM leaves the least and has the safest path in every seed: {span(r.all('LFPM'))} %, for {span(cost('LFPM')[:4])} points of accuracy, {f0(cost('LFPM')[4])} on seed 4.",
+        f"Its rivals pay at most {f1(max(cost(m).max() for m in rivals))}, and keep {span([r.all(m)[k] for m in rivals for k in strong])} % on seeds 0, 1 and 3",
+        f"LFPM costs {span(cost('LFPM (clean)', 'TA (clean)'))} points", f"the best rival leaves {listed(best)} %, LFPM {listed(ours)}.",
         f"ASR(T) n = {r.n():,}", f"The clean merge keeps {f0(keeps)} % of the individual models' accuracy",
         f"n = {two.n():,}) the merge obeys in {f1(two('TA'))} % (CA {f1(two('TA', 'CA'))}), the clean one under the same trigger in {f1(two('TA (clean)'))} %.",
         f"LFPM leaves **{f1(two('LFPM'))} %** at a CA of {f1(two('LFPM', 'CA'))}, Path-ASR {f1(two('LFPM', 'path_ASR'))}; next are {a} with {f1(two(a))} % ({f1(two(a, 'CA'))}; "
@@ -188,7 +214,7 @@ def real_pictures(get) -> list[str]:
         f"after {c}, its next rival, {f1(three(c))} ({f1(three(c, 'CA'))})."]
 
 
-PARTS = {README: [readme], PAGE: [main_run, every_rival, other_merges, attacks_and_orders, ablation, real_pictures]}
+PARTS = {README: [readme], PAGE: [main_run, every_rival, other_merges, attacks_and_orders, ablation, dam_attack, real_pictures]}
 
 
 def flat(text: str) -> str: return " ".join(text.split())
