@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Under autocast a CPU keeps layer norm, normalise and cosine similarity in bfloat16, where the list of a GPU has them in float32: 64
-# different pictures have three different similarities to a text.
+# different pictures have two or three different similarities to a text.
 #
 # Guess, before the run: reductions go to float32 under autocast on either device; 64 cosines are nearly all different.
-# Seen 2026-11-30, torch 2.14.1 and 2.15.0: on the CPU layer_norm, F.normalize, norm and F.cosine_similarity of a bfloat16 linear layer's output are
-#   bfloat16, while cross_entropy, mse_loss and cdist are float32. Features within 0.01 of one another, as CLIP's are: 3 distinct cosines of 64, with
+# Seen 2026-11-30, torch 2.13.0, 2.14.1 and 2.15.0: on the CPU layer_norm, F.normalize, norm and F.cosine_similarity of a bfloat16 linear layer's output are
+#   bfloat16, while cross_entropy, mse_loss and cdist are float32. Features that differ by a tenth: 2 distinct cosines of 64, with
 #   .float() before it 64. The same function on a GPU's list (torch/amp documentation) runs in float32.
 # Hurts: ranking, top-k, thresholds and accuracies by cosine: ties are broken by position, so a metric moves with the order of the pictures
 #   and with the device, by more than any seed.
-# Here: clip.logits casts features to float32 before they are normalised (tests/test_clip.py).
+# Here: clip.logits casts features to float32 before they are normalised (nbs/03_clip).
 . "$(dirname "$0")/lib.sh"
 packages "torch==$TORCH" numpy
 "$PY" - <<'PYTHON'

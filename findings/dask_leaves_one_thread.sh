@@ -3,12 +3,12 @@
 # exporting OMP_NUM_THREADS does not help torch, neither there nor in the workers.
 #
 # Guess, before the run: an exported OMP_NUM_THREADS=2 is what a worker computes with, and a closed cluster leaves the environment alone.
-# Seen 2026-11-30, distributed 2026.8.0, torch 2.14.1 and 2.15.0, two cores: OMP_, MKL_ and OPENBLAS_NUM_THREADS are 1 in the caller's environment
+# Seen 2026-11-30, distributed 2026.8.0, torch 2.13.0 and 2.15.0, two cores: OMP_, MKL_ and OPENBLAS_NUM_THREADS are 1 in the caller's environment
 #   after the `with` block; `import torch` there has 1 thread instead of 2. With OMP_NUM_THREADS=2 exported that one is kept, but
 #   MKL_NUM_THREADS=1 is added and torch takes it: worker and caller compute with 1. In a process that had imported torch before: 2.
 # Hurts: a training after a sweep in the same notebook, or a subprocess that it starts, runs on one core; sums of one thread round
 #   otherwise than those of two, so "the same seed" gives other weights depending on the order of imports.
-# Here: nbs/22_sweep sets threads and environment of each run itself and puts them back.
+# Here: sweep.using sets all three names for each run and puts them back (tests/test_sweep.py::test_a_runs_process_is_told_its_threads_in_every_dialect).
 . "$(dirname "$0")/lib.sh"
 packages distributed==2026.8.0 "torch==$TORCH" numpy
 [ "$("$PY" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')" -ge 2 ] || { echo "needs two cores"; exit 1; }

@@ -3,11 +3,11 @@
 #
 # Guess, before the run: an upstream thread says it is wrong; expected an error of the size of the derivative itself in jvp of jvp,
 #   all mixes with a backward pass right, other norms right.
-# Seen 2026-11-30, torch 2.14.1 and 2.15.0, CPU, float64: jvp of jvp gives -0.311 where differences and a layer norm spelt out in sums and
-#   products give -1.086; backward over forward gives the same wrong -0.311; backward twice and forward over backward are right.
-#   Third derivative by three backward passes: 4.695 where differences give 3.617. No warning, no error. rms_norm and group_norm are right.
-# Hurts: curvature, Hessian-vector products and path integrals of any transformer by torch.func.jvp, jacfwd or hessian (which is
-#   forward over backward and right). A test with one layer of mixed modes does not see it.
+# Seen 2026-11-30, torch 2.13.0, 2.14.1 and 2.15.0, CPU, float64: jvp of jvp gives 0.389 where differences and a layer norm spelt out in sums and
+#   products give 0.874; backward over forward gives the same wrong 0.389; backward twice and forward over backward are right.
+#   Third derivative by three backward passes: -1.394 where differences give -0.951. No warning, no error. rms_norm and group_norm are right.
+# Hurts: curvature of any transformer by nested jvp or jacfwd, and whatever is of third order, such as the gradient of a curvature.
+#   torch.func.hessian, forward over backward, is right, so a test against it sees nothing.
 # Thread: pytorch#196700.
 # Here: ctl.exact() spells layer norm out; tests/test_derivatives.py holds second and third derivatives against differences.
 . "$(dirname "$0")/lib.sh"

@@ -11,6 +11,6 @@ TORCH=${TORCH:-2.13.0}
 
 packages() {  # a fresh environment with these public packages, and nothing of this project
   "${PYTHON:-python3}" -m venv "$HERE/venv"
-  "$PY" -m pip install --quiet --disable-pip-version-check "$@"
+  "$PY" -m pip install --quiet --no-compile --disable-pip-version-check "$@"
   "$PY" -m pip list --format=freeze --disable-pip-version-check 2>/dev/null | grep -iE "^($(printf '%s\n' "$@" | sed 's/[=<>].*//' | paste -sd'|'))=="
 }

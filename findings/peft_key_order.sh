@@ -2,7 +2,7 @@
 # An adapter that changes nothing, merged and unloaded by peft, returns nn.MultiheadAttention's tensors in another order.
 #
 # Guess, before the run: merge_and_unload() gives the model back as it was, keys in their order.
-# Seen 2026-11-30, peft 0.21.2, torch 2.14.1: every tensor is equal by name, but in_proj_bias comes before in_proj_weight and
+# Seen 2026-11-30, peft 0.21.2, torch 2.13.0 and 2.14.1: every tensor is equal by name, but in_proj_bias comes before in_proj_weight and
 #   out_proj.bias before out_proj.weight. torch's own parameters_to_vector then gives a "task vector" as long as the weights themselves,
 #   where the true one is 0. The separate q, k, v of transformers' CLIP keep their order: only open_clip's kind of tower is hit.
 # Hurts: merging code that flattens models (parameters_to_vector, zip of values(), an optimiser's state by position): the sizes agree,

@@ -2,7 +2,7 @@
 # add_weighted_adapter(combination_type="linear") does not add the adapters' changes of the weights.
 #
 # Guess, before the run: "linear" with weights w gives w1 * B1 A1 + w2 * B2 A2 to rounding: Task Arithmetic of adapters.
-# Seen 2026-11-30, peft 0.21.2, torch 2.14.1, two random adapters of rank 2 on a 16 x 16 layer: it adds the As and the Bs, so the
+# Seen 2026-11-30, peft 0.21.2, torch 2.13.0 and 2.14.1, two random adapters of rank 2 on a 16 x 16 layer: it adds the As and the Bs, so the
 #   product holds B1 A2 and B2 A1 as well: 105 % away from the sum, cosine 0.78. "cat" is exact to 1e-7, at the rank's sum; "svd" cuts
 #   back to rank 2 (48 % away). A single adapter with weight -1 is negated as it should be.
 # Hurts: papers' Task Arithmetic, TIES or DARE numbers for LoRA merges made with the default "linear" family are of another method,

@@ -2,8 +2,8 @@
 # LoRA on nn.MultiheadAttention's out_proj changes nothing and learns nothing while it is an adapter, and changes the model when merged.
 #
 # Guess, before the run: peft refuses the layer, or the adapter works like on any Linear.
-# Seen 2026-11-30, peft 0.21.2, torch 2.14.1: print_trainable_parameters counts it, a random adapter leaves the output as it was (to
-#   rounding), backward finds no gradient at all, and merge_and_unload() then moves the output by several units. The reason: attention
+# Seen 2026-11-30, peft 0.21.2, torch 2.13.0 and 2.14.1: print_trainable_parameters counts it, a random adapter leaves the output as it was (to
+#   rounding), backward finds no gradient at all, and merge_and_unload() then moves the output by 0.9. The reason: attention
 #   reads out_proj.weight and never calls the layer, so hooks on it do not fire either. target_modules=["attn"] works.
 # Hurts: fine-tuning an open_clip tower with the target names that fit transformers' CLIP ("out_proj"): beside layers that do train,
 #   nobody sees that these do not; whoever merges adapters of a random start damages the model. The same silence hits forward hooks

@@ -2,7 +2,7 @@
 # torch.randn with one seed: 16 numbers do not begin with the 15 numbers that a call for 15 gives; torch.rand's do.
 #
 # Guess, before the run: the first n of a longer draw are the shorter draw, as in NumPy.
-# Seen 2026-11-30, torch 2.14.1 and 2.15.0, NumPy 2.4.6 on a CPU: randn(15) and randn(16) share no number; of randn(17) one is in randn(32), of
+# Seen 2026-11-30, torch 2.13.0, 2.14.1 and 2.15.0, NumPy 2.4.6 on a CPU: randn(15) and randn(16) share no number; of randn(17) one is in randn(32), of
 #   randn(100) 84 are in randn(112): from 16 on the last 16 are drawn again where the size is no multiple of 16. rand() and
 #   NumPy's standard_normal keep their prefix at every size.
 # Hurts: "the first 100 pictures are the same as in the small run", a subset of noise, a mask for one layer more, a resumed draw: they
