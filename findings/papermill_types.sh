@@ -1,23 +1,38 @@
 #!/usr/bin/env bash
-# papermill guesses a parameter's type: `-p A false` is a truthy text, a hash of digits and one "e" is infinity, 1e-4 in YAML is text.
+# papermill guesses a parameter's type: `-p A false` is a truthy text, a hash of digits and one "e"
+# is infinity, 1e-4 in YAML is text.
 #
-# Guess, before the run: false is False as in YAML and JSON, a word that begins with a digit stays text, 1e-4 in a YAML file is a number.
-# Seen 2026-11-30, papermill 2.7.0: -p takes Python's True and False only, "false" and "no" stay text, which is true in an `if`;
-#   -p config 4e714120 (eight digits of a hash) becomes float('inf'), 1_000 becomes 1000, 007 becomes 7. From a YAML file lr: 1e-4 is
-#   the text "1e-4" (PyYAML wants 1.0e-4); the notebook's own default beside it is a float, so `lr * 2` fails late, or `lr > 0` at once.
-# Hurts: an ablation that was switched off on the command line runs switched on; a run's folder or seed is another one.
-# Here: `lfpm run -p` reads values by the type of the notebook's default and refuses others (experiment.parse).
+# Guess, before the run: false is False as in YAML and JSON, a word that begins with a digit stays
+#   text, 1e-4 in a YAML file is a number.
+# Seen 2026-11-30, papermill 2.7.0: -p takes Python's True and False only, "false" and "no" stay
+#   text, which is true in an `if`; -p config 4e714120 (eight digits of a hash) becomes
+#   float('inf'), 1_000 becomes 1000, 007 becomes 7. From a YAML file lr: 1e-4 is the text "1e-4"
+#   (PyYAML wants 1.0e-4); the notebook's own default beside it is a float, so `lr * 2` fails late,
+#   or `lr > 0` at once.
+# Hurts: an ablation that was switched off on the command line runs switched on; a run's folder or
+#   seed is another one.
+# Here: `lfpm run -p` reads values by the type of the notebook's default and refuses others
+#   (experiment.parse).
 . "$(dirname "$0")/lib.sh"
 packages papermill==2.7.0
 cat > nb.ipynb <<'JSON'
-{"cells": [{"cell_type": "code", "execution_count": null, "id": "a", "metadata": {"tags": ["parameters"]}, "outputs": [], "source": ["A = True\nconfig = ''\nlr = 0.1"]}],
- "metadata": {"kernelspec": {"display_name": "python", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}, "nbformat": 4, "nbformat_minor": 5}
+{"cells": [{"cell_type": "code", "execution_count": null, "id": "a", "outputs": [],
+            "metadata": {"tags": ["parameters"]}, "source": ["A = True\nconfig = ''\nlr = 0.1"]}],
+ "metadata": {"kernelspec": {"display_name": "python", "language": "python", "name": "python3"},
+              "language_info": {"name": "python"}},
+ "nbformat": 4, "nbformat_minor": 5}
 JSON
 printf 'lr: 1e-4\n' > a.yaml
 printf 'lr: 1.0e-4\n' > b.yaml
 seen() {  # what papermill writes into the notebook; nothing is executed
   "$PY" -m papermill nb.ipynb out.ipynb --prepare-only "$@" >/dev/null 2>&1
-  "$PY" -c 'import json; print("; ".join(l.strip() for c in json.load(open("out.ipynb"))["cells"] if "injected-parameters" in c["metadata"]["tags"] for l in c["source"] if "=" in l))'
+  "$PY" - <<'PYTHON'
+import json
+
+for cell in json.load(open("out.ipynb"))["cells"]:
+    if "injected-parameters" in cell["metadata"]["tags"]:
+        print("; ".join(line.strip() for line in cell["source"] if "=" in line))
+PYTHON
 }
 check() {  # expected, then papermill's arguments
   local want=$1; shift

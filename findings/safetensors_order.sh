@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
-# The same tensors and the same metadata make another file in every process, and load() of bytes returns the keys in another order each time.
+# The same tensors and the same metadata make another file in every process, and load() of bytes
+# returns the keys in another order each time.
 #
-# Guess, before the run: a format made for exact weights gives the same bytes for the same content, and both readers the order of the file.
-# Seen 2026-11-30, safetensors 0.8.0 (0.4.5, 0.5.3, 0.6.2 and 0.7.0 alike): six processes, six SHA-256 of one file with four metadata
-#   entries; with one entry they agree. load_file() always gives the file's order, load(bytes) a new one on each call.
-# Hurts: a checkpoint named by its file's hash is "another model" after every save; whoever flattens load(bytes).values() into a task
-#   vector subtracts tensors of other layers, without any error where shapes agree.
-# Here: content_hash() hashes tensors by name; tests/test_order.py shuffles the keys of everything that is merged, converted or hashed.
+# Guess, before the run: a format made for exact weights gives the same bytes for the same content,
+#   and both readers the order of the file.
+# Seen 2026-11-30, safetensors 0.8.0 (0.4.5, 0.5.3, 0.6.2 and 0.7.0 alike): six processes, six
+#   SHA-256 of one file with four metadata entries; with one entry they agree. load_file() always
+#   gives the file's order, load(bytes) a new one on each call.
+# Hurts: a checkpoint named by its file's hash is "another model" after every save; whoever flattens
+#   load(bytes).values() into a task vector subtracts tensors of other layers, without any error
+#   where shapes agree.
+# Here: content_hash() hashes tensors by name; tests/test_order.py shuffles the keys of everything
+#   that is merged, converted or hashed.
 . "$(dirname "$0")/lib.sh"
 packages safetensors==0.8.0 numpy
 cat > once.py <<'PYTHON'
@@ -22,7 +27,13 @@ save_file(state, file, metadata={k: k for k in ("format", "layout", "made_from",
 data = open(file, "rb").read()
 names = lambda d: ",".join(k[-1] for k in d)
 orders = {names(load(data)) for _ in range(20)}
-print(hashlib.sha256(data).hexdigest()[:12], names(load_file(file)), "bytes:", *sorted(orders)[:2], f"({len(orders)} orders in 20 calls)")
+print(
+    hashlib.sha256(data).hexdigest()[:12],
+    names(load_file(file)),
+    "bytes:",
+    *sorted(orders)[:2],
+    f"({len(orders)} orders in 20 calls)",
+)
 PYTHON
 for n in 1 4; do
   echo "metadata entries: $n"

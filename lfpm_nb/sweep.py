@@ -66,14 +66,16 @@ def interleave(points: list[Point]) -> list[Point]:
 PASSED_ON = ("LFPM_RUNS", "LFPM_CACHE", "LFPM_DATA", "LFPM_DEVICE", "LFPM_AMP", "LFPM_QUIET")      # what a worker must know of its driver
 
 
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")    # Dask sets each to 1, and torch takes MKL's before OpenMP's
+# Dask sets each of them to 1, and torch obeys MKL's before OpenMP's
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @contextlib.contextmanager
 def using(threads: int, env: dict):
     "PyTorch's threads and environment variables, here and in what is started from here; as before afterwards."
     before, was = torch.get_num_threads(), {k: os.environ.get(k) for k in (*env, *THREADS)}
-    os.environ |= {k: v for k, v in env.items() if v is not None} | dict.fromkeys(THREADS, str(threads))
+    os.environ |= {k: v for k, v in env.items() if v is not None}
+    os.environ |= dict.fromkeys(THREADS, str(threads))
     torch.set_num_threads(threads)
     try: yield
     finally:

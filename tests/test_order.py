@@ -1,4 +1,7 @@
-"""The order of a state dict's keys is nobody's promise: peft turns attention's tensors round, safetensors shuffles a buffer's. No number may follow it."""
+"""No number may follow the order of a state dict's keys.
+
+It is nobody's promise: peft turns attention's tensors round, safetensors shuffles a buffer's."""
+
 import dataclasses
 import random
 
@@ -16,7 +19,7 @@ from lfpm_nb.merge import merge, merges
 from lfpm_nb.runs import config_hash, settings_of
 from reference import merge_parity as parity
 
-# Short, but more than two steps: Adam's first ones hide in their sign what rounding does to a gradient.
+# Short, but more than two steps: Adam's first ones hide in their sign what rounding does.
 SHORT = {name: dict(steps=4, per_task=4) for name in merges if "training" in merges[name]["needs"]}
 SHORT |= {"Fisher": dict(examples=16, group=8), "RegMean": dict(examples=16)}
 
@@ -24,12 +27,15 @@ SHORT |= {"Fisher": dict(examples=16, group=8), "RegMean": dict(examples=16)}
 def shuffled(d: dict, seed: int) -> dict:
     "The same entries, never in the same order."
     keys, rng = list(d), random.Random(seed)
-    while keys == list(d): rng.shuffle(keys)
+    while keys == list(d):
+        rng.shuffle(keys)
     return {k: d[k] for k in keys}
 
 
 def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) and v.dtype == b[k].dtype for k, v in a.items())
+    return a.keys() == b.keys() and all(
+        torch.equal(v, b[k]) and v.dtype == b[k].dtype for k, v in a.items()
+    )
 
 
 @pytest.fixture
@@ -41,13 +47,16 @@ def one_thread():
     torch.set_num_threads(n)
 
 
-# --- merges --------------------------------------------------------------------------------------------------------------------
+# --- merges ---------------------------------------------------------------------------------------
+
 
 def more(name: str) -> dict:
     "What a merge takes beside base and models: images and heads, or clean twins."
     needs, options = merges[name]["needs"], dict(SHORT.get(name, {}))
-    if {"images", "heads"} & set(needs): options["data"] = parity.data()
-    if "clean twins" in needs: options["twins"] = parity.MODELS
+    if {"images", "heads"} & set(needs):
+        options["data"] = parity.data()
+    if "clean twins" in needs:
+        options["twins"] = parity.MODELS
     return options
 
 
@@ -57,12 +66,16 @@ def test_no_merge_follows_the_order_of_keys(name, fp32, one_thread):
     plain = merge(name, base, models, **options)
     for seed in range(5):
         others = [shuffled(m, seed + t) for t, m in enumerate(models)]
-        if "twins" in options: options["twins"] = [shuffled(m, seed + 9) for m in models]
+        if "twins" in options:
+            options["twins"] = [shuffled(m, seed + 9) for m in models]
         assert same(merge(name, base, others, **options), plain), f"models shuffled, {seed}"
-        assert same(merge(name, shuffled(base, seed), others, **options), plain), f"base shuffled too, {seed}"
+        assert same(
+            merge(name, shuffled(base, seed), others, **options), plain
+        ), f"base shuffled too, {seed}"
 
 
-# --- formats -------------------------------------------------------------------------------------------------------------------
+# --- formats --------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def whole():
@@ -72,14 +85,18 @@ def whole():
 
 @pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=3)
-@given(seed=st.integers(0, 10 ** 6))
+@given(seed=st.integers(0, 10**6))
 def test_no_format_follows_the_order_of_keys(whole, form, seed):
     state, left = layout(whole.visual, whole.rest, form)
     turned, also_left = layout(shuffled(whole.visual, seed), shuffled(whole.rest, seed), form)
     assert same(state, turned) and left == also_left
     one, two = take(state), take(shuffled(turned, seed))
-    assert one.form == two.form == form and same(one.visual, two.visual) and same(one.rest, two.rest)
-    one, two = with_base(one, whole), with_base(two, take(shuffled(layout(whole.visual, whole.rest, "open_clip")[0], seed)))
+    assert (
+        one.form == two.form == form and same(one.visual, two.visual) and same(one.rest, two.rest)
+    )
+    one, two = with_base(one, whole), with_base(
+        two, take(shuffled(layout(whole.visual, whole.rest, "open_clip")[0], seed))
+    )
     assert same(one.visual, two.visual) and same(one.rest, two.rest)
 
 
@@ -87,12 +104,21 @@ def test_no_format_follows_the_order_of_keys(whole, form, seed):
 def test_no_converted_file_follows_the_order_of_keys(whole, form, tmp_path):
     write_tower(tmp_path / "base.safetensors", whole, "open_clip")
     state = load_state(tmp_path / "base.safetensors")[0]
-    torch.save(shuffled(state, 1), tmp_path / "turned.pt")          # safetensors files are sorted, a .pt keeps its order
-    for name in ("base.safetensors", "turned.pt"): convert(tmp_path / name, tmp_path / f"{name}.safetensors", form)
-    assert same(*(load_state(tmp_path / f"{name}.safetensors")[0] for name in ("base.safetensors", "turned.pt")))
+    torch.save(
+        shuffled(state, 1), tmp_path / "turned.pt"
+    )  # safetensors files are sorted, a .pt keeps its order
+    for name in ("base.safetensors", "turned.pt"):
+        convert(tmp_path / name, tmp_path / f"{name}.safetensors", form)
+    assert same(
+        *(
+            load_state(tmp_path / f"{name}.safetensors")[0]
+            for name in ("base.safetensors", "turned.pt")
+        )
+    )
 
 
-# --- hashes, and what lies side by side ------------------------------------------------------------------------------------------
+# --- hashes, and what lies side by side -----------------------------------------------------------
+
 
 @dataclasses.dataclass
 class Holder:
@@ -100,7 +126,7 @@ class Holder:
     name: str = "x"
 
 
-@given(seed=st.integers(0, 10 ** 6))
+@given(seed=st.integers(0, 10**6))
 def test_no_hash_follows_the_order_of_keys(seed):
     state, turned = parity.BASE, shuffled(parity.BASE, seed)
     assert content_hash(state) == content_hash(turned)
@@ -109,16 +135,23 @@ def test_no_hash_follows_the_order_of_keys(seed):
     assert content_hash(state) != content_hash(state | {"one more": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("name, preset", [("main", "tiny"), ("dam_masks", "lab"), ("efficiency", "lab"), ("purify", "lab")])
+@pytest.mark.parametrize(
+    "name, preset",
+    [("main", "tiny"), ("dam_masks", "lab"), ("efficiency", "lab"), ("purify", "lab")],
+)
 def test_no_configuration_follows_the_order_of_settings(name, preset):
     settings = settings_of(name, preset)
     for seed in range(3):
-        turned = {k: shuffled(v, seed) if isinstance(v, dict) and len(v) > 1 else v for k, v in shuffled(settings, seed).items()}
+        turned = {
+            k: shuffled(v, seed) if isinstance(v, dict) and len(v) > 1 else v
+            for k, v in shuffled(settings, seed).items()
+        }
         assert config_hash(name, turned) == config_hash(name, settings)
 
 
 def test_a_saved_state_hashes_the_same_in_any_order(tmp_path):
-    for i, state in enumerate((parity.BASE, shuffled(parity.BASE, 3))): save_state(tmp_path / f"{i}.safetensors", state, format="pt")
+    for i, state in enumerate((parity.BASE, shuffled(parity.BASE, 3))):
+        save_state(tmp_path / f"{i}.safetensors", state, format="pt")
     assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
     assert content_hash(load_state(tmp_path / "0.safetensors")[0]) == content_hash(parity.BASE)
 
@@ -131,4 +164,6 @@ def test_gradients_of_two_ends_are_laid_side_by_side_by_name(pico):
     L, v, turned = loss_of(f, y, head), {k: b[k] - a[k] for k in a}, shuffled(b, 0)
     want, got = hvp(L, a, v), hvp(L, a, {k: turned[k] - a[k] for k in turned})
     assert all(torch.allclose(want[k], got[k], rtol=1e-9, atol=1e-12) for k in a)
-    assert readings(f, y, head, a, turned, .5) == pytest.approx(readings(f, y, head, a, b, .5), rel=1e-6)
+    assert readings(f, y, head, a, turned, 0.5) == pytest.approx(
+        readings(f, y, head, a, b, 0.5), rel=1e-6
+    )
