@@ -127,7 +127,9 @@ class Blend:
     def __init__(self, base: dict, models: list[dict], data: Unlabelled):
         dev = device()
         self.clip, self.given, self.visual = data.clip, base, data.clip.with_state(base)
-        self.base = {k: b.to(dev) for k, b in base.items() if b.is_floating_point()}
+        # the order of keys in files is chance, and sums over tensors would round by it
+        order = data.clip.visual.state_dict()
+        self.base = {k: base[k].to(dev) for k in order if base[k].is_floating_point()}
         self.taus = {k: torch.stack([m[k].to(b) - b for m in models]) for k, b in self.base.items()}
         self.images, self.heads = data.images, [W.to(dev) for W in data.heads]
 

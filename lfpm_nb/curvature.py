@@ -22,7 +22,8 @@ def hvp(f, theta: dict, v: dict) -> dict:
     theta = {k: t.detach().requires_grad_(True) for k, t in theta.items()}
     with exact():
         g = torch.autograd.grad(f(theta), list(theta.values()), create_graph=True, materialize_grads=True)
-        return dict(zip(theta, torch.autograd.grad(sum((x * y).sum() for x, y in zip(g, v.values())), list(theta.values()), materialize_grads=True)))
+        slope = sum((x * v[k]).sum() for k, x in zip(theta, g))
+        return dict(zip(theta, torch.autograd.grad(slope, list(theta.values()), materialize_grads=True)))
 
 
 def gradient(f, theta: dict) -> dict:
@@ -70,6 +71,7 @@ def readings(f, y: torch.Tensor, W: torch.Tensor, mm: dict, anti: dict, s: float
     """Relative error |g - grad L(theta_s)| / |grad L(theta_s)| of three gradients g: `features` (G_anti + G_mm of the loss of interpolated features),
     `losses` (the mix of the ends' loss gradients), `twice` (s G_anti + (1-s) G_mm). f: state dict -> features (N, d) (LFPM Eq 24)."""
     L, flat = loss_of(f, y, W), lambda d: torch.cat([v.flatten() for v in d.values()])
+    anti = {k: anti[k] for k in mm}                     # one order: gradients lie side by side below
     ends = [{k: v.detach().requires_grad_(True) for k, v in e.items()} for e in (mm, anti)]
     with exact():
         h_m, h_a = map(f, ends)

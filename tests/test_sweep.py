@@ -68,6 +68,15 @@ def test_interleaving_keeps_each_seeds_order_and_separates_seeds(pairs):
     if len(set(c for c in counts if c)) == 1 and sum(map(bool, counts)) > 1: assert all(a.seed != b.seed for a, b in zip(mixed, mixed[1:]))
 
 
+def test_a_runs_process_is_told_its_threads_in_every_dialect(monkeypatch):
+    "Dask leaves MKL_NUM_THREADS=1 in its workers and in whoever started them, and torch obeys it before OMP_NUM_THREADS."
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    for n, v in zip(names, ("1", "1", None)): monkeypatch.setenv(n, v) if v else monkeypatch.delenv(n, raising=False)
+    with using(2, {}):
+        told = subprocess.run([sys.executable, "-c", f"import os; print(*[os.environ[n] for n in {names}])"], capture_output=True, text=True).stdout.split()
+    assert told == ["2"] * 3 and [os.environ.get(n) for n in names] == ["1", "1", None]
+
+
 def test_threads_and_environment_are_as_before_afterwards():
     before, omp = torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
     with pytest.raises(KeyError), using(3, {"LFPM_X": "1", "LFPM_Y": None}):
