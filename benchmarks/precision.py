@@ -41,7 +41,7 @@ def coefficients(clip, a: dict, b: dict, x: torch.Tensor, dtype) -> list[float]:
 
 
 def energy(lab, visual, x: torch.Tensor, triggered: torch.Tensor, dtype) -> list[float]:
-    "Percent of the trigger's change in a subspace of rank 32, learned on the shadow set's features."
+    "Percent of the trigger's change in a subspace of rank 32, learned on shadow features."
     seen = lambda images: features(lab.clip, visual, images, dtype=dtype)
     shadow, y = lab.shadow.train
     U, _ = learn_subspace(seen(shadow), y, lab.shadow.W, 32, epochs=2)
@@ -114,8 +114,9 @@ def report_linearity(lab, theta: dict, name: str, x: torch.Tensor) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=300, help="test pictures a task, plain and triggered")
-    parser.add_argument("--defences", nargs="+", default=["LFPM"], help="whose models and paths")
+    add = parser.add_argument
+    add("--n", type=int, default=300, help="test pictures a task, plain and triggered")
+    add("--defences", nargs="+", default=["LFPM"], help="whose models and paths")
     args = parser.parse_args()
     lab = load_recorded(tiny=False)
     theta, (target, goal) = lab.both["poisoned"], next(iter(lab.suite.goals.items()))
@@ -123,7 +124,7 @@ def main():
 
     models = [lab.defended(name, theta)[0] for name in args.defences]
     report_rates(lab, [theta, *models], goal.trigger, args.n)
-    print(f"float32 takes {slower(lab.clip, visual, lab.shadow.x):.2f} times bfloat16's CPU seconds")
+    print(f"float32 takes {slower(lab.clip, visual, lab.shadow.x):.2f} times bfloat16's CPU time")
     for name in args.defences: report_path(lab, theta, name)
     report_linearity(lab, theta, args.defences[0], x[:64])
     shares = [energy(lab, visual, x, goal.trigger(x), dtype) for dtype in BOTH]
