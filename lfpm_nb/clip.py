@@ -280,10 +280,12 @@ def encode(visual: torch.nn.Module, x: torch.Tensor, prompt: torch.Tensor | None
 
 
 @torch.no_grad()
-def features(clip: Clip, visual: torch.nn.Module, x: torch.Tensor, prompt=None, batch: int = 512) -> torch.Tensor:
-    "float32 features (N, d) of uint8 images, batched, bf16 autocast."
+def features(clip: Clip, visual: torch.nn.Module, x: torch.Tensor, prompt=None, batch: int = 512,
+             dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Features (N, d) of uint8 images, batched, kept in float32. `dtype`: what the tower computes in,
+    by default `precision`; torch.float32 where single pictures count (notebook core)."""
     dev = next(visual.parameters()).device
-    with amp(dev):
+    with amp(dev, dtype):
         return torch.cat([encode(visual, clip.normalise(b.to(dev)), prompt).float() for b in x.split(batch)])
 
 # %% ../nbs/03_clip.ipynb #8f00d931
@@ -303,14 +305,17 @@ def zero_shot_head(clip: Clip, classes: list[str], templates: list[str]) -> torc
     "W (C, d) = exp(logit_scale) x unit class embeddings, float32 (Radford et al. 2021; LFPM's frozen head g_t)."
     dev = next(clip.model.parameters()).device
     texts = [t.format(c) for c in classes for t in templates]
-    e = torch.cat([encode_text(clip.model, clip.tokenizer(texts[i:i + 512]).to(dev)).float() for i in range(0, len(texts), 512)])
+    with torch.autocast(dev.type, enabled=False):
+        e = torch.cat([encode_text(clip.model, clip.tokenizer(texts[i:i + 512]).to(dev)).float() for i in range(0, len(texts), 512)])
     w = F.normalize(e, dim=-1).view(len(classes), len(templates), -1).mean(1)
     return clip.model.logit_scale.exp() * F.normalize(w, dim=-1)
 
 
 def logits(h: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    "W h/||h||: (N, C) logits in float32 for features (N, d) under a head (C, d)."
-    return F.normalize(h.float(), dim=-1) @ W.t()
+    """W h/||h||: (N, C) logits for features (N, d) under a head (C, d). In float32 also inside `amp`:
+    in bfloat16 the first two of many pictures are equal, and argmax takes the lower class."""
+    with torch.autocast(h.device.type, enabled=False):
+        return F.normalize(h.float(), dim=-1) @ W.t()
 
 # %% ../nbs/03_clip.ipynb #ed28d71e
 def clip_loss(img: torch.Tensor, txt: torch.Tensor, scale: torch.Tensor, group: torch.Tensor) -> torch.Tensor:

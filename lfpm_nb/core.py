@@ -54,11 +54,13 @@ def precision(dev: torch.device | str | None = None) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def amp(dev: torch.device | str | None = None):
-    "Autocast to `precision` on `dev` (default `device()`). On a CPU attention runs as plain matrix products."
+def amp(dev: torch.device | str | None = None, dtype: torch.dtype | None = None):
+    """Autocast to `dtype` (default `precision`) on `dev` (default `device()`).
+    torch.float32 switches it off. On a CPU attention runs as plain matrix products."""
     dev = torch.device(dev or device())
+    dtype = dtype or precision(dev)
     plain = sdpa_kernel(SDPBackend.MATH) if dev.type == "cpu" else contextlib.nullcontext()
-    with plain, torch.autocast(dev.type, torch.bfloat16, enabled=precision(dev) == torch.bfloat16): yield
+    with plain, torch.autocast(dev.type, torch.bfloat16, enabled=dtype == torch.bfloat16): yield
 
 # %% ../nbs/00_core.ipynb #2f36bd96
 def resident(*tensors: torch.Tensor) -> tuple:

@@ -9,6 +9,7 @@ __all__ = ['STAGE_ONE', 'Lab', 'tasks', 'shadow', 'contributor', 'poisoned', 'mo
 # %% ../nbs/18_experiment.ipynb #2076747a
 from dataclasses import asdict, replace
 import pandas as pd
+import torch
 import torch.nn.functional as F
 from .core import Stages, code_hash, content_hash, method
 from .tasks import load_task
@@ -141,7 +142,7 @@ def likeness(self, name: str, n: int = 300) -> dict:
     theta, (x, y) = self.merged(name)[0], (v[:n] for v in self.shadow.check)
     prompts, trigger = self.mined(theta)[0]["p"], next(iter(self.poisoned.values()))[1]
     def of(visual):
-        unit = lambda x, p=None: F.normalize(features(self.clip, visual, x, p), dim=-1)
+        unit = lambda x, p=None: F.normalize(features(self.clip, visual, x, p, dtype=torch.float32), dim=-1)
         seen = [unit(x), unit(trigger(x)), *(unit(x, p) for p in prompts)]
         right = [100 * (logits(z, self.shadow.W).argmax(1).cpu() == y).float().mean().item() for z in seen]
         moved = [z - seen[0] for z in seen[1:]]

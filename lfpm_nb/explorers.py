@@ -256,8 +256,9 @@ class SubspaceCore:
         t = lab.tasks[goal[0]]
         x, prompt = t.test_x[:n], lab.mined(theta)[0]["p"][0]
         self.y, self.W, unit = t.test_y[:n], lab.heads[t.name].cpu(), lambda h: F.normalize(h.cpu(), dim=-1)
-        self.h = {k: unit(features(clip, visual, v, p)) for k, v, p in (("plain", x, None), ("with trigger", goal[1].trigger(x), None), ("prompted", x, prompt))}
-        shadow_h = features(clip, visual, lab.shadow.train[0])
+        seen = lambda x, p=None: features(clip, visual, x, p, dtype=torch.float32)      # learning U would enlarge bfloat16's rounding
+        self.h = {k: unit(seen(v, p)) for k, v, p in (("plain", x, None), ("with trigger", goal[1].trigger(x), None), ("prompted", x, prompt))}
+        shadow_h = seen(lab.shadow.train[0])
         self.basis = lambda r: learn_subspace(shadow_h.cpu(), lab.shadow.train[1], lab.shadow.W.cpu(), r, epochs=epochs, seed=lab.P.seed)[0]
 
     def exact(self, r: int) -> dict:

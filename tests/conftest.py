@@ -47,6 +47,18 @@ def fp32(monkeypatch):
     monkeypatch.setenv("LFPM_AMP", "0")
 
 
+@pytest.fixture
+def in_both(monkeypatch):
+    "`in_both(f)` -> (f() where `amp` computes in bfloat16, f() where in float32), on any processor."
+    def call(f):
+        out = []
+        for wish in "10":
+            monkeypatch.setenv("LFPM_AMP", wish)
+            out.append(f())
+        return out
+    return call
+
+
 def new_pico(name: str = "pico"):
     "An untrained Clip, two blocks of width 64 on 32 x 32 images: like the shipped one in everything but size and skill."
     from lfpm_nb.clip import build_clip, lab_config, new_card

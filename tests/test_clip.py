@@ -13,7 +13,7 @@ from conftest import near, new_pico, pixels
 from lfpm_nb import clip as C
 from lfpm_nb.clip import (PretrainConfig, Tokenizer, clip_loss, data_card, encode, features, load_clip, logits, lr_at, pretrain, ship_clip,
                           zero_shot_head)
-from lfpm_nb.core import proj_path
+from lfpm_nb.core import amp, proj_path
 
 BOTH = pytest.mark.parametrize("which", ["pico", "lab"])
 
@@ -122,6 +122,25 @@ def test_head_is_clips_zero_shot_classifier(which, request):
     h = torch.randn(4, W.shape[1])
     want = torch.stack([torch.stack([w @ v / v.norm() for w in rows]) for v in h])
     assert torch.allclose(logits(h, W), want, atol=1e-4) and torch.allclose(logits(7 * h, W), want, atol=1e-4)
+
+
+def test_heads_and_logits_are_float32_inside_amp_too(pico, monkeypatch):
+    monkeypatch.setenv("LFPM_AMP", "1")
+    words = ["a", "dog", "a red sign"], ["{}.", "a photo of {}."]
+    W, h = zero_shot_head(pico, *words), torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
+    with amp():
+        inside, z = zero_shot_head(pico, *words), logits(h, W)
+    rounding = 2 ** -8 * W.norm(dim=1).max()                # bfloat16's, at the length of a row
+    assert (inside - W).abs().max() < rounding / 50, "on a CPU `amp` takes another attention, which moves the last bits"
+    assert z.dtype == torch.float32 and torch.equal(z, logits(h, W))
+
+
+def test_features_in_a_given_precision(pico, in_both):
+    x = pixels(24)
+    f = lambda **how: in_both(lambda: features(pico, pico.visual, x, **how))
+    rounded, full = f()
+    assert 0 < (rounded - full).norm() < 0.03 * full.norm(), "bfloat16 carries 8 bits, some layers add up"
+    assert all(torch.equal(v, full) for v in f(dtype=torch.float32)) and all(torch.equal(v, rounded) for v in f(dtype=torch.bfloat16))
 
 
 def test_head_is_the_same_however_many_texts(pico):

@@ -7,8 +7,10 @@ from hypothesis import given, settings, strategies as st
 
 from conftest import near, pixels
 from lfpm_nb.clip import encode
+from lfpm_nb.core import amp
 from lfpm_nb.ctl import (between, check_theorem, ctl_curve, ctl_per_block, deviation, doubled, exact, feature_span, layers, linearity, nodes, row_space, second,
                          share, sums, tower, valid_range, weight_kernel)
+from lfpm_nb.curvature import curvature
 from lfpm_nb.path import lerp
 
 BLOCKS = ["block 1", "block 2", "feature"]          # pico's
@@ -50,6 +52,18 @@ def test_the_two_conventions_differ():
     B = torch.tensor([[10., 0.], [1., 0.]])
     r = linearity(sums(torch.tensor([[20., 0.], [1., 0.]]), B, B))
     assert r["coefficient_mean"] == 1.5 and r["coefficient"] == pytest.approx(201 / 101)
+
+
+# --- precision: every printed digit is float32's -----------------------------------------------------------------------------
+
+def test_ctl_and_theorem_are_the_same_in_any_precision(pico, in_both):
+    a, b, x = near(pico, 1), near(pico, 2), pixels(6)
+    def measure():
+        with amp():                                                  # whoever calls it
+            rows = ctl_curve(pico, a, b, x, [0., .25, .5, 1.]) + ctl_per_block(pico, a, b, x, .7)
+            return rows, check_theorem(tower(pico, x[:2]), *doubled(a, b), [.5], 2), curvature(pico, a, b, x, torch.arange(6) % 3, torch.eye(3, 32), points=2)
+    rounded, full = in_both(measure)
+    assert rounded[0] == full[0] and rounded[1] == full[1] and rounded[2] == full[2]
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------------

@@ -13,12 +13,10 @@ import torch
 
 from lfpm_nb import clip as C
 from lfpm_nb import experiment as E
-from lfpm_nb.antibackdoor import accuracy
 from lfpm_nb.core import Stages
 from lfpm_nb.experiment import Lab
 from lfpm_nb.settings import MainParams
 from lfpm_nb.results import path_lines, table
-from lfpm_nb.subspace import Shadow
 
 # --- parameters --------------------------------------------------------------------------------------------------------
 
@@ -150,14 +148,19 @@ def test_a_variant_is_the_method_with_an_option_of_its_own(tiny_lab):
         with pytest.raises(ValueError, match=message): MainParams(**TINY, merges=[text])
 
 
-def test_likeness_of_trigger_and_prompts(tiny_lab, monkeypatch):
+def test_likeness_of_trigger_and_prompts(tiny_lab, monkeypatch, in_both):
     theta, n = tiny_lab.merged("TA")[0], 24
     got = tiny_lab.likeness("TA", n)
     x, y = (v[:n] for v in tiny_lab.shadow.check)
     for who, visual in (("merged", tiny_lab.clip.with_state(theta)), ("pretrained", tiny_lab.clip.visual)):
-        assert got[who]["accuracy"][0] == pytest.approx(100 * accuracy(tiny_lab.clip, visual, Shadow(x, y, tiny_lab.shadow.W, n)))
+        right = C.logits(C.features(tiny_lab.clip, visual, x, dtype=torch.float32), tiny_lab.shadow.W).argmax(1).cpu() == y
+        assert got[who]["accuracy"][0] == pytest.approx(100 * right.float().mean().item())
         assert len(got[who]["accuracy"]) == 4 and len(got[who]["shift"]) == 3 and len(got[who]["cosine"]) == 2, "plain, trigger, two prompts"
         assert all(s > 0 for s in got[who]["shift"]) and all(-1 <= c <= 1 for c in got[who]["cosine"])
+    found = tiny_lab.mined(theta)
+    monkeypatch.setattr(tiny_lab, "merged", lambda name: (theta, {}))
+    monkeypatch.setattr(tiny_lab, "mined", lambda theta: found)
+    assert in_both(lambda: tiny_lab.likeness("TA", n)) == [got, got], "whatever precision the models were trained in"
     zero = {a: (s, trigger, r) for a, (s, _, r) in tiny_lab.poisoned.items() for trigger in [lambda x: x]}
     monkeypatch.setitem(tiny_lab.__dict__, "poisoned", zero)
     idle = tiny_lab.likeness("TA", n)["merged"]

@@ -389,6 +389,12 @@ def cores(rec, pico):
     return dict(merge=MergeCore(rec, n=12, coarse=12), ctl=CTLCore(pico, near(pico, 1), near(pico, 2), small_task("signs").test_x[:8], points=3, rule=.4), subspace=SubspaceCore(rec, n=24))
 
 
+def test_a_learned_subspace_does_not_depend_on_the_precision(rec, in_both):
+    "Its U is trained on features: rounding would be enlarged, and the figures have a decimal."
+    rounded, full = in_both(lambda: SubspaceCore(rec, n=24, ranks=(1, 8)).lines)
+    assert rounded == full
+
+
 @pytest.fixture(params=["merge", "ctl", "subspace"])
 def other(request, cores):
     "Each further explorer with two places of its main slider, both off the grid."
