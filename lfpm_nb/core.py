@@ -6,7 +6,8 @@
 __all__ = ['proj_path', 'runs_dir', 'cache_dir', 'device', 'precision', 'amp', 'resident', 'rows', 'libraries', 'versions',
            'cpu_name', 'team', 'first', 'agreed', 'share', 'everywhere', 'stable_seed', 'generator', 'choose',
            'Registry', 'method', 'content_hash', 'as_it_runs', 'imported', 'code_hash', 'writing', 'write_json',
-           'save_state', 'load_state', 'save_sealed', 'damage', 'check_same', 'Progress', 'Peak', 'Diverged', 'Stages']
+           'save_state', 'load_state', 'file_sha', 'checked', 'save_sealed', 'damage', 'check_same', 'Progress', 'Peak',
+           'Diverged', 'Stages']
 
 # %% ../nbs/00_core.ipynb #03d8054d
 import ast, contextlib, difflib, functools, hashlib, inspect, json, mmap, os, platform, re, sys, tempfile, time
@@ -288,6 +289,21 @@ def _load_pt(path: Path) -> dict:
     if not isinstance(obj, dict) or not all(isinstance(v, torch.Tensor) for v in obj.values()):
         raise ValueError(f"{path} holds a {type(obj).__name__}, expected a flat state dict of tensors")
     return obj
+
+# %% ../nbs/00_core.ipynb #c9efeea6
+def file_sha(path) -> str:
+    "sha256 of a file, read in pieces."
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        for piece in iter(lambda: f.read(2 ** 20), b""): h.update(piece)
+    return h.hexdigest()
+
+
+def checked(path, sha: str) -> Path:
+    "`path`, if its bytes have this SHA-256; ValueError if they have another."
+    if file_sha(path) != sha:
+        raise ValueError(f"{path} is damaged: its bytes have another hash than the one they were written with")
+    return Path(path)
 
 # %% ../nbs/00_core.ipynb #075e4aec
 _SEAL = re.compile(rb'"seal": ?"([0-9a-f]{64})"')

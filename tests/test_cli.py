@@ -16,7 +16,7 @@ from lfpm_nb.clip import data_cards
 from lfpm_nb.defend import defences
 from lfpm_nb.path import lam_rules
 from lfpm_nb.experiment import parameters
-from lfpm_nb.runs import settings_of
+from lfpm_nb.runs import finish, read_status, settings_of
 from lfpm_nb.merge import merges
 from conftest import fake
 from test_results import paths
@@ -132,6 +132,7 @@ def test_table_against_a_method(lfpm, runs):
     folder = fake(runs, "s0", {"TA": 70})
     both = paths({"LFPM": ((70, 69, 60), (90, 2, 0)), "SAM": ((70, 69, 60), (90, 40, 5))}, {"LFPM": .5, "SAM": 1.})
     pd.concat([pd.read_parquet(folder / "metrics.parquet").query("kind == 'model'"), both]).to_parquet(folder / "metrics.parquet")
+    finish(folder, **{k: v for k, v in read_status(folder).items() if k not in ("state", "metrics")})
     code, text, err = lfpm("table", "main", "--against", "lfpm")
     assert code == 0 and "| SAM | 40.0 | 38.0 |" in text, text
     assert "LFPM" in lfpm("table", "main", "--against", "LFMP")[2]

@@ -15,9 +15,10 @@ from conftest import fake, new_pico
 from lfpm_nb import clip as C
 from lfpm_nb import runs as E
 from lfpm_nb.clip import ship_clip
+from lfpm_nb.core import write_json
 from lfpm_nb.experiment import notebooks, parameters
 from lfpm_nb.results import table
-from lfpm_nb.runs import config_hash, execute, experiments, load_runs, planned, presets, run_notebook, settings_of, status
+from lfpm_nb.runs import config_hash, execute, experiments, finish, load_runs, planned, presets, run_notebook, settings_of, status
 
 @pytest.mark.parametrize("name", sorted(experiments()))
 def test_an_experiment_is_known_parameters_and_sizes(name):
@@ -228,9 +229,43 @@ def test_failed_and_interrupted_runs_are_ignored(runs):
 
 def test_status(tmp_path):
     assert status(tmp_path) == "absent"
-    for text, want in (('{"state": "done"}', "done"), ('{"state"', "absent"), ('{}', "absent"), ('{"state": "failed"}', "failed")):
+    for text, want in (('{"state": "done"}', "damaged"), ('{"state": "done", "metrics": null}', "done"), ('{"state"', "absent"), ('{}', "absent"),
+                       ('{"state": "failed"}', "failed"), ('["done"]', "absent"), ("", "absent"), ('{"state": ["done"]}', "absent")):
         (tmp_path / "status.json").write_text(text)
-        assert status(tmp_path) == want
+        assert status(tmp_path) == want, text
+
+
+def test_a_table_is_read_only_as_it_was_written(runs, lfpm):
+    "Other bytes, no bytes, no hash: never a number, always a name and a reason; the rest is shown."
+    folders = [fake(runs, f"s{i}", {"TA": 10 * i}, seed=i) for i in range(5)]
+    table = folders[1] / "metrics.parquet"
+    table.write_bytes(table.read_bytes().replace(b"TA", b"TB"))
+    (folders[2] / "metrics.parquet").unlink()
+    said = E.read_status(folders[3])
+    write_json(folders[3] / "status.json", {k: v for k, v in said.items() if k != "metrics"})
+    (folders[4] / "params.json").unlink()
+    assert [status(f) for f in folders] == ["done", "damaged", "damaged", "damaged", "done"]
+    df, info = load_runs("main", "lab")
+    assert set(df.seed) == {0} and list(info["left"]) == ["main/s1", "main/s2", "main/s3", "main/s4"]
+    code, out, err = lfpm("table", "main")
+    assert code == 0 and "| TA | 0.0 |" in out
+    for name, why in (("s1", "is damaged"), ("s2", "No such file"), ("s3", "no hash of metrics.parquet"), ("s4", "half-written")):
+        assert len([l for l in err.splitlines() if f"main/{name}" in l and why in l]) == 1, err
+    (folders[0] / "status.json").unlink()
+    code, out, err = lfpm("table", "main")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "no finished run of main" in err and "main/s1" in err
+
+
+def test_a_finished_run_whose_table_changed_is_made_again(papermilled, capsys):
+    out = run_notebook("main", "tiny")
+    (out / "metrics.parquet").write_bytes(b"a table that no run wrote")
+    assert status(out) == "done", "this run wrote no table"
+    finish(out, preset="tiny")
+    (out / "metrics.parquet").write_bytes(b"a table that some run wrote")
+    assert status(out) == "damaged"
+    assert run_notebook("main", "tiny") == out and len(papermilled[0]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(out) in err and "counts as not finished" in err
 
 
 def test_configurations_differ_in_all_but_seed_and_folder(monkeypatch):
