@@ -188,6 +188,18 @@ def test_half_written_folders_are_skipped_and_named(tmp_path):
     assert "is damaged" in why["s3"] and "No such file" in why["s6"]
 
 
+def test_the_command_goes_on_without_what_is_broken(lfpm, dirs):
+    "Each broken folder is named with the reason; without a good one left there is nothing to report but what was left out."
+    good, *bad = [made_up(dirs / "runs", seed=seed) for seed in range(5)]
+    for f, name, text in zip(bad, ("status.json", "metrics.parquet", "params.json", "status.json"), ("[]", "PAR1", "3", '{"state": "done"}')): (f / name).write_text(text)
+    (dirs / "runs" / "unheard of").mkdir(); (dirs / "runs" / "lobam").write_text("no folder")
+    code, out, err = lfpm("report")
+    assert code == 0 and err == "" and (dirs / "runs" / "report" / "report.html").exists(), err
+    named = [l for l in out.splitlines() if l.startswith("- main/")]
+    assert [l.split(": ")[0] for l in named] == [f"- main/{f.name}" for f in bad] and "unheard of: unknown experiment" in out
+    assert [any(w in l for w in ("half-written", "damaged")) for l in named] == [True] * 4, named
+
+
 def test_unknown_and_missing_experiments(tmp_path):
     with pytest.raises(ValueError, match="unknown experiment 'rival'; did you mean 'rivals'"): results_of("rival", roots=[tmp_path])
     with pytest.raises(FileNotFoundError, match="no finished run of lobam with preset lab; make one: lfpm run lobam --preset lab"): ours_beside("lobam", roots=[tmp_path])

@@ -1,6 +1,7 @@
 """The main run from end to end, as `lfpm run main` does it; interrupted and started again."""
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import psutil
 import pytest
 
 from lfpm_nb.cli import app
-from lfpm_nb.core import versions
-from lfpm_nb.runs import run_notebook, settings_of
+from lfpm_nb.core import damage, versions
+from lfpm_nb.runs import Finished, load_runs, look, run_notebook, settings_of, status
 from typer.testing import CliRunner
 
 ROWS = ["individual (clean)", "individual", "letters alone, poisoned", "TA (clean)", "TA", "fine-tuning", "LFPM", "LFPM (clean)"]
@@ -87,6 +88,42 @@ def test_again_is_instant(out):
     t0 = time.time()
     assert run_notebook("main", "tiny", GIVEN) == out and time.time() - t0 < 3
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
+
+
+# --- flipped bits -----------------------------------------------------------------------------------------------------------
+
+def flip(path: Path, bit: int) -> None:
+    with open(path, "r+b") as f:
+        f.seek(bit // 8)
+        byte = f.read(1)[0]
+        f.seek(bit // 8)
+        f.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def test_every_flipped_bit_of_a_run_is_noticed(out, home):
+    "200 seeded flips, each alone: anywhere in a stage's file or in the table, half of them among the first 4,096 bytes."
+    table, draw = out / "metrics.parquet", random.Random(0)
+    stages = sorted((home / "cache").rglob("*.safetensors"))
+    assert len(stages) > 10 and not any(map(damage, stages)) and isinstance(look(out), Finished)
+    missed = []
+    for i in range(200):
+        path = table if i % 4 == 0 else draw.choice(stages)
+        size = path.stat().st_size
+        bit = draw.randrange(8 * (min(size, 4096) if i % 8 < 4 else size))
+        flip(path, bit)
+        if path == table: noticed = status(out) == "damaged" and isinstance(look(out), str)
+        else: noticed = bool(damage(path))
+        flip(path, bit)
+        if not noticed: missed.append((path.name, bit))
+    assert missed == [] and status(out) == "done"
+
+
+def test_a_flipped_table_is_never_shown(out, home):
+    flip(out / "metrics.parquet", 4000)
+    try:
+        with pytest.raises(FileNotFoundError, match="no finished run of main .* is damaged"): load_runs("main", "tiny")
+    finally: flip(out / "metrics.parquet", 4000)
+    assert load_runs("main", "tiny")[1]["folders"] == [out]
 
 
 # --- interrupted (slow) ----------------------------------------------------------------------------------------------------
