@@ -149,9 +149,9 @@ def test_a_single_bit_of_a_weight_counts(compare, tmp_path):
 
 
 def test_a_card_is_compared_where_both_know_a_field(compare, tmp_path):
-    def card(name, **more):
-        (tmp_path / name).write_text(json.dumps(dict(lam=.5, path=[dict(CA=70.)], log=dict(seconds=3.), name="x") | more))
-        return tmp_path / name
+    def card(file, **more):
+        (tmp_path / file).write_text(json.dumps(dict(lam=.5, path=[dict(CA=70.)], log=dict(seconds=3.), name="x") | more))
+        return tmp_path / file
     assert compare.of_cards(card("a"), card("b", log=dict(seconds=9.), plugins=2, name="y")) == compare.Difference(2, notes={"card's plugins in one only"})
     assert compare.of_cards(card("a"), card("c", path=[dict(CA=71.)])).largest == 1
 
