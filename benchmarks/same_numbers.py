@@ -1,17 +1,20 @@
-"""Do two commits give the same numbers? Both are checked out side by side and do the same jobs on this machine.
+"""Do two commits give the same numbers? Both do the same jobs, side by side on this machine.
 
     python benchmarks/same_numbers.py OLD NEW [--only main rivals] [--lab] [--rounds 1] [--alias]
 
-Jobs: every experiment of the sweep all-tiny that both commits know (`lfpm run NAME --preset tiny`; `--only` takes fewer),
-with `--lab` also the main run at lab scale, and merge, convert and purify on files that this script makes. Each commit has a
-checkout of its own, first on the path, results and caches of its own, this interpreter and one thread; the two take turns.
+Jobs: every experiment of the sweep all-tiny that both commits know (`lfpm run NAME --preset tiny`;
+`--only` takes fewer), with `--lab` also the main run at lab scale, and merge, convert and purify on
+files that this script makes. Each commit has a checkout of its own, first on the path, results and
+caches of its own, this interpreter and one thread; the two take turns.
 
-Every number of metrics.parquet (all but seconds and memory) and of purify's card, and every written weight, is compared bit
-for bit. A row that only one commit has is a difference; a column that only one has is named. CPU seconds are those of the
-whole command; with `--rounds` above 1 everything is done again from the start and the ratio is the median.
+Every number of metrics.parquet (all but seconds and memory) and of purify's card, and every written
+weight, is compared bit for bit. A row that only one commit has is a difference; a column that only
+one has is named. CPU seconds are those of the whole command; with `--rounds` above 1 everything is
+done again from the start, and the ratio is the median.
 
-Exit code 1 if anything differs. If nothing does, `--alias` writes to data/results/aliases.yaml that the shipped folders whose
-hash is OLD's stand for NEW's hash too (notebook 18b_runs says what that means). Uncommitted changes take no part."""
+Exit code 1 if anything differs. If nothing does, `--alias` writes to data/results/aliases.yaml that
+the shipped folders whose hash is OLD's stand for NEW's hash too (notebook 18b_runs says what that
+means). Uncommitted changes take no part."""
 import argparse
 import collections
 import contextlib
@@ -53,7 +56,7 @@ print(json.dumps(found))
 """
 
 
-# --- two checkouts --------------------------------------------------------------------------------------------------------
+# --- two checkouts -----------------------------------------------------------------------------
 
 def git(*args: str) -> str:
     "What git says in this repository; its error as the end."
@@ -72,13 +75,15 @@ class Side:
 
     @property
     def env(self) -> dict:
-        own = dict(PYTHONPATH=str(self.tree), LFPM_RUNS=str(self.home / "runs"), LFPM_CACHE=str(self.home / "cache"))
-        return os.environ | own | dict(LFPM_QUIET="1", OMP_NUM_THREADS="1", MPLBACKEND="agg")
+        folders = dict(LFPM_RUNS=str(self.home / "runs"), LFPM_CACHE=str(self.home / "cache"))
+        plain = dict(LFPM_QUIET="1", OMP_NUM_THREADS="1", MPLBACKEND="agg")
+        return os.environ | folders | plain | dict(PYTHONPATH=str(self.tree))
 
     def python(self, code: str, *args: str) -> str:
         "What code prints in this checkout; SystemExit with the end of its errors if it fails."
         self.home.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run([sys.executable, "-c", code, *args], env=self.env, cwd=self.home, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, *args], env=self.env, cwd=self.home,
+                              capture_output=True, text=True)
         if done.returncode:
             end = "\n".join(done.stderr.strip().splitlines()[-15:])
             raise SystemExit(f"{self.name} ({self.commit[:8]}) failed: lfpm {' '.join(args)}\n{end}")
@@ -101,7 +106,8 @@ def checkouts(old: str, new: str):
         sides = []
         try:
             for name, commit in (("old", old), ("new", new)):
-                side = Side(name, git("rev-parse", f"{commit}^{{commit}}"), Path(d, name, "tree"), Path(d, name, "home"))
+                sha = git("rev-parse", f"{commit}^{{commit}}")
+                side = Side(name, sha, Path(d, name, "tree"), Path(d, name, "home"))
                 git("worktree", "add", "--detach", str(side.tree), side.commit)
                 sides.append(side)
                 prepare(side)
@@ -112,20 +118,24 @@ def checkouts(old: str, new: str):
 
 def prepare(side: Side) -> None:
     "Let a checkout know its own version, and see that it is its own code that runs."
-    version = re.search(r'__version__ = "(.*)"', (side.tree / "lfpm_nb" / "__init__.py").read_text(encoding="utf-8"))[1]
+    text = (side.tree / "lfpm_nb" / "__init__.py").read_text(encoding="utf-8")
+    version = re.search(r'__version__ = "(.*)"', text)[1]
     info = side.tree / f"lfpm_nb-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: lfpm_nb\nVersion: {version}\n", encoding="utf-8")
+    about = f"Metadata-Version: 2.1\nName: lfpm_nb\nVersion: {version}\n"
+    (info / "METADATA").write_text(about, encoding="utf-8")
     where = side.python("import lfpm_nb.core; print(lfpm_nb.core.__file__)").strip()
     if Path(where).resolve().parents[1] != side.tree.resolve():
-        raise SystemExit(f"{side.name} runs the code in {where}, not its own in {side.tree}; start this with a plain PYTHONPATH")
+        raise SystemExit(f"{side.name} runs the code in {where}; expected its own in {side.tree}. "
+                         "Install the package in the usual way (make install) and try again")
 
 
-# --- what is compared -----------------------------------------------------------------------------------------------------
+# --- what is compared --------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Difference:
-    "Numbers and weights compared, how many of them differ, by how much at most (inf: one side has none), what else is to say."
+    """Numbers and weights compared, how many of them differ, by how much at most.
+    `largest` is inf where one side has none; `notes`: what else is to say."""
     numbers: int = 0
     weights: int = 0
     different: int = 0
@@ -133,8 +143,8 @@ class Difference:
     notes: set = dataclasses.field(default_factory=set)
 
     def __add__(self, other: "Difference") -> "Difference":
-        return Difference(self.numbers + other.numbers, self.weights + other.weights, self.different + other.different,
-                          max(self.largest, other.largest), self.notes | other.notes)
+        sums = [getattr(self, k) + getattr(other, k) for k in ("numbers", "weights", "different")]
+        return Difference(*sums, max(self.largest, other.largest), self.notes | other.notes)
 
 
 def same(x: float, y: float) -> bool:
@@ -149,8 +159,8 @@ def of_numbers(old: dict, new: dict) -> Difference:
         x, y = old.get(k), new.get(k)
         if x is not None and y is not None and same(x, y): continue
         out.different += 1
-        gap = float("inf") if x is None or y is None or x != x or y != y else abs(x - y)
-        out.largest = max(out.largest, gap)
+        comparable = x is not None and y is not None and x == x and y == y
+        out.largest = max(out.largest, abs(x - y) if comparable else float("inf"))
     return out
 
 
@@ -187,13 +197,15 @@ def of_weights(old: Path, new: Path) -> Difference:
         n = max(v.numel() for v in (x, y) if v is not None)
         out.weights += n
         if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype:
-            out.different, out.largest = out.different + n, float("inf")
+            out.different += n
+            out.largest = float("inf")
             continue
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
         moved = x.view(bits) != y.view(bits)
         if not moved.any(): continue
         gap = (x[moved].double() - y[moved].double()).abs().max().item()
-        out.different, out.largest = out.different + int(moved.sum()), max(out.largest, gap if gap == gap else float("inf"))
+        out.different += int(moved.sum())
+        out.largest = max(out.largest, gap if gap == gap else float("inf"))
     return out
 
 
@@ -215,7 +227,7 @@ def of_cards(old: Path, new: Path) -> Difference:
     return out
 
 
-# --- jobs -------------------------------------------------------------------------------------------------------------------
+# --- jobs --------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Job:
@@ -231,7 +243,8 @@ class Job:
         if self.tables:
             each = [sorted(s.home.glob(self.tables)) for s in (old, new)]
             for side, found in zip((old, new), each):
-                if len(found) != 1: raise SystemExit(f"{self.name}: {side.name} wrote {len(found)} tables; expected one")
+                if len(found) != 1:
+                    raise SystemExit(f"{self.name}: {side.name} wrote {len(found)} tables; expected one")
             out += of_tables(each[0][0], each[1][0])
         for f in self.files:
             out += (of_cards if f.endswith(".json") else of_weights)(old.home / f, new.home / f)
@@ -239,7 +252,8 @@ class Job:
 
 
 def run_job(name: str, preset: str = "tiny") -> Job:
-    return Job(f"run {name} --preset {preset}", ["run", name, "--preset", preset], f"runs/{name}/{preset}-s*/metrics.parquet")
+    args = ["run", name, "--preset", preset]
+    return Job(" ".join(args), args, f"runs/{name}/{preset}-s*/metrics.parquet")
 
 
 def make_files(folder: Path) -> Path:
@@ -255,77 +269,96 @@ def make_files(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     for i in range(120):
         blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(np.kron(blocks, np.ones((8, 8, 1), np.uint8))).save(folder / "pictures" / f"{i:03d}.png")
+        picture = np.kron(blocks, np.ones((8, 8, 1), np.uint8))
+        Image.fromarray(picture).save(folder / "pictures" / f"{i:03d}.png")
     return folder
 
 
 def file_jobs(folder: Path) -> list[Job]:
     "Merge, convert and purify on the files of `make_files`."
     base, one, two = (str(folder / f"{n}.safetensors") for n in ("base", "tower0", "tower1"))
-    purify = ["purify", one, "--base", base, "--model", "lfpm-lab", "--shadow", str(folder / "pictures"), "--preset", "tiny"]
-    return [Job("merge", ["merge", one, two, "--base", base, "--out", "merged.safetensors"], files=("merged.safetensors",)),
-            Job("convert", ["convert", one, "converted.safetensors", "--to", "hf"], files=("converted.safetensors",)),
-            Job("purify --preset tiny", [*purify, "--out", "purified.safetensors"],
-                files=("purified.safetensors", "anti-backdoor.safetensors", "card.json"))]
+    merge = ["merge", one, two, "--base", base, "--out", "merged.safetensors"]
+    convert = ["convert", one, "converted.safetensors", "--to", "hf"]
+    purify = ["purify", one, "--base", base, "--model", "lfpm-lab", "--shadow", str(folder / "pictures"),
+              "--preset", "tiny", "--out", "purified.safetensors"]
+    written = ("purified.safetensors", "anti-backdoor.safetensors", "card.json")
+    return [Job("merge", merge, files=("merged.safetensors",)),
+            Job("convert", convert, files=("converted.safetensors",)),
+            Job("purify --preset tiny", purify, files=written)]
 
 
 def in_sweep(side: Side) -> list[str]:
     "Names of the experiments in a checkout's own all-tiny."
     file = side.tree / "data" / "sweeps" / "all-tiny.yaml"
-    if not file.is_file(): raise SystemExit(f"{side.name} ({side.commit[:8]}) has no sweep all-tiny; name experiments: --only main")
+    if not file.is_file():
+        raise SystemExit(f"{side.name} ({side.commit[:8]}) has no sweep all-tiny; name experiments: --only main")
     runs = yaml.safe_load(file.read_text(encoding="utf-8"))["runs"]
     return [r if isinstance(r, str) else r["run"] for r in runs]
 
 
 def do(jobs: list[Job], old: Side, new: Side, work: Path, rounds: int) -> list[dict]:
-    "One row a job: its Difference over all rounds and the median ratio of CPU seconds. Rounds start with empty folders."
+    """{job, found: its Difference over all rounds, took: CPU seconds (old, new) of each} for every job.
+    Every round starts with empty folders."""
     rows = [dict(job=j, found=Difference(), took=[]) for j in jobs]
     for r in range(rounds):
         for side in (old, new): side.home = work / side.name / f"round{r}"
         for k, row in enumerate(rows):
-            took = {side.name: side.lfpm(*row["job"].args) for side in ((old, new) if (r + k) % 2 else (new, old))}
+            turns = (old, new) if (r + k) % 2 else (new, old)
+            took = {side.name: side.lfpm(*row["job"].args) for side in turns}
             row["took"].append((took["old"], took["new"]))
             found = row["job"].compare(old, new)
             if r: found.numbers = found.weights = 0              # the same ones once more
             row["found"] += found
-            say(row, r)
+            say(row)
     return rows
 
 
-def say(row: dict, r: int) -> None:
+def say(row: dict) -> None:
+    "Print a job's line after a round."
     f, (a, b) = row["found"], row["took"][-1]
     ratio = statistics.median(y / x for x, y in row["took"])
     notes = f"  ({'; '.join(sorted(f.notes))})" if f.notes else ""
-    print(f"| {row['job'].name:34s} | {f.numbers:8,} | {f.weights:10,} | {f.different:9,} | {f.largest:9.3g} "
-          f"| {a:7.1f} | {b:7.1f} | {ratio:5.2f} |{notes}", flush=True)
+    print(f"| {row['job'].name:34s} | {f.numbers:8,} | {f.weights:10,} | {f.different:9,} "
+          f"| {f.largest:9.3g} | {a:7.1f} | {b:7.1f} | {ratio:5.2f} |{notes}", flush=True)
 
 
-HEAD = "| job | numbers | weights | different | largest | CPU s old | CPU s new | new / old |\n" + "|---" * 8 + "|"
+HEAD = "| job | numbers | weights | different | largest | CPU s old | CPU s new | new / old |"
 
 
-# --- aliases ----------------------------------------------------------------------------------------------------------------
+# --- aliases -----------------------------------------------------------------------------------
 
-def new_aliases(old: dict, new: dict, numbers: dict, whole: bool, known: list[Alias], fixed: dict) -> tuple[list[Alias], list[str]]:
-    """(aliases of shipped folders, why others get none). `old`, `new`: {"main lab": hash}; `numbers`: {experiment: how many were
-    compared}; `whole`: all experiments took part, so that one outside of the sweep is covered by those of its notebook;
-    `fixed`: the fields that all aliases share."""
-    out, why, every = [], [], experiments()
-    notebooks = {every[n].notebook for n, count in numbers.items() if count and n in every}
-    folders = {(f.parent.name, *re.fullmatch(r"(.+)-s\d+-(\w+)", f.name).groups()) for f in aliases_file().parent.glob("*/*-s*-*")}
-    for name, preset, config in sorted(folders):
-        was, now = old.get(f"{name} {preset}"), new.get(f"{name} {preset}")
-        if latest(name, preset, config, known) != was: why.append(f"{name} {preset} {config} is not OLD's ({was})")
-        elif was == now: why.append(f"{name} {preset} {config}: the hash has not changed")
-        elif now is None: why.append(f"{name} {preset}: NEW does not know it")
-        elif name in numbers and not numbers[name]: why.append(f"{name} {preset}: nothing but seconds to compare")
-        elif name not in numbers and not (whole and every[name].notebook in notebooks): why.append(f"{name} {preset} was not compared")
-        elif was not in [a.was for a in out if (a.experiment, a.preset) == (name, preset)]:
-            out.append(Alias(name, preset, was, now, **fixed))
-    return out, why
+def shipped() -> list[tuple[str, str, str]]:
+    "(experiment, preset, hash) of the folders that are shipped."
+    folders = [f for f in aliases_file().parent.glob("*/*-s*-*") if f.is_dir()]
+    parts = {(f.parent.name, *re.fullmatch(r"(.+)-s\d+-(\w+)", f.name).groups()) for f in folders}
+    return sorted(parts)
+
+
+def new_aliases(old: dict, new: dict, numbers: dict, whole: bool, known: list[Alias],
+                fixed: dict) -> tuple[list[Alias], list[str]]:
+    """(aliases of shipped folders, why others get none).
+
+    `old`, `new`: {"main lab": hash}; `numbers`: {experiment: how many were compared}; `whole`: all
+    experiments took part, so that one outside of the sweep is covered by those of its notebook;
+    `known`: aliases there are; `fixed`: the fields that all new ones share."""
+    out, why, every = {}, [], experiments()
+    notebooks = {every[n].notebook for n, count in numbers.items() if count}
+    for name, preset, config in shipped():
+        own = f"{name} {preset}"
+        was, now = old.get(own), new.get(own)
+        covered = name in numbers or (whole and every[name].notebook in notebooks)
+        if latest(name, preset, config, known) != was: why.append(f"{own} {config} is not OLD's ({was})")
+        elif was == now: why.append(f"{own} {config}: the hash has not changed")
+        elif now is None: why.append(f"{own}: NEW does not know it")
+        elif not covered: why.append(f"{own} was not compared")
+        elif numbers.get(name) == 0: why.append(f"{own}: nothing but seconds to compare")
+        else: out[own] = Alias(name, preset, was, now, **fixed)
+    return list(out.values()), why
 
 
 def write_aliases(aliases: list[Alias]) -> None:
-    "Add aliases to the file of the shipped results, whose first comment stays; refused as a whole if they do not fit together."
+    """Add aliases to the file of the shipped results; its first comment stays.
+    ValueError, and the file as it was, if they do not fit together."""
     path = aliases_file()
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     head = "".join(line for line in before.splitlines(keepends=True) if line.startswith("#"))
@@ -347,22 +380,26 @@ def main() -> int:
     args = parser.parse_args()
     with checkouts(args.old, args.new) as (work, old, new):
         names = args.only or [n for n in in_sweep(new) if n in in_sweep(old)]
-        if not args.only:
-            for n in set(in_sweep(old)) ^ set(in_sweep(new)): print(f"only one commit has {n}: not compared")
-        jobs = [run_job(n) for n in names] + [run_job("main", "lab")] * args.lab + file_jobs(make_files(work / "files"))
-        print(f"{old.commit[:8]} and {new.commit[:8]}, {cpu_name()}, torch {torch.__version__}, one thread\n{HEAD}", flush=True)
+        alone = set() if args.only else set(in_sweep(old)) ^ set(in_sweep(new))
+        for n in sorted(alone): print(f"only one commit has {n}: not compared")
+        jobs = [run_job(n) for n in names] + file_jobs(make_files(work / "files"))
+        if args.lab: jobs.append(run_job("main", "lab"))
+        where = f"{cpu_name()}, torch {torch.__version__}, one thread"
+        print(f"{old.commit[:8]} and {new.commit[:8]}, {where}\n{HEAD}\n{'|---' * 8}|", flush=True)
         rows = do(jobs, old, new, work, args.rounds)
         total = sum((row["found"] for row in rows), Difference())
-        print(f"\n{total.different:,} of {total.numbers:,} numbers and {total.weights:,} weights differ, largest difference {total.largest:g}")
+        print(f"\n{total.different:,} of {total.numbers:,} numbers and {total.weights:,} weights differ, "
+              f"largest difference {total.largest:g}")
         if total.different: return 1
         if not args.alias: return 0
-        fixed = dict(old=old.commit, new=new.commit, compared=[row["job"].name for row in rows], numbers=total.numbers,
-                     largest=total.largest, machine=cpu_name(), date=time.strftime("%F"))
+        fixed = dict(old=old.commit, new=new.commit, compared=[row["job"].name for row in rows],
+                     numbers=total.numbers, largest=total.largest, machine=cpu_name(), date=time.strftime("%F"))
         numbers = {n: row["found"].numbers for n, row in zip(names, rows)}
         hashes = [json.loads(side.python(HASHES)) for side in (old, new)]
         aliases, why = new_aliases(*hashes, numbers, not args.only, read_aliases(), fixed)
         write_aliases(aliases)
-        print("\n".join([*(f"no alias: {w}" for w in why), f"{len(aliases)} aliases written to {aliases_file()}"]))
+        for w in why: print(f"no alias: {w}")
+        print(f"{len(aliases)} aliases written to {aliases_file()}")
     return 0
 
 

@@ -77,7 +77,8 @@ def rows(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
 def libraries() -> dict:
     "Versions of the libraries that compute: from one to the next sums may round differently."
     packages = dict(torch="torch", open_clip="open_clip_torch")
-    return {m: metadata.version(p) for m, p in packages.items()}       # asked without importing: open_clip takes seconds
+    # asked without importing: open_clip takes seconds
+    return {m: metadata.version(p) for m, p in packages.items()}
 
 
 def versions() -> dict:
@@ -261,7 +262,8 @@ def write_json(path, obj) -> None:
 
 # %% ../nbs/00_core.ipynb #b048aba0
 def _save(path, state: dict, meta: dict) -> None:
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path, {k: str(v) for k, v in meta.items()})
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    save_file(tensors, path, {k: str(v) for k, v in meta.items()})
 
 
 def save_state(path, state: dict, **meta) -> None:
@@ -291,6 +293,9 @@ def _load_pt(path: Path) -> dict:
     return obj
 
 # %% ../nbs/00_core.ipynb #c9efeea6
+_DAMAGED = "is damaged: its bytes have another hash than the one they were written with"
+
+
 def file_sha(path) -> str:
     "sha256 of a file, read in pieces."
     h = hashlib.sha256()
@@ -301,8 +306,7 @@ def file_sha(path) -> str:
 
 def checked(path, sha: str) -> Path:
     "`path`, if its bytes have this SHA-256; ValueError if they have another."
-    if file_sha(path) != sha:
-        raise ValueError(f"{path} is damaged: its bytes have another hash than the one they were written with")
+    if file_sha(path) != sha: raise ValueError(f"{path} {_DAMAGED}")
     return Path(path)
 
 # %% ../nbs/00_core.ipynb #075e4aec
@@ -310,7 +314,7 @@ _SEAL = re.compile(rb'"seal": ?"([0-9a-f]{64})"')
 
 
 def _seal(path) -> tuple[int, str, str]:
-    "(where a file's hash of itself stands, what stands there, what it should be); ValueError if it has none."
+    "(place of a file's hash of itself, that hash, what it should be); ValueError if it has none."
     with open(path, "rb") as f:
         if not os.fstat(f.fileno()).st_size: raise ValueError("is empty")
         with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
@@ -337,7 +341,7 @@ def damage(path) -> str:
     "Why a file of `save_sealed` cannot be trusted; '' if all its bits are as they were written."
     try: _, said, digest = _seal(path)
     except (OSError, ValueError) as e: return str(e)
-    return "" if said == digest else "is damaged: its bytes have another hash than the one they were written with"
+    return "" if said == digest else _DAMAGED
 
 # %% ../nbs/00_core.ipynb #cd64b068
 def check_same(a: dict, b: dict, what: str = "models") -> None:
@@ -407,19 +411,21 @@ class Stages:
     def __call__(self, name: str, key: tuple, compute, poisoned: bool = False) -> tuple[dict, dict]:
         "`compute() -> (tensors, record)`, or its saved result under the hash of `key`. `poisoned` marks the file's name and metadata."
         mark = "-poisoned" if poisoned else ""
-        path = self.root / name / f"{content_hash(key, libraries(), torch.get_num_threads(), device().type, str(precision()), n=20)}{mark}.safetensors"
+        machine = (libraries(), torch.get_num_threads(), device().type, str(precision()))
+        path = self.root / name / f"{content_hash(key, *machine, n=20)}{mark}.safetensors"
         (self.root / "locks").mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / "locks" / f"{name}-{path.stem}.lock")      # let go by the system even when its holder is killed
         with lock if first() else contextlib.nullcontext():
             again = self.force and path not in self.fresh
-            if not agreed(first() and not again and self._kept(path)): return self._compute(name, path, compute, poisoned)
+            kept = agreed(first() and not again and self._kept(path))
+            if not kept: return self._compute(name, path, compute, poisoned)
         tensors, meta = load_state(path)
         record = json.loads(meta["record"])
         self.log.append((name, record["seconds"], True))
         return tensors, record
 
     def _kept(self, path: Path) -> bool:
-        "Whether a stage's file is there as it was written; if it was changed since, a line on stderr says so."
+        "Whether a stage's file is there as it was written; a line on stderr if it was changed."
         if not path.exists(): return False
         if why := damage(path): print(f"lfpm: {path} {why}; it counts as absent", file=sys.stderr)
         return not why

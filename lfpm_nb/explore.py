@@ -155,7 +155,8 @@ class Ready(Stages):
 def open_run(folder, methods=None, n: int = 256) -> PathCore:
     "A core on a finished run's folder, e.g. runs/main/tiny-s0-1a2b3c4d; its models come from `$LFPM_CACHE`, nothing is trained."
     run = look(folder)
-    if isinstance(run, str): raise FileNotFoundError(f"no finished run in {folder} ({run}); expected the folder that `lfpm run main` printed")
+    if isinstance(run, str):
+        raise FileNotFoundError(f"no finished run in {folder} ({run}); expected the folder that `lfpm run main` printed")
     try: P, threads = MainParams(**run.params["params"]), int(run.params["versions"]["threads"])
     except (TypeError, KeyError): raise ValueError(f"{folder} is a run of another notebook than main; an explorer needs a merge, its defences and their paths") from None
     torch.set_num_threads(threads)                                      # stages are kept by number of threads

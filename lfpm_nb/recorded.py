@@ -51,9 +51,11 @@ class Recorded(Lab):
 
     @property
     def recorded(self) -> pd.DataFrame:
-        "Tidy rows like `Lab.frame`: every model and path of the recording. ValueError if the file is not the recorded one."
+        """Tidy rows like `Lab.frame`: every model and path of the recording.
+        ValueError if the file is not the recorded one."""
         table = self.folder / "metrics.parquet"
-        if "metrics" not in self.card: raise ValueError(f"{self.folder / 'card.json'} has no hash of {table.name}; make the recording again: lfpm record")
+        if "metrics" not in self.card:
+            raise ValueError(f"{self.folder / 'card.json'} has no hash of {table.name}; record again: lfpm record")
         return pd.read_parquet(checked(table, self.card["metrics"]))
 
 # %% ../nbs/19_recorded.ipynb #d9a1d093

@@ -92,14 +92,17 @@ PRINTED = {"dam_masks": {"DAM:losses=perturbed": "DAM without M1", "DAM:losses=c
 
 
 def read_results(name: str, preset: str, root: Path) -> tuple[Results | None, dict]:
-    "(Results or None, {folder that was left out: why}) of one experiment under `root`; runs of another preset stay silent."
+    """(Results or None, {folder that was left out: why}) of one experiment under `root`.
+    Runs of another preset stay silent."""
     found = find_runs(name, preset, root)
     if not found.runs: return None, found.left
     df = found.rows.replace({"method": PRINTED.get(name, {})})
     notes = {r.status["note"] for r in found.runs if "note" in r.status}
     notes |= {f"made as {was}: {how}" for was, how in found.made.items()}
-    return Results(name, preset, df, found.config, [r.folder for r in found.runs], sum(r.status["seconds"] for r in found.runs),
-                   found.runs[-1].params.get("versions", {}), found.others, sorted(notes)), found.left
+    folders, seconds = [r.folder for r in found.runs], sum(r.status["seconds"] for r in found.runs)
+    versions = found.runs[-1].params.get("versions", {})
+    r = Results(name, preset, df, found.config, folders, seconds, versions, found.others, sorted(notes))
+    return r, found.left
 
 # %% ../nbs/23_report.ipynb #35f15e1a
 def gather(preset: str = "lab", roots: list | None = None) -> tuple[dict[str, Results], dict]:

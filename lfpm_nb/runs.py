@@ -97,17 +97,18 @@ def read_status(folder: Path) -> dict:
 
 
 def finish(folder: Path, **said) -> None:
-    "Write the status of a run that is done, last of all, with the hash of its table (None if it has none)."
+    "Write the status of a run that is done, last of all, with its table's hash (None: no table)."
     table = Path(folder) / "metrics.parquet"
     sha = file_sha(table) if table.exists() else None
     write_json(Path(folder) / "status.json", dict(state="done", **said, metrics=sha))
 
 
 def table_of(folder: Path) -> Path | None:
-    "metrics.parquet of a finished run, None if its run wrote none; ValueError or OSError unless it is as the run wrote it."
+    """metrics.parquet of a finished run, None if its run wrote none.
+    ValueError or OSError unless it is as the run wrote it."""
     said, table = read_status(folder), Path(folder) / "metrics.parquet"
     if "metrics" not in said:
-        raise ValueError("its status.json has no hash of metrics.parquet: it was written before there were such hashes")
+        raise ValueError("its status.json has no hash of metrics.parquet: it is older than such hashes")
     return None if said["metrics"] is None else checked(table, said["metrics"])
 
 
@@ -119,7 +120,7 @@ def trouble(folder: Path) -> str:
 
 
 def status(folder: Path) -> str:
-    "'done', 'failed', 'damaged' (done, but its table is not known to be the one it wrote) or 'absent'."
+    "'done', 'failed', 'damaged' (done, but its table may not be the one it wrote) or 'absent'."
     state = read_status(folder).get("state")
     if state == "done": return "damaged" if trouble(folder) else "done"
     return "failed" if state == "failed" else "absent"
@@ -187,8 +188,9 @@ def planned(name: str, preset: str = "lab", given: dict | None = None, seed: int
 # %% ../nbs/18b_runs.ipynb #68dcff82
 @dataclass
 class Alias:
-    """One experiment and preset: today's code calls it `now`, folders made before `was`. `old`, `new`: the commits
-    that were compared; `compared`: on what; `numbers`: how many; `largest`: their largest difference."""
+    """Another name of one experiment and preset: today's code says `now`, older folders `was`.
+    `old`, `new`: the commits that were compared; `compared`: on what; `numbers`: how many;
+    `largest`: their largest difference."""
     experiment: str
     preset: str
     was: str
@@ -202,8 +204,8 @@ class Alias:
     date: str
 
     def __str__(self):
-        return (f"{self.numbers:,} numbers compared between commits {self.old[:8]} and {self.new[:8]}, "
-                f"largest difference {self.largest:g}")
+        commits = f"{self.old[:8]} and {self.new[:8]}"
+        return f"{self.numbers:,} numbers compared between commits {commits}, largest difference {self.largest:g}"
 
 
 def aliases_file() -> Path:
@@ -215,16 +217,19 @@ def _odd(entry) -> str:
     "What is wrong with one entry of an alias file; '' if nothing."
     kinds = {f.name: f.type for f in fields(Alias)}
     if not isinstance(entry, dict): return f"{entry!r} is no mapping with {', '.join(kinds)}"
-    if extra := [k for k in entry if k not in kinds]: return f"unknown field {extra[0]!r}; known: {', '.join(kinds)}"
+    extra = [k for k in entry if k not in kinds]
+    if extra: return f"unknown field {extra[0]!r}; known: {', '.join(kinds)}"
     for k, kind in kinds.items():
         if k not in entry: return f"an entry lacks {k}"
-        if not isinstance(entry[k], (int, float) if kind is float else kind): return f"{k} is {entry[k]!r}; expected a {kind.__name__}"
-    a = Alias(**entry)
-    if a.experiment not in (every := experiments()): return f"unknown experiment {a.experiment!r}"
+        allowed = (int, float) if kind is float else kind
+        if not isinstance(entry[k], allowed): return f"{k} is {entry[k]!r}; expected a {kind.__name__}"
+    a, every = Alias(**entry), experiments()
+    if a.experiment not in every: return f"unknown experiment {a.experiment!r}"
     if a.preset not in presets(every[a.experiment]): return f"{a.experiment} has no preset {a.preset!r}"
-    for k in ("was", "now"):
-        if not re.fullmatch("[0-9a-f]{8}", entry[k]): return f"{k} is {entry[k]!r}; expected 8 hex digits"
-    if a.numbers < 1 or a.largest != 0: return f"{a.was}: {a.numbers} numbers, difference {a.largest}; expected some and 0"
+    odd = [k for k in ("was", "now") if not re.fullmatch("[0-9a-f]{8}", entry[k])]
+    if odd: return f"{odd[0]} is {entry[odd[0]]!r}; expected 8 hex digits"
+    if a.numbers < 1 or a.largest != 0:
+        return f"{a.was}: {a.numbers} numbers, difference {a.largest}; expected some and 0"
     return ""
 
 
@@ -232,30 +237,36 @@ def _odd(entry) -> str:
 def _aliases(text: str, path: Path) -> list[Alias]:
     "The aliases in a file's text, checked once."
     try: entries = yaml.safe_load(text) or []
-    except yaml.YAMLError as e: raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(entries, list): raise ValueError(f"{path} holds a {type(entries).__name__}; expected a list of aliases")
+    except yaml.YAMLError as e:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} holds a {type(entries).__name__}; expected a list of aliases")
     for entry in entries:
         if why := _odd(entry): raise ValueError(f"{path}: {why}")
     out, seen = [Alias(**entry) for entry in entries], set()
     for a in out:
-        if (own := (a.experiment, a.preset, a.was)) in seen: raise ValueError(f"{path}: {' '.join(own)} has two meanings")
+        own = (a.experiment, a.preset, a.was)
+        if own in seen: raise ValueError(f"{path}: {' '.join(own)} has two meanings")
         seen.add(own)
     for a in out: chain(a.experiment, a.preset, a.was, out)
     return out
 
 
 def read_aliases(path: Path | None = None) -> list[Alias]:
-    "All aliases of a file (default: of the shipped results), [] where there is none; ValueError says what is wrong with it."
+    """All aliases of a file (default: of the shipped results), [] where there is none.
+    ValueError says what is wrong with it."""
     path = Path(path or aliases_file())
     return list(_aliases(path.read_text(encoding="utf-8"), path)) if path.is_file() else []
 
 # %% ../nbs/18b_runs.ipynb #eebde565
 def chain(name: str, preset: str, config: str, known: list[Alias]) -> list[Alias]:
-    "The aliases that lead from a configuration's name to its latest one, in order; ValueError if they run in a circle."
+    """The aliases that lead from a configuration's name to its latest one, in order.
+    ValueError if they run in a circle."""
     links = {a.was: a for a in known if (a.experiment, a.preset) == (name, preset)}
     out, at = [], config
     while at in links:
-        if links[at] in out: raise ValueError(f"{aliases_file()}: the aliases of {name} {preset} run in a circle at {at}; remove one")
+        if links[at] in out:
+            raise ValueError(f"{aliases_file()}: {name} {preset} {at} leads to itself in a circle; remove one")
         out.append(links[at])
         at = links[at].now
     return out
@@ -268,15 +279,19 @@ def latest(name: str, preset: str, config: str, known: list[Alias]) -> str:
 
 # %% ../nbs/18b_runs.ipynb #8cb13054
 def done_folder(plan: Plan, root: Path) -> Path | None:
-    "The folder of a plan's finished run under `root`, by today's name or an alias, else None. A line says which was damaged."
+    """The folder of a plan's finished run under `root`, by today's name or an alias, else None.
+    A line on stderr names a damaged one."""
     known, own = read_aliases(), (plan.name, plan.preset)
     today = latest(*own, plan.config, known)
-    older = [a.was for a in known if (a.experiment, a.preset) == own and latest(*own, a.was, known) == today]
+    names = [a.was for a in known if (a.experiment, a.preset) == own]
+    older = [was for was in names if latest(*own, was, known) == today]
+    begin = f"{plan.preset}-s{plan.settings['seed']}"
     for config in dict.fromkeys([plan.config, today, *older]):
-        folder = (Path(root) / plan.name / f"{plan.preset}-s{plan.settings['seed']}-{config}").resolve()
+        folder = (Path(root) / plan.name / f"{begin}-{config}").resolve()
         state = status(folder)
         if state == "done": return folder
-        if state == "damaged": print(f"lfpm: {folder} counts as not finished: {trouble(folder)}", file=sys.stderr)
+        if state == "damaged":
+            print(f"lfpm: {folder} counts as not finished: {trouble(folder)}", file=sys.stderr)
     return None
 
 # %% ../nbs/18b_runs.ipynb #d8a9a3e7
@@ -353,7 +368,8 @@ def look(folder: Path) -> Finished | str:
     folder, said = Path(folder), read_status(folder)
     if not said: return "half-written: no status that can be read"
     if said.get("state") != "done":
-        return f"{said.get('state', 'unknown')}: {said.get('error', 'the run did not finish')}".splitlines()[0]
+        why = said.get("error", "the run did not finish")
+        return f"{said.get('state', 'unknown')}: {why}".splitlines()[0]
     lacking = [k for k, kind in NEEDED.items() if not isinstance(said.get(k), kind)]
     if lacking: return f"half-written: its status lacks {', '.join(lacking)}"
     if why := trouble(folder): return why
@@ -361,8 +377,10 @@ def look(folder: Path) -> Finished | str:
     try:
         rows = pd.read_parquet(folder / "metrics.parquet")
         params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, NotImplementedError) as e: return f"half-written: {type(e).__name__} while reading it"
-    if not isinstance(params, dict): return f"half-written: params.json holds a {type(params).__name__}"
+    except (OSError, ValueError, NotImplementedError) as e:
+        return f"half-written: {type(e).__name__} while reading it"
+    if not isinstance(params, dict):
+        return f"half-written: params.json holds a {type(params).__name__}"
     if rows.empty or not TIDY <= set(rows):
         return "half-written: its table has no rows or lacks columns"
     return Finished(folder, said, rows, params)
@@ -370,8 +388,9 @@ def look(folder: Path) -> Finished | str:
 # %% ../nbs/18b_runs.ipynb #7238093f
 @dataclass
 class Found:
-    """Runs of one configuration, one a seed, in the order they were started. `made`: {older name some were made under: the
-    alias in words}; `others`: {another configuration: its folders}; `left`: {folder that cannot be used: why}."""
+    """Runs of one configuration, one a seed, in the order they were started.
+    `made`: {older name some were made under: the alias in words}; `others`: {another
+    configuration: its folders}; `left`: {folder that cannot be used: why}."""
     config: str
     runs: list[Finished]
     made: dict
@@ -382,37 +401,47 @@ class Found:
     def rows(self) -> pd.DataFrame: return pd.concat([r.rows for r in self.runs], ignore_index=True)
 
 
-def find_runs(name: str, preset: str, root: Path, config: str | None = None, known: list[Alias] | None = None) -> Found:
-    """The finished runs of an experiment under `root` (no `runs` in it if there are none): of the newest configuration, or of
-    `config`, which may be an alias. ValueError for one that is not there. Runs of other presets stay silent."""
+def find_runs(name: str, preset: str, root: Path, config: str | None = None,
+              known: list[Alias] | None = None) -> Found:
+    """The finished runs of an experiment under `root`: of the newest configuration, or of `config`.
+    `config` may be an alias; ValueError if it is not there. Without a finished run `runs` is empty.
+    Runs of other presets stay silent. `known`: aliases, default those of the shipped results."""
     known = read_aliases() if known is None else known
     today = functools.partial(latest, name, preset, known=known)
     good, left = [], {}
     for folder in sorted(f for f in (Path(root) / name).glob("*") if f.is_dir()):
         of = read_status(folder).get("preset")
-        if of != preset and (isinstance(of, str) or not folder.name.startswith(f"{preset}-s")): continue
+        mine = of == preset if isinstance(of, str) else folder.name.startswith(f"{preset}-s")
+        if not mine: continue
         seen = look(folder)
         if isinstance(seen, str): left[f"{name}/{folder.name}"] = seen
         else: good.append(seen)
     if not good: return Found("", [], {}, {}, left)
-    good.sort(key=lambda r: r.status["started"], reverse=True)     # not by file time: a fresh clone has made every file today
+    # newest first; not by file time: a fresh clone has made every file today
+    good.sort(key=lambda r: r.status["started"], reverse=True)
     by = {}
     for r in good: by.setdefault(today(r.status["config"]), []).append(r)
     config = choose(today(config), by, f"configuration of {name}") if config else next(iter(by))
-    mine = {r.status["seed"]: r for r in reversed(by[config])}
-    names = sorted({r.status["config"] for r in mine.values()} - {config})
+    taken = list({r.status["seed"]: r for r in reversed(by[config])}.values())
+    names = sorted({r.status["config"] for r in taken} - {config})
     made = {was: "; ".join(map(str, chain(name, preset, was, known))) for was in names}
-    return Found(config, list(mine.values()), made, {c: [r.folder for r in rs] for c, rs in by.items() if c != config}, left)
+    others = {c: [r.folder for r in rs] for c, rs in by.items() if c != config}
+    return Found(config, taken, made, others, left)
 
 # %% ../nbs/18b_runs.ipynb #eb6d5135
 def load_runs(name: str, preset: str, config: str | None = None) -> tuple[pd.DataFrame, dict]:
-    """(rows of one configuration's finished runs, default the newest; {'config', 'made', 'left', 'folders', 'others': how many
-    finished runs of other configurations there are, 'known': those}). FileNotFoundError if there is no finished run."""
+    """(rows of one configuration's finished runs, default the newest; what else there is to say).
+    The dict holds `config`, `made`, `left` (see `Found`), `folders`, `others` (how many finished
+    runs of other configurations there are) and `known` (those configurations).
+    FileNotFoundError if there is no finished run."""
     name = resolve(name)
     preset = choose(preset, presets(experiments()[name]), f"preset of {name}")
     found = find_runs(name, preset, runs_dir(), config)
     if not found.runs:
         left = "".join(f"; {k}: {why}" for k, why in found.left.items())
-        raise FileNotFoundError(f"no finished run of {name} with preset {preset} under {runs_dir()}{left}; make one: lfpm run {name} --preset {preset}")
-    return found.rows, dict(config=found.config, made=found.made, left=found.left, folders=[r.folder for r in found.runs],
-                            others=sum(map(len, found.others.values())), known=list(found.others))
+        raise FileNotFoundError(f"no finished run of {name} with preset {preset} under {runs_dir()}{left}; "
+                                f"make one: lfpm run {name} --preset {preset}")
+    info = dict(config=found.config, made=found.made, left=found.left, known=list(found.others))
+    info["folders"] = [r.folder for r in found.runs]
+    info["others"] = sum(map(len, found.others.values()))
+    return found.rows, info
