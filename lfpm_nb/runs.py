@@ -283,8 +283,7 @@ def done_folder(plan: Plan, root: Path) -> Path | None:
     A line on stderr names a damaged one."""
     known, own = read_aliases(), (plan.name, plan.preset)
     today = latest(*own, plan.config, known)
-    names = [a.was for a in known if (a.experiment, a.preset) == own]
-    older = [was for was in names if latest(*own, was, known) == today]
+    older = [a.was for a in known if latest(*own, a.was, known) == today]
     begin = f"{plan.preset}-s{plan.settings['seed']}"
     for config in dict.fromkeys([plan.config, today, *older]):
         folder = (Path(root) / plan.name / f"{begin}-{config}").resolve()
