@@ -388,8 +388,8 @@ def main() -> int:
         print(f"{old.commit[:8]} and {new.commit[:8]}, {where}\n{HEAD}\n{'|---' * 8}|", flush=True)
         rows = do(jobs, old, new, work, args.rounds)
         total = sum((row["found"] for row in rows), Difference())
-        print(f"\n{total.different:,} of {total.numbers:,} numbers and {total.weights:,} weights differ, "
-              f"largest difference {total.largest:g}")
+        print(f"\ncompared: {total.numbers:,} numbers, {total.weights:,} weights; different: {total.different:,}; "
+              f"largest difference: {total.largest:g}")
         if total.different: return 1
         if not args.alias: return 0
         fixed = dict(old=old.commit, new=new.commit, compared=[row["job"].name for row in rows],

@@ -259,6 +259,17 @@ def test_a_table_is_read_only_as_it_was_written(runs, lfpm):
     assert (code, out, err.count("\n")) == (2, "", 1) and "no finished run of main" in err and "main/s1" in err
 
 
+@pytest.mark.parametrize("key", sorted(E.NEEDED))
+@pytest.mark.parametrize("value", [None, [1]])
+def test_a_status_that_lacks_something_is_left_out(runs, lfpm, key, value):
+    fake(runs, "lab-s0-aaaa", {"TA": 70})
+    bad = fake(runs, "lab-s1-aaaa", {"TA": 999}, seed=1)
+    write_json(bad / "status.json", E.read_status(bad) | {key: value})
+    code, out, err = lfpm("table", "main")
+    assert code == 0 and "| TA | 70.0 |" in out
+    assert err == f"(left out: main/lab-s1-aaaa: half-written: its status lacks {key})\n"
+
+
 def test_a_finished_run_whose_table_changed_is_made_again(papermilled, capsys):
     out = run_notebook("main", "tiny")
     (out / "metrics.parquet").write_bytes(b"a table that no run wrote")
