@@ -220,7 +220,9 @@ def table_(name: str = typer.Argument("main", help="a run, e.g. main"),
         print(t.to_json(orient="records", double_precision=4))
     else:
         print(to_markdown(t, COLUMNS if against is None else VERSUS))
-        print(f"\nconfiguration {info['config']}, figure: {info['folders'][-1] / 'path.html'}")
+        made = "".join(f" (made as {was}: {how})" for was, how in info["made"].items())
+        print(f"\nconfiguration {info['config']}{made}, figure: {info['folders'][-1] / 'path.html'}")
+    for folder, why in info["left"].items(): print(f"(left out: {folder}: {why})", file=sys.stderr)
     if info["others"]: print(f"({info['others']} finished runs of other configurations are not in this table: {', '.join(info['known'])})", file=sys.stderr)
 
 # %% ../nbs/25_cli.ipynb #5e0a7c31

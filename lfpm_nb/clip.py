@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Tokenizer', 'tokens', 'unread', 'Clip', 'normalise', 'qkv', 'attend', 'lighter', 'whole', 'data_cards', 'data_card',
-           'build_clip', 'plain_models', 'untrained', 'file_sha', 'load_clip', 'weights_id', 'encode', 'features',
-           'encode_text', 'zero_shot_head', 'logits', 'clip_loss', 'PretrainConfig', 'lr_at', 'lab_config', 'new_card',
-           'pretrain', 'ship_clip']
+           'build_clip', 'plain_models', 'untrained', 'load_clip', 'weights_id', 'encode', 'features', 'encode_text',
+           'zero_shot_head', 'logits', 'clip_loss', 'PretrainConfig', 'lr_at', 'lab_config', 'new_card', 'pretrain',
+           'ship_clip']
 
 # %% ../nbs/03_clip.ipynb #11c03e1a
 import contextlib, copy, hashlib, json, logging, math, tempfile
@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from .core import (Progress, amp, check_same, choose, device, generator, load_state, method, proj_path, save_state, write_json, writing)
+from .core import (Progress, amp, check_same, choose, device, file_sha, generator, load_state, method, proj_path, save_state, write_json, writing)
 from .realdata import imagenet
 
 # %% ../nbs/03_clip.ipynb #c525ee6b
@@ -230,14 +230,6 @@ def _openai(name: str, quick_gelu: bool) -> Path:
     if not quick_gelu: raise ValueError(f"OpenAI trained with QuickGELU and {name} computes GELU: features would be silently wrong; use {name}-quickgelu, or {own}")
     try: return Path(open_clip.download_pretrained(cfg))
     except Exception as e: raise RuntimeError(f"OpenAI's weights of {name} could not be fetched ({type(e).__name__}: {e}); {own}") from None
-
-# %% ../nbs/03_clip.ipynb #4b3ea7d0
-def file_sha(path) -> str:
-    "sha256 of a file, read in pieces."
-    h = hashlib.sha256()
-    with open(path, "rb") as f:
-        for piece in iter(lambda: f.read(2 ** 20), b""): h.update(piece)
-    return h.hexdigest()
 
 # %% ../nbs/03_clip.ipynb #7c8f21e0
 def _published(name: str, path=None) -> Clip:

@@ -23,7 +23,7 @@ from .path import Path, integrate, measure_path
 from .settings import MainParams
 from .experiment import Lab
 from .results import DASHES, MARKS, styles
-from .runs import status
+from .runs import look
 
 # %% ../nbs/20_explore.ipynb #3c4cdc8b
 KEEP = ("CA", "ASR_T", "ASR_N")
@@ -150,18 +150,18 @@ def row(self, lam: float, path_n: int = 150) -> dict:
 class Ready(Stages):
     "Stages that were computed before: a missing one is refused instead of computed for minutes."
     def _compute(self, name, path, compute, poisoned):
-        raise FileNotFoundError(f"the models of this run are not in {self.root}: {name} is missing, or was made by other code. Run it again with the same settings: finished stages are reused")
+        raise FileNotFoundError(f"the models of this run are not in {self.root}: {name} is missing, damaged, or was made by other code or versions. Run it again with the same settings: finished stages are reused")
 
 
 def open_run(folder, methods=None, n: int = 256) -> PathCore:
     "A core on a finished run's folder, e.g. runs/main/tiny-s0-1a2b3c4d; its models come from `$LFPM_CACHE`, nothing is trained."
-    folder = File(folder)
-    if status(folder) != "done" or not (folder / "params.json").exists(): raise FileNotFoundError(f"no finished run in {folder}; expected the folder that `lfpm run main` printed")
-    card = json.loads((folder / "params.json").read_text())
-    try: P = MainParams(**card["params"])
-    except TypeError: raise ValueError(f"{folder} is a run of another notebook than main; an explorer needs a merge, its defences and their paths") from None
-    torch.set_num_threads(card["versions"]["threads"])                  # stages are kept by number of threads
-    return PathCore.of(Lab(P, Ready()), methods, n, pd.read_parquet(folder / "metrics.parquet"))
+    run = look(folder)
+    if isinstance(run, str):
+        raise FileNotFoundError(f"no finished run in {folder} ({run}); expected the folder that `lfpm run main` printed")
+    try: P, threads = MainParams(**run.params["params"]), int(run.params["versions"]["threads"])
+    except (TypeError, KeyError): raise ValueError(f"{folder} is a run of another notebook than main; an explorer needs a merge, its defences and their paths") from None
+    torch.set_num_threads(threads)                                      # stages are kept by number of threads
+    return PathCore.of(Lab(P, Ready()), methods, n, run.rows)
 
 
 def between(lab: Lab, a: dict, b: dict, name: str = "the second", n: int = 256, points: int = 11, images: int = 64) -> PathCore:

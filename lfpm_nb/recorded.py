@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 import pandas as pd
 import torch
-from .core import Stages, check_same, choose, cpu_name, load_state, method, proj_path, save_state, versions, write_json, writing
+from .core import Stages, check_same, checked, choose, cpu_name, file_sha, load_state, method, proj_path, save_state, versions, write_json, writing
 from .attack import Trigger
 from .defend import Defended
 from .settings import MainParams
@@ -52,8 +52,12 @@ class Recorded(Lab):
 
     @property
     def recorded(self) -> pd.DataFrame:
-        "Tidy rows like `Lab.frame`: every model and path of the recording."
-        return pd.read_parquet(self.folder / "metrics.parquet")
+        """Tidy rows like `Lab.frame`: every model and path of the recording.
+        ValueError if the file is not the recorded one."""
+        table = self.folder / "metrics.parquet"
+        if "metrics" not in self.card:
+            raise ValueError(f"{self.folder / 'card.json'} has no hash of {table.name}; record again: lfpm record")
+        return pd.read_parquet(checked(table, self.card["metrics"]))
 
 # %% ../nbs/19_recorded.ipynb #d9a1d093
 def load_recorded(name: str = "lab", tiny: bool | None = None) -> Recorded:
@@ -141,8 +145,10 @@ def record(lab: Lab, folder, stages: Stages | None = None) -> Path:
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         _write(lab, tmp, lab.P.defences)
-        df = _measure(Recorded(tmp, stages=stages or lab.stages))
+        rec = Recorded(tmp, stages=stages or lab.stages)
+        df = _measure(rec)
         with writing(tmp / "metrics.parquet") as f: df[df.kind != "seconds"].to_parquet(f, index=False)
+        write_json(tmp / "card.json", rec.card | dict(metrics=file_sha(tmp / "metrics.parquet")))
         shutil.rmtree(folder, ignore_errors=True); tmp.rename(folder)
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder

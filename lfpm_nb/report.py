@@ -21,6 +21,7 @@ import pandas as pd
 from .core import choose, method, proj_path, runs_dir, writing
 from .settings import notebooks
 from .results import DASHES, MARKS, draw_path, plot_path, styles, versus
+from .runs import find_runs
 
 # %% ../nbs/23_report.ipynb #cb9ad549
 ROW = ["paper", "table", "attack", "finetuning", "sequence", "backbone", "method", "metric"]       # what one row and one column of a printed table share
@@ -86,37 +87,22 @@ class Results:
     @property
     def command(self) -> list[str]: return [f"lfpm run {self.name} --preset {self.preset} --seed {s}" for s in self.seeds]
 
-# %% ../nbs/23_report.ipynb #d954c7ff
-def _look(folder: Path) -> tuple[dict, pd.DataFrame, dict] | str:
-    "(status, rows, parameters) of a results folder, or why it cannot be used."
-    try: status = json.loads((folder / "status.json").read_text())
-    except (OSError, ValueError): return "half-written: no status"
-    if status.get("state") != "done": return f"{status.get('state', 'unknown')}: {status.get('error', 'the run did not finish')}".splitlines()[0]
-    try: df, params = pd.read_parquet(folder / "metrics.parquet"), json.loads((folder / "params.json").read_text())
-    except (OSError, ValueError) as e: return f"half-written: {type(e).__name__} while reading it"
-    if df.empty or not {"method", "metric", "value", "seed"} <= set(df): return "half-written: its table has no rows or lacks columns"
-    return status, df, params
-
 # %% ../nbs/23_report.ipynb #ce89229e
 PRINTED = {"dam_masks": {"DAM:losses=perturbed": "DAM without M1", "DAM:losses=clean": "DAM without M2", "AdaLayer": "DAM without masks"}}     # rows of ours that a table calls otherwise
 
 
 def read_results(name: str, preset: str, root: Path) -> tuple[Results | None, dict]:
-    "(Results or None, {folder that was left out: why}) of one experiment under `root`; runs of another preset are another matter and stay silent."
-    good, bad = [], {}
-    for folder in sorted(f for f in (Path(root) / name).glob("*") if f.is_dir()):
-        if not folder.name.startswith(f"{preset}-s"): continue
-        seen = _look(folder)
-        if isinstance(seen, str): bad[f"{name}/{folder.name}"] = seen
-        else: good.append((seen[0]["started"], *seen, folder))
-    if not good: return None, bad
-    good.sort(key=lambda x: x[0])                                  # by start, not by file time: a fresh clone has made every file today
-    config, by = good[-1][1]["config"], {}
-    for _, s, _, _, folder in good: by.setdefault(s["config"], []).append(folder)
-    mine = {s["seed"]: (s, df, params, folder) for _, s, df, params, folder in good if s["config"] == config}
-    df = pd.concat([x[1] for x in mine.values()], ignore_index=True).replace({"method": PRINTED.get(name, {})})
-    return Results(name, preset, df, config, [x[3] for x in mine.values()], sum(x[0]["seconds"] for x in mine.values()), list(mine.values())[-1][2].get("versions", {}),
-                   {c: fs for c, fs in by.items() if c != config}, sorted({x[0]["note"] for x in mine.values() if "note" in x[0]})), bad
+    """(Results or None, {folder that was left out: why}) of one experiment under `root`.
+    Runs of another preset stay silent."""
+    found = find_runs(name, preset, root)
+    if not found.runs: return None, found.left
+    df = found.rows.replace({"method": PRINTED.get(name, {})})
+    notes = {r.status["note"] for r in found.runs if "note" in r.status}
+    notes |= {f"made as {was}: {how}" for was, how in found.made.items()}
+    folders, seconds = [r.folder for r in found.runs], sum(r.status["seconds"] for r in found.runs)
+    versions = found.runs[-1].params.get("versions", {})
+    r = Results(name, preset, df, found.config, folders, seconds, versions, found.others, sorted(notes))
+    return r, found.left
 
 # %% ../nbs/23_report.ipynb #35f15e1a
 def gather(preset: str = "lab", roots: list | None = None) -> tuple[dict[str, Results], dict]:

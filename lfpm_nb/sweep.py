@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from .core import Progress, cache_dir, choose, proj_path, runs_dir, short, write_json
-from .runs import Plan, execute, experiments, planned, read_yaml, resolve, status
+from .runs import Plan, done_folder, execute, experiments, planned, read_yaml, resolve
 
 # %% ../nbs/22_sweep.ipynb #858bd39b
 @dataclass
@@ -127,7 +127,7 @@ def cluster(workers: int, scheduler: str | None):
 # %% ../nbs/22_sweep.ipynb #849444ee
 def finished(plan: Plan) -> Path | None:
     "The folder of a plan's finished run, one's own or a committed one, else None."
-    return next((f for f in (plan.out, proj_path("data", "results") / plan.name / plan.out.name) if status(f) == "done"), None)
+    return done_folder(plan, runs_dir()) or done_folder(plan, proj_path("data", "results"))
 
 
 def overview(file, threads: int = 1) -> pd.DataFrame:

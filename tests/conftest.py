@@ -130,17 +130,21 @@ def lfpm(monkeypatch, capsys):
 
 def fake(runs, folder, values, seed=0, preset="lab", config="aaaa", state="done", age=0., **more):
     "A results folder with CA of each method; started `age` seconds ago."
-    import json, time
+    import time
     import pandas as pd
+    from lfpm_nb.core import write_json
+    from lfpm_nb.runs import finish
     out = Path(runs) / "main" / folder
     out.mkdir(parents=True)
     rows = [dict(method=m, kind="model", task="average", metric="CA", lam=float("nan"), value=float(v), n=10, lo=None, hi=None, seed=seed) for m, v in values.items()]
     rows += [dict(method=m, kind="path", task="average", metric="CA", lam=.5, value=999., n=10, lo=None, hi=None, seed=seed) for m in values]
     rows += [dict(method=m, kind="model", task="signs", metric="CA", lam=float("nan"), value=999., n=10, lo=1., hi=2., seed=seed) for m in values]
     pd.DataFrame(rows).to_parquet(out / "metrics.parquet")
-    if state:
-        started = time.strftime("%F %T", time.localtime(time.time() - age))
-        (out / "status.json").write_text(json.dumps(dict(state=state, run="main", preset=preset, config=config, seed=seed, started=started) | more))
+    write_json(out / "params.json", {})
+    started = time.strftime("%F %T", time.localtime(time.time() - age))
+    said = dict(run="main", preset=preset, config=config, seed=seed, started=started, seconds=1.) | more
+    if state == "done": finish(out, **said)
+    elif state: write_json(out / "status.json", dict(state=state, **said))
     return out
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -101,3 +102,93 @@ def test_the_table_says_what_was_missed(gpu, pico, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["gpu.py", "--parts", "path", "--images", "4", "--rounds", "1"])
         assert gpu.main() == code
         assert ("missed" in capsys.readouterr().out) == bool(code)
+
+
+# --- same_numbers.py ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def compare(): return load("same_numbers")
+
+
+def table_file(path, **columns):
+    "Two rows a method, with what every table has."
+    rows = dict(method=["TA", "LFPM"], kind="model", task="average", metric="CA", lam=float("nan"), value=[70., 74.], seed=0) | columns
+    pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+def test_equal_tables_are_equal_whatever_they_took(compare, tmp_path):
+    a = table_file(tmp_path / "a", metric=["CA", "seconds"], value=[70., 1.])
+    d = compare.of_tables(a, table_file(tmp_path / "b", metric=["CA", "seconds"], value=[70., 2.]))
+    assert (d.numbers, d.different, d.largest, d.notes) == (2, 0, 0, set()), "lam and value of one row; NaN is NaN"
+    d = compare.of_tables(a, table_file(tmp_path / "c", metric=["CA", "seconds"], value=[70., 1.], precision="float32"))
+    assert d.different == 0 and d.notes == {"column precision in one only"}
+
+
+@pytest.mark.parametrize("columns, different, largest", [
+    (dict(value=[70., 74. + 2 ** -46]), 1, 2 ** -46), (dict(value=[-0., 74.]), 1, 70.), (dict(value=[70., float("nan")]), 1, float("inf")), (dict(lam=[.5, float("nan")]), 1, float("inf")),
+    (dict(method=["TA", "SAM"]), 4, float("inf")), (dict(seed=1), 8, float("inf")), (dict(value=[74., 70.]), 2, 4.)])
+def test_a_single_bit_of_a_table_counts(compare, tmp_path, columns, different, largest):
+    d = compare.of_tables(table_file(tmp_path / "a"), table_file(tmp_path / "b", **columns))
+    assert (d.different, d.largest) == (different, largest)
+
+
+def test_zero_has_a_sign(compare): assert not compare.same(0., -0.) and compare.same(float("nan"), float("nan"))
+
+
+def test_a_single_bit_of_a_weight_counts(compare, tmp_path):
+    from safetensors.torch import save_file
+    w = dict(a=torch.tensor([1., 2.]), h=torch.tensor([1., -0.]).half(), n=torch.tensor(3))
+    def against(**other):
+        save_file(w, tmp_path / "a"); save_file({k: v for k, v in (w | other).items() if v is not None}, tmp_path / "b")
+        d = compare.of_weights(tmp_path / "a", tmp_path / "b")
+        return d.weights, d.different, d.largest
+    assert against() == (5, 0, 0.) and against(a=torch.tensor([1., 2 + 2 ** -22])) == (5, 1, 2 ** -22)
+    assert against(h=torch.zeros(2).half() + torch.tensor([1., 0.]).half())[1] == 1, "the sign of a zero"
+    assert against(n=None) == (5, 1, float("inf")) and against(h=torch.ones(2))[1:] == (2, float("inf")) and against(z=torch.zeros(2))[:2] == (7, 2)
+
+
+def test_a_card_is_compared_where_both_know_a_field(compare, tmp_path):
+    def card(file, **more):
+        (tmp_path / file).write_text(json.dumps(dict(lam=.5, path=[dict(CA=70.)], log=dict(seconds=3.), name="x") | more))
+        return tmp_path / file
+    assert compare.of_cards(card("a"), card("b", log=dict(seconds=9.), plugins=2, name="y")) == compare.Difference(2, notes={"card's plugins in one only"})
+    assert compare.of_cards(card("a"), card("c", path=[dict(CA=71.)])).largest == 1
+
+
+@pytest.fixture
+def shipped(compare, tmp_path, monkeypatch):
+    "Shipped folders of our own making, and their alias file."
+    from lfpm_nb import runs
+    for name in ("main/lab-s0-aaaaaaaa", "main/lab-s1-aaaaaaaa", "main/small-real-s0-99999999", "backbone/lab-s0-bbbbbbbb", "efficiency/lab-s0-cccccccc", "ctl/lab-s0-dddddddd"):
+        (tmp_path / name).mkdir(parents=True)
+    for module in (compare, runs): monkeypatch.setattr(module, "aliases_file", lambda: tmp_path / "aliases.yaml")
+    (tmp_path / "aliases.yaml").write_text("# kept\n[]\n")
+    return tmp_path
+
+
+FIXED = dict(old="1" * 40, new="2" * 40, compared=["run main --preset tiny"], numbers=533, largest=0.0, machine="a processor", date="2026-01-01")
+OLD = {"main lab": "aaaaaaaa", "main small-real": "88888888", "backbone lab": "bbbbbbbb", "efficiency lab": "cccccccc", "ctl lab": "dddddddd"}
+NEW = OLD | {"main lab": "eeeeeeee", "backbone lab": "ffffffff", "efficiency lab": "00000000"}
+
+
+def test_what_was_compared_gets_an_alias_and_nothing_else(compare, shipped):
+    found, why = compare.new_aliases(OLD, NEW, dict(main=533, efficiency=0, ctl=9), True, [], FIXED)
+    assert [(a.experiment, a.preset, a.was, a.now) for a in found] == [("backbone", "lab", "bbbbbbbb", "ffffffff"), ("main", "lab", "aaaaaaaa", "eeeeeeee")]
+    assert len(why) == 3 and all(any(w.startswith(s) for w in why) for s in ("ctl lab dddddddd: the hash has not changed", "efficiency lab: nothing but seconds", "main small-real 99999999 is not OLD's"))
+    found, why = compare.new_aliases(OLD, NEW, dict(main=533), False, [], FIXED)
+    assert [a.experiment for a in found] == ["main"] and "backbone lab was not compared" in why
+
+
+def test_aliases_are_added_and_form_chains(compare, shipped):
+    from lfpm_nb.runs import latest, read_aliases
+    first, _ = compare.new_aliases(OLD, NEW, dict(main=533), False, [], FIXED)
+    compare.write_aliases(first)
+    assert (shipped / "aliases.yaml").read_text().startswith("# kept\n- experiment: main\n")
+    second, _ = compare.new_aliases(NEW, NEW | {"main lab": "12345678"}, dict(main=533), False, read_aliases(), FIXED)
+    compare.write_aliases(second)
+    assert latest("main", "lab", "aaaaaaaa", read_aliases()) == "12345678", "a name of digits alone stays a text"
+    before = (shipped / "aliases.yaml").read_text()
+    back, _ = compare.new_aliases({"main lab": "12345678"}, {"main lab": "aaaaaaaa"}, dict(main=533), False, read_aliases(), FIXED)
+    with pytest.raises(ValueError, match="in a circle"): compare.write_aliases(back)
+    assert (shipped / "aliases.yaml").read_text() == before

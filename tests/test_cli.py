@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from lfpm_nb.clip import data_cards
 from lfpm_nb.defend import defences
 from lfpm_nb.path import lam_rules
 from lfpm_nb.settings import parameters
-from lfpm_nb.runs import planned
+from lfpm_nb.runs import finish, planned, read_status
 from lfpm_nb.merge import merges
 from conftest import fake
 from test_results import paths
@@ -128,10 +129,41 @@ def test_table_prints_markdown_and_where_the_figure_is(lfpm, runs):
     assert len({l.count("|") for l in text.splitlines() if l.startswith("|")}) == 1
 
 
+BROKEN = {"status.json": [b"", b"{", b"[]", b'["done"]', b"3", b'"done"', b"{}", b'{"state": "done"}', b'{"state": {}}', b"\xff\xfe", b'{"state": "done", "metrics": 3}',
+                           b'{"state": "failed"}', b'{"state": "failed", "error": "", "preset": "lab"}', b'{"state": "failed", "error": ["x"], "preset": "lab"}', None],
+          "metrics.parquet": [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", None], "params.json": [b"", b"[]", b"3", b"{", b"\xff", b"{}", None]}
+
+
+def spoil(file, content: bytes | None) -> None:
+    file.unlink()
+    if content is not None: file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name, content", [(n, c) for n, contents in BROKEN.items() for c in contents])
+@pytest.mark.parametrize("believed", [False, True])
+def test_nothing_in_the_runs_folder_ends_in_a_traceback(lfpm, runs, tmp_path, name, content, believed):
+    "A broken file beside a good run, alone, and as what `explore` is to open; `believed`: the status names the broken table's hash."
+    good, bad = fake(runs, "lab-s0-aaaa", {"TA": 70}), fake(runs, "lab-s1-aaaa", {"TA": 999}, seed=1)
+    spoil(bad / name, content)
+    if believed and name == "metrics.parquet": finish(bad, **{k: v for k, v in read_status(bad).items() if k not in ("state", "metrics")})
+    (runs / "lab-s0-aaaa").mkdir(); (runs / "unheard of").mkdir(); (runs / "main" / "a file").write_text("x"); (runs / "lobam").write_text("no folder")
+    whole = content == b"{}" and name == "params.json"              # it lacks nothing that the table needs
+    code, out, err = lfpm("table", "main")
+    assert code == 0 and ("| TA | 70.0 |" in out) != whole and ("main/lab-s1-aaaa" in err) != whole and "Traceback" not in err, err
+    (sweep := tmp_path / "s.yaml").write_text("preset: tiny\nruns: [main]")
+    assert lfpm("sweep", str(sweep), "--dry-run")[0] == 0
+    code, out, err = lfpm("explore", "--run", str(bad), "--html", str(tmp_path / "x.html"))
+    assert code == 2 and err.startswith("lfpm: ") and err.count("\n") == 1, err
+    shutil.rmtree(good)
+    code, out, err = lfpm("table", "main")
+    assert whole or (code == 2 and out == "" and err.count("\n") == 1 and "no finished run of main" in err), err
+
+
 def test_table_against_a_method(lfpm, runs):
     folder = fake(runs, "s0", {"TA": 70})
     both = paths({"LFPM": ((70, 69, 60), (90, 2, 0)), "SAM": ((70, 69, 60), (90, 40, 5))}, {"LFPM": .5, "SAM": 1.})
     pd.concat([pd.read_parquet(folder / "metrics.parquet").query("kind == 'model'"), both]).to_parquet(folder / "metrics.parquet")
+    finish(folder, **{k: v for k, v in read_status(folder).items() if k not in ("state", "metrics")})
     code, text, err = lfpm("table", "main", "--against", "lfpm")
     assert code == 0 and "| SAM | 40.0 | 38.0 |" in text, text
     assert "LFPM" in lfpm("table", "main", "--against", "LFMP")[2]

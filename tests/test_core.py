@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from lfpm_nb import core
-from lfpm_nb.core import (Diverged, Peak, Progress, Registry, Stages, check_same, choose, code_hash, content_hash, load_state, save_state, stable_seed,
+from lfpm_nb.core import (Diverged, Peak, Progress, Registry, Stages, check_same, choose, code_hash, content_hash, damage, load_state, save_state, stable_seed,
                           write_json, writing)
 
 STATE = {"a": torch.arange(6.).reshape(2, 3), "b": torch.tensor([1, 2]), "c": torch.zeros(3, dtype=torch.float16)}
@@ -328,11 +328,52 @@ def test_poisoned_stages_say_so(tmp_path):
     assert marks == {True: "True", False: "False"}
 
 
-def test_a_damaged_stage_is_refused_by_name(tmp_path):
-    Stages(tmp_path)("s", ("k",), computing([]))
+@pytest.mark.parametrize("library", ["torch", "open_clip_torch"])
+def test_a_stage_depends_on_the_versions_of_the_libraries(tmp_path, monkeypatch, library):
+    calls, asked = [], core.metadata.version
+    Stages(tmp_path)("s", ("k",), computing(calls, 1.))
+    with monkeypatch.context() as m:
+        m.setattr(core.metadata, "version", lambda name: "0.0" if name == library else asked(name))
+        assert Stages(tmp_path)("s", ("k",), computing(calls, 2.))[0]["x"].item() == 2
+    assert Stages(tmp_path)("s", ("k",), computing(calls, 3.))[0]["x"].item() == 1 and calls == [1., 2.]
+
+
+@pytest.mark.parametrize("spoil, why", [
+    (lambda b: b[:30], "carries no hash of itself"), (lambda b: b"", "is empty"), (lambda b: b + b"x", "another hash"),
+    (lambda b: b.replace(b'"seal"', b'"sead"'), "carries no hash of itself"), (lambda b: b[:-1] + bytes([b[-1] ^ 1]), "another hash")])
+def test_a_damaged_stage_is_computed_again_and_named(tmp_path, capsys, spoil, why):
+    calls = []
+    Stages(tmp_path)("s", ("k",), computing(calls, 1.))
     path, = (tmp_path / "s").iterdir()
-    path.write_bytes(path.read_bytes()[:30])
-    with pytest.raises(ValueError, match=f"{path} is damaged"): Stages(tmp_path)("s", ("k",), computing([]))
+    path.write_bytes(spoil(path.read_bytes()))
+    assert Stages(tmp_path)("s", ("k",), computing(calls, 2.))[0]["x"].item() == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(path) in err and why in err
+    assert Stages(tmp_path)("s", ("k",), computing(calls, 3.))[0]["x"].item() == 2 and calls == [1., 2.] and capsys.readouterr().err == ""
+
+
+def test_a_file_without_a_seal_is_no_stage(tmp_path, capsys):
+    calls = []
+    Stages(tmp_path)("s", ("k",), computing(calls, 1.))
+    path, = (tmp_path / "s").iterdir()
+    state, meta = load_state(path)
+    save_state(path, state, record=meta["record"], poisoned=meta["poisoned"])
+    assert Stages(tmp_path)("s", ("k",), computing(calls, 2.))[0]["x"].item() == 2
+    assert "carries no hash of itself" in capsys.readouterr().err
+
+
+def test_no_flipped_bit_of_a_stage_passes(tmp_path):
+    "Length of the header, names, shapes, padding, record, the hash itself, weights: every bit of a small file."
+    compute = lambda: ({"w": torch.arange(5.).reshape(1, 5), "n": torch.tensor(3)}, dict(acc=.5))
+    Stages(tmp_path)("s", ("k",), compute, poisoned=True)
+    path, = (tmp_path / "s").iterdir()
+    whole = path.read_bytes()
+    assert damage(path) == ""
+    for bit in range(8 * len(whole)):
+        bad = bytearray(whole)
+        bad[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        assert damage(path), f"bit {bit} of {8 * len(whole)}"
 
 
 def test_code_hash_follows_every_kind_of_import(monkeypatch):

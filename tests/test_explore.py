@@ -275,6 +275,7 @@ def finished(tmp_path_factory):
     from lfpm_nb.core import Stages, versions, write_json
     from lfpm_nb.experiment import Lab
     from lfpm_nb.settings import MainParams
+    from lfpm_nb.runs import finish
     root = tmp_path_factory.mktemp("finished")
     P = MainParams(tasks=["letters", "signs"], defences=["fine-tuning"], clean_defences=[], n_train=96, n_test=40, n_target=60, epochs=1, trigger_steps=2, shadow_n=96, held=32,
                    prompt_steps=1, semantic=[1.], anti_epochs=1, lam_n=5, path_n=30)
@@ -284,7 +285,8 @@ def finished(tmp_path_factory):
     out = root / "main" / "tiny-s0-00000000"
     out.mkdir(parents=True)
     lab.frame().to_parquet(out / "metrics.parquet")
-    write_json(out / "params.json", dict(params=asdict(P), versions=versions())); write_json(out / "status.json", dict(state="done"))
+    write_json(out / "params.json", dict(params=asdict(P), versions=versions()))
+    finish(out, preset="tiny", config="00000000", seed=0, started="2026-01-01 10:00:00", seconds=1.)
     return out
 
 

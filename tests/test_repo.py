@@ -154,6 +154,35 @@ def test_contributing_example_works():
     finally: merges.pop("median", None)
 
 
+# --- shipped results ----------------------------------------------------------------------------------------------------
+
+SHIPPED = sorted(f.parent for f in (ROOT / "data" / "results").glob("*/*/status.json"))
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda f: f"{f.parent.name}/{f.name}")
+def test_a_shipped_run_is_whole(folder):
+    from lfpm_nb.runs import Finished, experiments, look, presets
+    run = look(folder)
+    assert isinstance(run, Finished), run
+    assert folder.name == "{preset}-s{seed}-{config}".format(**run.status) and run.status["preset"] in presets(experiments()[folder.parent.name])
+
+
+def test_the_recorded_table_is_the_recorded_one():
+    from lfpm_nb.core import file_sha
+    for card in (ROOT / "data" / "recorded").glob("*/card.json"):
+        assert json.loads(card.read_text(encoding="utf-8"))["metrics"] == file_sha(card.with_name("metrics.parquet")), card
+
+
+def test_aliases_of_shipped_results_are_sound():
+    "Known experiments, all fields, no circle; and each stands for a folder that is there, by itself or through others."
+    from lfpm_nb.runs import latest, read_aliases
+    known = read_aliases()
+    names = {(f.parent.name, *re.fullmatch(r"(.+)-s\d+-(\w+)", f.name).groups()) for f in SHIPPED}
+    for a in known:
+        end = latest(a.experiment, a.preset, a.was, known)
+        assert any((e, p) == (a.experiment, a.preset) and latest(e, p, c, known) == end for e, p, c in names), f"{a.was} stands for no folder"
+
+
 # Written so that they do not match themselves.
 LEAKS = {"a package index": r"(?:\bpypi|pythonhosted|npmjs)\.(?:org|com|io)\b|https?://[^\s\"')]+/simple\b|-{2}(?:extra-)?index-url",
          "a path of one machine": r"(?<![\w.~}\])])/(?:tmp|work|root|home|Users)/[\w.]"}

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from lfpm_nb import report
 from lfpm_nb.cli import app, main
 from lfpm_nb.core import write_json
+from lfpm_nb.runs import finish
 from lfpm_nb.report import (RIVALS, SOURCES, VERDICTS, Chart, Claim, Mark, Report, Results, beside, chart_merges, chart_rivals, claims, figures, gather, html_table, judge,
                             judge_paper, load_paper, lower, ours_beside, over_seeds, paper_frames, paper_table, results_of, slips, spread, swapped, write_report)
 from test_browser import CHROMIUM, browser, page, shot          # noqa: F401  fixtures
@@ -143,7 +144,9 @@ def made_up(root, name="main", seed=0, config="aaaa1111", started="2026-01-01 10
     if df is None: df = rows({(m, k): v + seed for m, vs in {"individual": (95, 1, 20), "TA": (72, 90, 50), "TA (clean)": (75, 1, 20), "LFPM": (74, 3, 30)}.items() for k, v in zip(("CA", "ASR_T", "ASR_N"), vs)})
     df.assign(seed=seed).to_parquet(f / "metrics.parquet")
     write_json(f / "params.json", dict(versions=dict(torch="2.9")))
-    write_json(f / "status.json", dict(state=state, preset=preset, config=config, seed=seed, seconds=90.0, started=started, **(dict(error="ValueError: no\nmore") if state == "failed" else {})))
+    said = dict(preset=preset, config=config, seed=seed, seconds=90.0, started=started)
+    if state == "done": finish(f, **said)
+    else: write_json(f / "status.json", dict(state=state, error="ValueError: no\nmore", **said))
     return f
 
 
@@ -173,14 +176,28 @@ def test_half_written_folders_are_skipped_and_named(tmp_path):
     made_up(tmp_path, seed=2, state="failed")
     for seed, name, text in ((3, "metrics.parquet", b"PAR1 cut"), (4, "status.json", b'{"state": "do'), (5, "params.json", b"{")): (made_up(tmp_path, seed=seed) / name).write_bytes(text)
     (made_up(tmp_path, seed=6) / "metrics.parquet").unlink()
-    pd.DataFrame(dict(a=[1])).to_parquet(made_up(tmp_path, seed=7) / "metrics.parquet")
+    write_json(made_up(tmp_path, seed=9) / "params.json", ["a list"])
+    made_up(tmp_path, seed=7, df=pd.DataFrame(dict(a=[1])))
     made_up(tmp_path, seed=8, preset="tiny")
     (tmp_path / "mian").mkdir(); (tmp_path / "pretrain").mkdir(); (tmp_path / "cache").mkdir()
     found, left = gather("lab", [tmp_path])
     assert found["main"].seeds == [0]
     why = {k.split("-")[1] if "/" in k else k: v for k, v in left.items()}
-    assert set(why) == {"s1", "s2", "s3", "s4", "s5", "s6", "s7", "mian"}
-    assert why["s2"] == "failed: ValueError: no" and why["mian"].startswith("unknown experiment") and all("half-written" in why[f"s{i}"] for i in (1, 3, 4, 5, 6, 7))
+    assert set(why) == {"s1", "s2", "s3", "s4", "s5", "s6", "s7", "s9", "mian"}
+    assert why["s2"] == "failed: ValueError: no" and why["mian"].startswith("unknown experiment") and all("half-written" in why[f"s{i}"] for i in (1, 4, 5, 7, 9))
+    assert "is damaged" in why["s3"] and "No such file" in why["s6"]
+
+
+def test_the_command_goes_on_without_what_is_broken(lfpm, dirs):
+    "Each broken folder is named with the reason; without a good one left there is nothing to report but what was left out."
+    good, *bad = [made_up(dirs / "runs", seed=seed) for seed in range(5)]
+    for f, name, text in zip(bad, ("status.json", "metrics.parquet", "params.json", "status.json"), ("[]", "PAR1", "3", '{"state": "done"}')): (f / name).write_text(text)
+    (dirs / "runs" / "unheard of").mkdir(); (dirs / "runs" / "lobam").write_text("no folder")
+    code, out, err = lfpm("report")
+    assert code == 0 and err == "" and (dirs / "runs" / "report" / "report.html").exists(), err
+    named = [l for l in out.splitlines() if l.startswith("- main/")]
+    assert [l.split(": ")[0] for l in named] == [f"- main/{f.name}" for f in bad] and "unheard of: unknown experiment" in out
+    assert [any(w in l for w in ("half-written", "damaged")) for l in named] == [True] * 4, named
 
 
 def test_unknown_and_missing_experiments(tmp_path):

@@ -1,6 +1,7 @@
 """The main run from end to end, as `lfpm run main` does it; interrupted and started again."""
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,8 @@ import psutil
 import pytest
 
 from lfpm_nb.cli import app
-from lfpm_nb.core import versions
-from lfpm_nb.runs import run_notebook, settings_of
+from lfpm_nb.core import damage, versions
+from lfpm_nb.runs import Finished, load_runs, look, run_notebook, settings_of, status
 from lfpm_nb.settings import notebooks
 from typer.testing import CliRunner
 
@@ -112,6 +113,42 @@ def test_three_ways_lead_to_one_configuration(out, home, tmp_path):
         assert json.loads((by_hand / "params.json").read_text(encoding="utf-8"))["config"] == own
         found = pd.read_parquet(by_hand / "metrics.parquet").query("kind != 'seconds'").reset_index(drop=True)
         pd.testing.assert_frame_equal(found, numbers, check_exact=True)
+
+
+# --- flipped bits -----------------------------------------------------------------------------------------------------------
+
+def flip(path: Path, bit: int) -> None:
+    with open(path, "r+b") as f:
+        f.seek(bit // 8)
+        byte = f.read(1)[0]
+        f.seek(bit // 8)
+        f.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def test_every_flipped_bit_of_a_run_is_noticed(out, home):
+    "200 seeded flips, each alone: anywhere in a stage's file or in the table, half of them among the first 4,096 bytes."
+    table, draw = out / "metrics.parquet", random.Random(0)
+    stages = sorted((home / "cache").rglob("*.safetensors"))
+    assert len(stages) > 10 and not any(map(damage, stages)) and isinstance(look(out), Finished)
+    missed = []
+    for i in range(200):
+        path = table if i % 4 == 0 else draw.choice(stages)
+        size = path.stat().st_size
+        bit = draw.randrange(8 * (min(size, 4096) if i % 8 < 4 else size))
+        flip(path, bit)
+        if path == table: noticed = status(out) == "damaged" and isinstance(look(out), str)
+        else: noticed = bool(damage(path))
+        flip(path, bit)
+        if not noticed: missed.append((path.name, bit))
+    assert missed == [] and status(out) == "done"
+
+
+def test_a_flipped_table_is_never_shown(out, home):
+    flip(out / "metrics.parquet", 4000)
+    try:
+        with pytest.raises(FileNotFoundError, match="no finished run of main .* is damaged"): load_runs("main", "tiny")
+    finally: flip(out / "metrics.parquet", 4000)
+    assert load_runs("main", "tiny")[1]["folders"] == [out]
 
 
 # --- interrupted (slow) ----------------------------------------------------------------------------------------------------

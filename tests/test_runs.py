@@ -11,14 +11,16 @@ import pandas as pd
 import papermill
 import pytest
 import torch
+import yaml
 
 from conftest import fake, new_pico
 from lfpm_nb import clip as C
 from lfpm_nb import runs as E
 from lfpm_nb.clip import ship_clip
+from lfpm_nb.core import write_json
 from lfpm_nb.settings import around, notebooks, parameters
 from lfpm_nb.results import table
-from lfpm_nb.runs import config_hash, execute, experiments, load_runs, planned, presets, run_notebook, settings_of, status
+from lfpm_nb.runs import config_hash, execute, experiments, finish, latest, load_runs, planned, presets, read_aliases, run_notebook, settings_of, status
 
 @pytest.mark.parametrize("name", sorted(experiments()))
 def test_an_experiment_is_known_parameters_and_sizes(name):
@@ -230,9 +232,43 @@ def test_failed_and_interrupted_runs_are_ignored(runs):
 
 def test_status(tmp_path):
     assert status(tmp_path) == "absent"
-    for text, want in (('{"state": "done"}', "done"), ('{"state"', "absent"), ('{}', "absent"), ('{"state": "failed"}', "failed")):
+    for text, want in (('{"state": "done"}', "damaged"), ('{"state": "done", "metrics": null}', "done"), ('{"state"', "absent"), ('{}', "absent"),
+                       ('{"state": "failed"}', "failed"), ('["done"]', "absent"), ("", "absent"), ('{"state": ["done"]}', "absent")):
         (tmp_path / "status.json").write_text(text)
-        assert status(tmp_path) == want
+        assert status(tmp_path) == want, text
+
+
+def test_a_table_is_read_only_as_it_was_written(runs, lfpm):
+    "Other bytes, no bytes, no hash: never a number, always a name and a reason; the rest is shown."
+    folders = [fake(runs, f"s{i}", {"TA": 10 * i}, seed=i) for i in range(5)]
+    table = folders[1] / "metrics.parquet"
+    table.write_bytes(table.read_bytes().replace(b"TA", b"TB"))
+    (folders[2] / "metrics.parquet").unlink()
+    said = E.read_status(folders[3])
+    write_json(folders[3] / "status.json", {k: v for k, v in said.items() if k != "metrics"})
+    (folders[4] / "params.json").unlink()
+    assert [status(f) for f in folders] == ["done", "damaged", "damaged", "damaged", "done"]
+    df, info = load_runs("main", "lab")
+    assert set(df.seed) == {0} and list(info["left"]) == ["main/s1", "main/s2", "main/s3", "main/s4"]
+    code, out, err = lfpm("table", "main")
+    assert code == 0 and "| TA | 0.0 |" in out
+    for name, why in (("s1", "is damaged"), ("s2", "No such file"), ("s3", "no hash of metrics.parquet"), ("s4", "half-written")):
+        assert len([l for l in err.splitlines() if f"main/{name}" in l and why in l]) == 1, err
+    (folders[0] / "status.json").unlink()
+    code, out, err = lfpm("table", "main")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "no finished run of main" in err and "main/s1" in err
+
+
+def test_a_finished_run_whose_table_changed_is_made_again(papermilled, capsys):
+    out = run_notebook("main", "tiny")
+    (out / "metrics.parquet").write_bytes(b"a table that no run wrote")
+    assert status(out) == "done", "this run wrote no table"
+    finish(out, preset="tiny")
+    (out / "metrics.parquet").write_bytes(b"a table that some run wrote")
+    assert status(out) == "damaged"
+    assert run_notebook("main", "tiny") == out and len(papermilled[0]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(out) in err and "counts as not finished" in err
 
 
 def test_configurations_differ_in_all_but_seed_and_folder(monkeypatch):
@@ -263,6 +299,98 @@ def test_other_pictures_of_ones_own_are_another_configuration(tmp_path):
     assert one == config_hash("main", s)
     (tmp_path / "mine" / "cat" / "1.png").write_bytes(b"other")
     assert config_hash("main", s) != one
+
+
+# --- two names of the same numbers ------------------------------------------------------------------------------------------
+
+A, B, C = "aaaaaaaa", "bbbbbbbb", "cccccccc"
+ALIAS = dict(experiment="main", preset="lab", was=A, now=B, old="1" * 40, new="2" * 40, compared=["run main --preset tiny"],
+             numbers=533, largest=0.0, machine="a processor", date="2026-01-01")
+
+
+@pytest.fixture
+def aliases(tmp_path, monkeypatch):
+    "`write(entry, ...)`: the aliases of the shipped results are these; returns their file."
+    file = tmp_path / "aliases.yaml"
+    monkeypatch.setattr(E, "aliases_file", lambda: file)
+    def write(*entries, text=None):
+        file.write_text(yaml.safe_dump([ALIAS | e for e in entries]) if text is None else text)
+        return file
+    return write
+
+
+def test_names_lead_to_the_latest(aliases):
+    known = read_aliases(aliases({}, dict(was=B, now=C), dict(preset="tiny", was=A, now=C)))
+    assert [latest("main", "lab", c, known) for c in (A, B, C, "dddddddd")] == [C, C, C, "dddddddd"]
+    assert latest("main", "tiny", A, known) == C and latest("lobam", "lab", A, known) == A
+    assert read_aliases(Path("no such file")) == [] and read_aliases(aliases(text="# nothing yet\n")) == []
+
+
+@pytest.mark.parametrize("entries, message", [
+    ([dict(experiment="mian")], "unknown experiment 'mian'"), ([dict(preset="labb")], "main has no preset 'labb'"), ([dict(wsa=A)], "unknown field 'wsa'"),
+    ([dict(was=12345678)], "was is 12345678; expected a str"), ([dict(now="bbbb")], "now is 'bbbb'; expected 8 hex digits"),
+    ([dict(largest=1e-9)], "difference 1e-09; expected some and 0"), ([dict(numbers=0)], "0 numbers"), ([dict(compared="main")], "expected a list"),
+    ([{}, dict(now=C)], f"main lab {A} has two meanings"), ([dict(now=A)], "in a circle"),
+    ([{}, dict(was=B, now=C), dict(was=C, now=A)], "in a circle")])
+def test_an_alias_that_cannot_be_is_refused_in_one_line(aliases, runs, lfpm, entries, message):
+    file = aliases(*entries)
+    with pytest.raises(ValueError, match=message) as e: read_aliases(file)
+    fake(runs, "s0", {"TA": 1})
+    code, out, err = lfpm("table", "main")
+    assert str(file) in str(e.value) and (code, out, err) == (2, "", f"lfpm: {e.value}\n")
+
+
+@pytest.mark.parametrize("field", sorted(ALIAS))
+def test_an_alias_says_everything(aliases, field):
+    file = aliases(text=yaml.safe_dump([{k: v for k, v in ALIAS.items() if k != field}]))
+    with pytest.raises(ValueError, match=f"an entry lacks {field}"): read_aliases(file)
+
+
+@pytest.mark.parametrize("text, message", [("a: [", "is not YAML"), ("main: lab", "holds a dict; expected a list of aliases"), ("- main", "'main' is no mapping")])
+def test_a_file_that_holds_no_aliases(aliases, text, message):
+    with pytest.raises(ValueError, match=message): read_aliases(aliases(text=text))
+
+
+def test_runs_under_both_names_are_one_configuration(aliases, runs, lfpm):
+    aliases({}, dict(was=B, now=C))
+    fake(runs, "one", {"TA": 10}, seed=0, config=A, age=900)
+    fake(runs, "two", {"TA": 20}, seed=1, config=C, age=500)
+    fake(runs, "three", {"TA": 90}, seed=2, config="dddddddd", age=100)
+    fake(runs, "twice", {"TA": 30}, seed=0, config=B, age=200)
+    df, info = load_runs("main", "lab", A)
+    assert table(df).CA.tolist() == [25] and info["config"] == C and list(info["made"]) == [B] and info["known"] == ["dddddddd"]
+    assert load_runs("main", "lab", C)[1]["folders"] == info["folders"] and load_runs("main", "lab")[1]["config"] == "dddddddd"
+    code, out, err = lfpm("table", "main", "--config", A)
+    assert code == 0 and f"configuration {C} (made as {B}: 533 numbers compared between commits 11111111 and 22222222, largest difference 0)" in out
+    aliases(text="[]")
+    assert table(load_runs("main", "lab", A)[0]).CA.tolist() == [10], "without an alias they are strangers"
+
+
+def test_the_report_reads_aliases_too(aliases, runs):
+    from lfpm_nb.report import read_results
+    aliases({})
+    for seed, config in ((0, A), (1, B)): fake(runs, f"lab-s{seed}-{config}", {"TA": 10}, seed=seed, config=config)
+    r, left = read_results("main", "lab", runs)
+    assert (r.config, r.seeds, r.others, left) == (B, [0, 1], {}, {}) and any(f"made as {A}: 533 numbers" in n for n in r.notes)
+
+
+def test_a_run_that_was_finished_under_another_name_is_not_made_again(aliases, papermilled):
+    plan = planned("main", "tiny")
+    (older := plan.out.with_name(f"tiny-s0-{A}")).mkdir(parents=True)
+    finish(older)
+    aliases(dict(preset="tiny", now=plan.config))
+    assert execute(plan) == older and papermilled[0] == []
+    assert execute(plan, force=True) == plan.out and len(papermilled[0]) == 1, "made anew under its own name"
+    assert execute(plan) == plan.out
+
+
+def test_another_name_alone_is_another_run(aliases, papermilled):
+    plan = planned("main", "tiny")
+    (older := plan.out.with_name(f"tiny-s0-{A}")).mkdir(parents=True)
+    finish(older)
+    for entry in (dict(preset="lab", now=plan.config), dict(experiment="lobam", preset="tiny", now=plan.config), dict(preset="tiny", now=B)):
+        aliases(entry)
+        assert E.done_folder(plan, E.runs_dir()) is None, entry
 
 
 def test_a_finished_run_is_reused_without_starting_anything(runs, monkeypatch):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from lfpm_nb import sweep as S
 from lfpm_nb.core import write_json
-from lfpm_nb.runs import experiments
+from lfpm_nb.runs import experiments, finish
 from lfpm_nb.sweep import Point, finished, interleave, overview, read_sweep, sweep, using
 
 ROOT = Path(S.__file__).parents[1]
@@ -99,7 +99,7 @@ def runs(dirs, monkeypatch):
     def execute(plan, force=False):
         runs.ran.append(plan.settings.seed)
         if plan.settings.seed in runs.bad: raise RuntimeError("main failed in cell 3: too much\nmore")
-        write_json(plan.out / "status.json", dict(state="done"))
+        finish(plan.out)
         return plan.out
     runs = type("Runs", (), dict(ran=[], bad=set(), file=sweep_file(dirs, "preset: tiny\nseeds: [0, 1, 2]\nruns: [main]"), root=dirs))
     monkeypatch.setattr(S, "cluster", local); monkeypatch.setattr(S, "execute", execute)
@@ -139,7 +139,7 @@ def test_committed_results_count_as_finished(runs, monkeypatch):
     folder = runs.root / "committed" / "data" / "results" / "main" / plan.out.name
     write_json(folder / "status.json", dict(state="failed"))
     assert finished(plan) is None
-    write_json(folder / "status.json", dict(state="done"))
+    finish(folder)
     assert finished(plan) == folder
 
 
