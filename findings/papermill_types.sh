@@ -11,8 +11,8 @@
 #   or `lr > 0` at once.
 # Hurts: an ablation that was switched off on the command line runs switched on; a run's folder or
 #   seed is another one.
-# Here: `lfpm run -p` reads values by the type of the notebook's default and refuses others
-#   (experiment.parse).
+# Here: settings are classes; each value is read by its kind, however it comes, and what does not
+#   fit is refused by name (nbs/17a_settings).
 . "$(dirname "$0")/lib.sh"
 packages papermill==2.7.0
 cat > nb.ipynb <<'JSON'

@@ -4,9 +4,9 @@
 #
 # Guess, before the run: a format made for exact weights gives the same bytes for the same content,
 #   and both readers the order of the file.
-# Seen 2026-11-30, safetensors 0.8.0 (0.4.5, 0.5.3, 0.6.2 and 0.7.0 alike): six processes, six
-#   SHA-256 of one file with four metadata entries; with one entry they agree. load_file() always
-#   gives the file's order, load(bytes) a new one on each call.
+# Seen 2026-11-30, safetensors 0.8.0 (0.4.5, 0.5.3, 0.6.2 and 0.7.0 alike): six processes, five
+#   or six SHA-256 of one file with four metadata entries; with one entry they agree. load_file()
+#   always gives the file's order, load(bytes) a new one on each call.
 # Hurts: a checkpoint named by its file's hash is "another model" after every save; whoever flattens
 #   load(bytes).values() into a task vector subtracts tensors of other layers, without any error
 #   where shapes agree.
