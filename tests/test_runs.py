@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from conftest import fake, new_pico
-from lfpm_nb import clip as C
+from lfpm_nb import clip
 from lfpm_nb import runs as E
 from lfpm_nb.clip import ship_clip
 from lfpm_nb.core import write_json
@@ -131,7 +131,7 @@ def test_bad_names(refused):
 @pytest.fixture
 def own_data(tmp_path, monkeypatch):
     "A data folder with one backbone called pico, which the next test may spoil; returns its weights file."
-    monkeypatch.setattr(C, "proj_path", lambda *parts: tmp_path.joinpath("checkout", *parts))
+    monkeypatch.setattr(clip, "proj_path", lambda *parts: tmp_path.joinpath("checkout", *parts))
     return ship_clip(new_pico(), tmp_path / "checkout" / "data", steps=0)
 
 
