@@ -47,12 +47,12 @@ def fp32(monkeypatch):
     monkeypatch.setenv("LFPM_AMP", "0")
 
 
-def new_pico(name: str = "pico"):
+def new_pico(name: str = "pico", layers: int = 2):
     "An untrained Clip, two blocks of width 64 on 32 x 32 images: like the shipped one in everything but size and skill."
     from lfpm_nb.clip import build_clip, lab_config, new_card
     from lfpm_nb.tasks import prompt_corpus
     torch.manual_seed(0)
-    config = lab_config(width=64, layers=2, embed=32, text_width=64, text_layers=1)
+    config = lab_config(width=64, layers=layers, embed=32, text_width=64, text_layers=1)
     clip = build_clip(new_card(name, config, prompt_corpus()))
     clip.model.requires_grad_(False)
     return clip
@@ -128,7 +128,7 @@ def fake(runs, folder, values, seed=0, preset="lab", config="aaaa", state="done"
     pd.DataFrame(rows).to_parquet(out / "metrics.parquet")
     if state:
         started = time.strftime("%F %T", time.localtime(time.time() - age))
-        (out / "status.json").write_text(json.dumps(dict(state=state, run="main", preset=preset, config=config, seed=seed, started=started) | more))
+        (out / "status.json").write_text(json.dumps(dict(state=state, run="main", preset=preset, config=config, seed=seed, started=started) | more), encoding="utf-8")
     return out
 
 
