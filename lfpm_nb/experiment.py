@@ -39,7 +39,7 @@ def notebooks() -> dict[str, Path]:
 
 def parameters(name: str) -> dict[str, tuple]:
     "{parameter: (default, help)} of a run notebook's tagged cell."
-    nb = json.loads(notebooks()[choose(name, notebooks(), "run")].read_text())
+    nb = json.loads(notebooks()[choose(name, notebooks(), "run")].read_text(encoding="utf-8"))
     cell = next("".join(c["source"]) for c in nb["cells"] if "parameters" in c["metadata"].get("tags", []))
     lines = cell.splitlines()
     assigned = [n for n in ast.parse(cell).body if isinstance(n, (ast.Assign, ast.AnnAssign))]

@@ -156,7 +156,7 @@ def open_run(folder, methods=None, n: int = 256) -> PathCore:
     "A core on a finished run's folder, e.g. runs/main/tiny-s0-1a2b3c4d; its models come from `$LFPM_CACHE`, nothing is trained."
     folder = File(folder)
     if status(folder) != "done" or not (folder / "params.json").exists(): raise FileNotFoundError(f"no finished run in {folder}; expected the folder that `lfpm run main` printed")
-    card = json.loads((folder / "params.json").read_text())
+    card = json.loads((folder / "params.json").read_text(encoding="utf-8"))
     try: P = MainParams(**card["params"])
     except TypeError: raise ValueError(f"{folder} is a run of another notebook than main; an explorer needs a merge, its defences and their paths") from None
     torch.set_num_threads(card["versions"]["threads"])                  # stages are kept by number of threads
@@ -494,8 +494,8 @@ def voila_template(folder) -> dict:
     mine = File(folder) / "voila" / "templates" / "lfpm"
     shutil.copytree(source, mine)
     page = mine / "index.html.j2"
-    page.write_text(re.sub(r"^.*<link[^>]*https://.*$\n", "", page.read_text(), flags=re.M))
-    (mine / "conf.json").write_text(json.dumps(dict(base_template="lab")))
+    page.write_text(re.sub(r"^.*<link[^>]*https://.*$\n", "", page.read_text(encoding="utf-8"), flags=re.M), encoding="utf-8")
+    (mine / "conf.json").write_text(json.dumps(dict(base_template="lab")), encoding="utf-8")
     return dict(JUPYTER_PATH=os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")])))
 
 # %% ../nbs/20_explore.ipynb #28d4ba99

@@ -89,10 +89,10 @@ class Results:
 # %% ../nbs/23_report.ipynb #d954c7ff
 def _look(folder: Path) -> tuple[dict, pd.DataFrame, dict] | str:
     "(status, rows, parameters) of a results folder, or why it cannot be used."
-    try: status = json.loads((folder / "status.json").read_text())
+    try: status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return "half-written: no status"
     if status.get("state") != "done": return f"{status.get('state', 'unknown')}: {status.get('error', 'the run did not finish')}".splitlines()[0]
-    try: df, params = pd.read_parquet(folder / "metrics.parquet"), json.loads((folder / "params.json").read_text())
+    try: df, params = pd.read_parquet(folder / "metrics.parquet"), json.loads((folder / "params.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e: return f"half-written: {type(e).__name__} while reading it"
     if df.empty or not {"method", "metric", "value", "seed"} <= set(df): return "half-written: its table has no rows or lacks columns"
     return status, df, params

@@ -40,7 +40,7 @@ _parsed = functools.cache(yaml.safe_load)           # by text: thirty files are 
 
 def read_yaml(path: Path, known: list[str], needed: list[str]) -> dict:
     "A YAML mapping with no other keys than `known`; ValueError names the file, what is wrong and what is allowed."
-    try: d = copy.deepcopy(_parsed(Path(path).read_text()))
+    try: d = copy.deepcopy(_parsed(Path(path).read_text(encoding="utf-8")))
     except yaml.YAMLError as e: raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(d, dict): raise ValueError(f"{path} holds a {type(d).__name__}; expected lines of `key: value` with keys {', '.join(known)}")
     for k in d: choose(k, known, f"key in {path}")
@@ -89,7 +89,7 @@ def settings_of(name: str, preset: str = "lab", given: dict | None = None, seed:
 # %% ../nbs/18b_runs.ipynb #7d885173
 def status(folder: Path) -> str:
     "'done', 'failed' or 'absent'."
-    try: return json.loads((folder / "status.json").read_text())["state"]
+    try: return json.loads((folder / "status.json").read_text(encoding="utf-8"))["state"]
     except (OSError, ValueError, KeyError): return "absent"
 
 
@@ -98,7 +98,7 @@ SHOWING = ("results", "runs", "report")           # modules that show and file n
 
 def _code(notebook: str) -> tuple[list, list]:
     "(what runs in the notebook's code cells, the library modules behind it that make numbers)."
-    cells = json.loads(notebooks()[notebook].read_text())["cells"]
+    cells = json.loads(notebooks()[notebook].read_text(encoding="utf-8"))["cells"]
     plain = [TransformerManager().transform_cell("".join(c["source"])) for c in cells if c["cell_type"] == "code"]
     return [as_it_runs(c) for c in plain], sorted({m for c in plain for m in imported(c)} - {*SHOWING})
 
@@ -212,7 +212,7 @@ def load_runs(name: str, preset: str, config: str | None = None) -> tuple[pd.Dat
     name, found = resolve(name), []
     preset = choose(preset, presets(experiments()[name]), f"preset of {name}")
     for f in (runs_dir() / name).glob("*/status.json"):
-        s = json.loads(f.read_text())
+        s = json.loads(f.read_text(encoding="utf-8"))
         if s["state"] == "done" and s["preset"] == preset: found.append((s["started"], s, f.parent))      # not by file time: a fresh clone has made every file today
     if not found: raise FileNotFoundError(f"no finished run of {name} with preset {preset} under {runs_dir()}; make one: lfpm run {name} --preset {preset}")
     known = list(dict.fromkeys(s["config"] for _, s, _ in sorted(found, key=lambda x: x[0], reverse=True)))

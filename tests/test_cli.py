@@ -166,3 +166,15 @@ def test_the_command_itself(dirs):
     code = "import sys; from lfpm_nb.cli import main; sys.argv = ['lfpm', 'run', 'mian']; main()"
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert r.returncode == 2 and r.stdout == "" and r.stderr.strip().splitlines()[-1] == "lfpm: unknown run 'mian'; did you mean 'main'?" and "Traceback" not in r.stderr
+
+
+@pytest.mark.parametrize("code", ["import sys; from lfpm_nb.cli import main; sys.argv = ['lfpm', 'methods']; main()",
+                                  "import sys; from lfpm_nb.cli import main; sys.argv = 'lfpm run main --preset tiny --dry-run'.split(); main()",
+                                  "from lfpm_nb.runs import planned; print(planned('main', 'tiny').config)"], ids=["methods", "dry run", "configuration"])
+def test_the_locale_changes_nothing(dirs, code):
+    "ASCII is the strictest locale: whatever is read or printed by it fails at the first λ."
+    def said(**env):
+        r = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | env)
+        assert r.returncode == 0 and not r.stderr, r.stderr.decode(errors="replace")
+        return r.stdout.decode("utf-8")
+    assert said(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0") == said(PYTHONUTF8="1") != ""

@@ -307,34 +307,34 @@ def test_runs_that_cannot_be_opened(finished, monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="Run it again with the same settings"): open_run(finished)
     import shutil
     shutil.copytree(finished, tmp_path / "other")
-    card = json.loads((finished / "params.json").read_text())
-    (tmp_path / "other" / "params.json").write_text(json.dumps(card | dict(params=dict(merged="a.safetensors"))))
+    card = json.loads((finished / "params.json").read_text(encoding="utf-8"))
+    (tmp_path / "other" / "params.json").write_text(json.dumps(card | dict(params=dict(merged="a.safetensors"))), encoding="utf-8")
     with pytest.raises(ValueError, match="run of another notebook"): open_run(tmp_path / "other")
 
 
 def test_the_command_opens_a_run_and_two_files(finished, monkeypatch, tmp_path, lfpm):
     from lfpm_nb.core import save_state
     monkeypatch.setenv("LFPM_CACHE", str(finished.parent.parent / "cache"))
-    assert lfpm("explore", "--run", str(finished), "--html", str(tmp_path / "run.html"), "--cdn")[0] == 0 and "fine-tuning" in (tmp_path / "run.html").read_text()
+    assert lfpm("explore", "--run", str(finished), "--html", str(tmp_path / "run.html"), "--cdn")[0] == 0 and "fine-tuning" in (tmp_path / "run.html").read_text(encoding="utf-8")
     assert "no finished run" in lfpm("explore", "--run", str(tmp_path), "--html", str(tmp_path / "x.html"))[2]
     save_state(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
     code, _, err = lfpm("explore", "--models", str(tmp_path / "a.safetensors"), str(tmp_path / "a.safetensors"), "--html", str(tmp_path / "x.html"))
     assert code == 2 and err.startswith("lfpm: ") and not (tmp_path / "x.html").exists()
-    page = json.loads(page_of("open_run('somewhere')", "Run x", tmp_path).read_text())
+    page = json.loads(page_of("open_run('somewhere')", "Run x", tmp_path).read_text(encoding="utf-8"))
     assert "PathExplorer(open_run('somewhere'))" in page["cells"][1]["source"]
 
 
 def test_between_any_two_models_of_the_lab(finished, monkeypatch):
     from lfpm_nb.core import Stages
     from lfpm_nb.experiment import Lab, MainParams
-    lab = Lab(MainParams(**json.loads((finished / "params.json").read_text())["params"]), Stages(finished.parent.parent / "cache"))
+    lab = Lab(MainParams(**json.loads((finished / "params.json").read_text(encoding="utf-8"))["params"]), Stages(finished.parent.parent / "cache"))
     a, b = lab.contributor("signs"), lab.merged("TA")[0]
     core = between(lab, a, b, "merged", n=12, points=3, images=20)
     assert core.chosen == {} and list(core.grids["merged"].lam) == [0, .5, 1] and all(torch.equal(v, b[k]) for k, v in core.path.at(1.).state_dict().items())
     e = PathExplorer(core, rest=.01)
     e.show(); settle(e)
     assert [x.description for x in e.buttons] == ["0: start", "1: end"] and len(e.static()) > 5000
-    assert "the rule" not in e.save_html(finished / "x.html", cdn=True).read_text()
+    assert "the rule" not in e.save_html(finished / "x.html", cdn=True).read_text(encoding="utf-8")
     e.close()
 
 
@@ -350,7 +350,7 @@ def test_readouts_repeat_the_recorded_rows():
 
 def test_voila_template_asks_nobody_outside(tmp_path):
     env = voila_template(tmp_path)
-    page = (tmp_path / "voila" / "templates" / "lfpm" / "index.html.j2").read_text()
+    page = (tmp_path / "voila" / "templates" / "lfpm" / "index.html.j2").read_text(encoding="utf-8")
     assert "https://cdn" not in page and "notebook_css" in page and str(tmp_path) in env["JUPYTER_PATH"]
 
 
