@@ -808,6 +808,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lfpm_nb.runs.Plan.lock': ('runs.html#plan.lock', 'lfpm_nb/runs.py'),
                               'lfpm_nb.runs.Plan.notebook': ('runs.html#plan.notebook', 'lfpm_nb/runs.py'),
                               'lfpm_nb.runs._code': ('runs.html#_code', 'lfpm_nb/runs.py'),
+                              'lfpm_nb.runs._own_kernel': ('runs.html#_own_kernel', 'lfpm_nb/runs.py'),
                               'lfpm_nb.runs._papermill': ('runs.html#_papermill', 'lfpm_nb/runs.py'),
                               'lfpm_nb.runs._stamp': ('runs.html#_stamp', 'lfpm_nb/runs.py'),
                               'lfpm_nb.runs.check_writable': ('runs.html#check_writable', 'lfpm_nb/runs.py'),

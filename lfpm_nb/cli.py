@@ -64,6 +64,7 @@ def doctor():
     "Say what this machine has, and how to get what is missing."
     for k, v in versions().items(): print(f"{k:12s} {v}")
     print(f"{'backbones':12s} {', '.join(data_cards()) or 'none: data/ is empty; make one with  lfpm run pretrain'}")
+    print(f"{'notebooks':12s} run in {sys.executable}")
     print(f"{'runs':12s} {runs_dir().resolve()}\n{'cache':12s} {cache_dir().resolve()}")
     print(f"{'pictures':12s} {os.environ.get('LFPM_DATA') or 'LFPM_DATA is not set; only real pictures need it (lfpm data list)'}")
     missing = []

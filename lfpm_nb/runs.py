@@ -165,6 +165,22 @@ def check_writable(folder: Path) -> None:
             for p in new: p.rmdir()
         raise type(e)(f"cannot write results to {folder} ({e.strerror}); free some space or set LFPM_RUNS to a folder you can write") from None
 
+# %% ../nbs/18b_runs.ipynb #1eaad8cf
+def _own_kernel() -> type:
+    "A kernel manager for this interpreter's own kernel. A function, since Jupyter takes long to import."
+    import zmq
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+    from traitlets import default
+
+    class OwnKernel(AsyncKernelManager):
+        @default("kernel_spec_manager")
+        def _no_other(self): return KernelSpecManager(kernel_dirs=[])
+
+        @default("transport_encryption")
+        def _where_possible(self): return "auto" if zmq.has("curve") else "disabled"
+    return OwnKernel
+
 # %% ../nbs/18b_runs.ipynb #7662e9fc
 def _papermill(plan: Plan) -> None:
     "Execute the plan's notebook into its folder. RuntimeError says in which cell it failed."
@@ -172,7 +188,7 @@ def _papermill(plan: Plan) -> None:
     from nbclient.exceptions import DeadKernelError
     try:
         pm.execute_notebook(notebooks()[plan.notebook], plan.out / "notebook.ipynb", plan.settings | dict(out_dir=str(plan.out)), progress_bar=False,
-                            kernel_name="python3", store_widget_state=False, stdout_file=sys.stdout, stderr_file=sys.stderr, cwd=str(Path.cwd()))
+                            kernel_name="python3", kernel_manager_class=_own_kernel(), store_widget_state=False, stdout_file=sys.stdout, stderr_file=sys.stderr, cwd=str(Path.cwd()))
     except pm.PapermillExecutionError as e:
         raise RuntimeError(f"{plan.name} failed in cell {e.exec_count}: {e.ename}: {e.evalue}\nIts notebook is {plan.out / 'notebook.ipynb'}") from None
     except DeadKernelError:

@@ -31,7 +31,7 @@ def test_doctor(lfpm, dirs):
     lines = dict(l.split(None, 1) for l in out.splitlines() if " " in l)
     assert code == 0 and err == "" and {"python", "torch", "open_clip", "lfpm_nb", "device", "threads", "backbones", "runs", "cache"} <= lines.keys()
     assert lines["runs"].strip() == str(dirs / "runs") and lines["cache"].strip() == str(dirs / "cache") and all(b in lines["backbones"] for b in data_cards())
-    assert "nothing is missing" in out
+    assert "nothing is missing" in out and lines["notebooks"].strip() == f"run in {sys.executable}"
 
 
 def test_doctor_says_what_is_missing_and_how_to_get_it(lfpm, monkeypatch):

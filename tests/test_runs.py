@@ -1,10 +1,13 @@
 """Experiments as data, settings, run folders, reading runs back."""
 import json
 import os
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import papermill
@@ -314,6 +317,22 @@ def test_a_dead_kernel_is_a_failed_run(papermilled):
     with pytest.raises(RuntimeError, match="the kernel of main died .* the same command continues"): run_notebook("main", "tiny")
     out, = (E.runs_dir() / "main").iterdir()
     assert status(out) == "failed"
+
+
+def test_a_run_is_this_interpreters_whatever_kernelspec_there_is(tmp_path, monkeypatch, capfd):
+    "A `python3` kernelspec that is found first and can only fail is not asked; and no word on eavesdroppers, for none can listen."
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    argv = [sys.executable, "-c", "import sys; sys.exit('the wrong kernel')", "{connection_file}"]
+    (spec / "kernel.json").write_text(json.dumps(dict(argv=argv, display_name="wrong", language="python")), encoding="utf-8")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    who = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import sys; print('by', sys.executable)")],
+                                   metadata=dict(kernelspec=dict(name="python3", display_name="x", language="python")))
+    nbformat.write(who, tmp_path / "who.ipynb")
+    monkeypatch.setattr(E, "notebooks", lambda: {"who": tmp_path / "who.ipynb"})
+    E._papermill(SimpleNamespace(name="who", notebook="who", settings={}, out=tmp_path))
+    out, err = capfd.readouterr()
+    assert f"by {sys.executable}\n" in out and "eavesdropping" not in out + err
 
 
 def test_what_shows_numbers_is_no_part_of_a_configuration(monkeypatch, tmp_path):
