@@ -842,6 +842,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lfpm_nb.sweep._answers': ('sweep.html#_answers', 'lfpm_nb/sweep.py'),
                                'lfpm_nb.sweep._entry': ('sweep.html#_entry', 'lfpm_nb/sweep.py'),
                                'lfpm_nb.sweep._gpu': ('sweep.html#_gpu', 'lfpm_nb/sweep.py'),
+                               'lfpm_nb.sweep._settled': ('sweep.html#_settled', 'lfpm_nb/sweep.py'),
                                'lfpm_nb.sweep.cluster': ('sweep.html#cluster', 'lfpm_nb/sweep.py'),
                                'lfpm_nb.sweep.do_point': ('sweep.html#do_point', 'lfpm_nb/sweep.py'),
                                'lfpm_nb.sweep.finished': ('sweep.html#finished', 'lfpm_nb/sweep.py'),

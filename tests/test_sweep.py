@@ -104,6 +104,19 @@ def test_a_failed_run_is_recorded_and_the_rest_go_on(runs):
     assert [r["state"] for r in json.loads((runs.root / "runs" / "sweeps" / "s.json").read_text(encoding="utf-8"))].count("failed") == 1
 
 
+def test_without_any_worker_what_is_left_has_failed(runs, monkeypatch):
+    from distributed import Client
+    import contextlib
+
+    @contextlib.contextmanager
+    def deserted(workers, scheduler):
+        with Client(processes=False, n_workers=0, dashboard_address=None) as client: yield client
+    monkeypatch.setattr(S, "cluster", deserted); monkeypatch.setattr(S, "NO_WORKER", 1)
+    t = sweep(runs.file)
+    assert set(t.state) == {"failed"} and t.error.str.contains("no worker has been there for 1 s; start one, then --resume").all() and not runs.ran
+    assert len(json.loads((runs.root / "runs" / "sweeps" / "s.json").read_text(encoding="utf-8"))) == 3
+
+
 def test_runs_do_not_inherit_dasks_thrifty_malloc(runs, monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
     seen = []
@@ -166,9 +179,10 @@ def test_dry_run_lists_and_does_nothing(dirs, lfpm):
 # --- real processes, really killed (slow) -----------------------------------------------------------------------------------------------
 
 TOY = ['seed: int = 0  # seed\nx: float = 1.0  # factor\nout_dir: str = ""  # folder', '''
-import os, time, torch, pandas as pd
+import os, signal, time, torch, pandas as pd
 from pathlib import Path
 from lfpm_nb.core import Stages, generator, writing
+if x < 0: os.kill({-1.0: os.getppid(), -2.0: os.getpid()}[x], signal.SIGKILL)          # of this kernel the parent is the worker
 stages = Stages()
 def said(what):
     with open(Path(os.environ["LFPM_RUNS"]) / "log", "a") as f: f.write(what + "\\n")
@@ -233,6 +247,19 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(toy, tmp_path):
         else: p.wait(400)
     assert toy.start(broken, "--workers", "2", "--resume").wait(400) == 0, (broken / "out.txt").read_text(encoding="utf-8")
     pd.testing.assert_frame_equal(numbers(broken), numbers(whole), check_exact=True)
+
+
+@pytest.mark.slow
+def test_what_kills_its_worker_again_and_again_has_failed(toy, tmp_path, monkeypatch):
+    "One worker. A run that kills it, as the system does when memory is out; one whose kernel is killed; one that is well. Dask looks for lost workers at once here, not after 15 s."
+    monkeypatch.setenv("DASK_DISTRIBUTED__DEPLOY__LOST_WORKER_TIMEOUT", "1s")
+    root, file = tmp_path / "deadly", tmp_path / "s.yaml"
+    file.write_text("runs: [{run: toy, grid: {x: [-1.0, -2.0, 1.0]}}]", encoding="utf-8")
+    assert toy.start(root, "--workers", "1").wait(500) == 1, (root / "out.txt").read_text(encoding="utf-8")
+    found = {r["run"]: r for r in json.loads((root / "runs" / "sweeps" / "s.json").read_text(encoding="utf-8"))}
+    assert found["toy s0 x=1.0"]["state"] == "done"
+    assert found["toy s0 x=-1.0"]["state"] == "failed" and "KilledWorker" in found["toy s0 x=-1.0"]["error"]
+    assert found["toy s0 x=-2.0"]["state"] == "failed" and "the kernel of toy died" in found["toy s0 x=-2.0"]["error"]
 
 
 @pytest.mark.slow
