@@ -16,6 +16,8 @@ import sys
 
 import hypothesis
 import pytest
+
+import lfpm_nb          # before torch, which reads at its start how its threads shall wait
 import torch
 
 torch.set_num_threads(THREADS)

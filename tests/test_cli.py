@@ -178,3 +178,15 @@ def test_the_locale_changes_nothing(dirs, code):
         assert r.returncode == 0 and not r.stderr, r.stderr.decode(errors="replace")
         return r.stdout.decode("utf-8")
     assert said(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0") == said(PYTHONUTF8="1") != ""
+
+
+@pytest.mark.parametrize("given, want", [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")], ids=["ours", "the user's own"])
+def test_threads_wait_without_spinning_unless_told_otherwise(given, want):
+    "Asked of OpenMP itself, as the command loads it: set too late, a policy would be there and not be read."
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | {"OMP_DISPLAY_ENV": "TRUE"} | given
+    code = "import os; from lfpm_nb.cli import main; import torch; print(os.environ['OMP_WAIT_POLICY'])"
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", env=env)
+    assert r.returncode == 0 and r.stdout.strip() == want, "what a run's kernel inherits"
+    said = re.findall(r"OMP_WAIT_POLICY\s*=\s*'(\w+)'", r.stderr)
+    if not said: pytest.skip("this OpenMP does not show its settings")
+    assert set(said) == {want}
