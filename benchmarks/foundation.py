@@ -121,10 +121,10 @@ def tiny_run() -> Path:
 
 def stage_rows(folder: Path):
     stages = {}
-    for s in json.loads((folder / "params.json").read_text())["stages"]:
+    for s in json.loads((folder / "params.json").read_text(encoding="utf-8"))["stages"]:
         if not s["reused"]: stages.setdefault(s["name"], []).append(s["seconds"])
     for name, took in stages.items(): yield f"stage: {name}", sum(took), "s", f"{len(took)} times" * (len(took) > 1)
-    run = json.loads((folder / "status.json").read_text())
+    run = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     yield "stages together", sum(map(sum, stages.values())), "s", "what this run computed itself" if stages else "this run reused every stage"
     yield "main run, kernel start included", run["seconds"], "s", f"{run['preset']} preset, seed {run['seed']}, {folder.name}"
 

@@ -51,13 +51,13 @@ def their_runs(base, models) -> dict:
 
 
 def resident() -> int:
-    with open("/proc/self/statm") as f: return int(f.read().split()[1]) * resource.getpagesize()
+    with open("/proc/self/statm", encoding="utf-8") as f: return int(f.read().split()[1]) * resource.getpagesize()
 
 
 def run(call) -> tuple[float, float, object]:
     "(seconds, peak bytes above what is held now, result); peak is NaN where the kernel keeps no high-water mark that can be reset."
     try:
-        with open("/proc/self/clear_refs", "w") as f: f.write("5")
+        with open("/proc/self/clear_refs", "w", encoding="utf-8") as f: f.write("5")
         held = resident()
     except OSError: held = float("nan")
     t0 = time.perf_counter()
@@ -65,7 +65,7 @@ def run(call) -> tuple[float, float, object]:
     seconds = time.perf_counter() - t0
     peak = float("nan")
     if held == held:
-        with open("/proc/self/status") as f: peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM")) - held
+        with open("/proc/self/status", encoding="utf-8") as f: peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM")) - held
     return seconds, peak, out
 
 

@@ -27,7 +27,7 @@ def timed(root: Path, file: Path, workers: int, threads: int) -> tuple[float, fl
     t = sweep(file, workers=workers, threads=threads)
     wall = time.time() - t0
     if set(t.state) != {"done"}: raise SystemExit(t.to_string())
-    computed = [sum(s["seconds"] for s in json.loads((Path(f) / "params.json").read_text())["stages"] if not s["reused"]) for f in t.folder]
+    computed = [sum(s["seconds"] for s in json.loads((Path(f) / "params.json").read_text(encoding="utf-8"))["stages"] if not s["reused"]) for f in t.folder]
     return wall, (t.seconds - computed).mean()
 
 
@@ -51,7 +51,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as d:
         file = Path(d, "grid.yaml")
-        file.write_text(yaml.safe_dump(dict(preset="tiny", seeds=list(range(args.seeds)), runs=[GRID])))
+        file.write_text(yaml.safe_dump(dict(preset="tiny", seeds=list(range(args.seeds)), runs=[GRID])), encoding="utf-8")
         wall = {}
         for name, workers, threads in (("one worker", 1, 1), ("two workers", 2, 1), ("one worker, two threads", 1, 2)):
             wall[name], over = timed(Path(d, name), file, workers, threads)

@@ -7,7 +7,7 @@ __all__ = ['app', 'data', 'main', 'alone', 'doctor', 'data_list', 'data_check', 
            'path_', 'purify_', 'run', 'table_', 'report_', 'sweep_', 'record_', 'explore']
 
 # %% ../nbs/25_cli.ipynb #8d6d8e1a
-import contextlib, json, os, shutil, signal, subprocess, sys, tempfile, textwrap, warnings
+import contextlib, io, json, os, shutil, signal, subprocess, sys, tempfile, textwrap, warnings
 import typer
 from .core import cache_dir, choose, first, proj_path, runs_dir, versions
 from .realdata import check_set, every_set, find_set, get_set, inventory, present
@@ -33,12 +33,19 @@ app.add_typer(data, name="data")
 
 def main() -> None:
     "Entry point: turns known errors into one line and an exit code."
+    _print_utf8()
     try: app()
     except (ValueError, FileNotFoundError, OSError) as e: sys.exit(_say(e, 2))
     except RuntimeError as e: sys.exit(_say(e, 1))
     finally:
         torch = sys.modules.get("torch")          # most commands never load it
         if torch and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+
+
+def _print_utf8() -> None:
+    "From here on this process prints UTF-8, whatever the locale: λ and ± stand in many lines. A file name keeps its bytes."
+    for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 def alone(command: str) -> None:
@@ -58,6 +65,7 @@ def doctor():
     "Say what this machine has, and how to get what is missing."
     for k, v in versions().items(): print(f"{k:12s} {v}")
     print(f"{'backbones':12s} {', '.join(data_cards()) or 'none: data/ is empty; make one with  lfpm run pretrain'}")
+    print(f"{'notebooks':12s} run in {sys.executable}")
     print(f"{'runs':12s} {runs_dir().resolve()}\n{'cache':12s} {cache_dir().resolve()}")
     print(f"{'pictures':12s} {os.environ.get('LFPM_DATA') or 'LFPM_DATA is not set; only real pictures need it (lfpm data list)'}")
     missing = []

@@ -167,7 +167,7 @@ def data_card(name: str) -> dict:
     except ValueError as e:
         raise ValueError(f"{e} To make one: lfpm run pretrain (for lfpm-real: --preset small-real, with real pictures under $LFPM_DATA; see lfpm data list). "
                          "A published one: open_clip's name, such as ViT-B-32-quickgelu, or NAME:FILE with weights of your own") from None
-    return json.loads(data_cards()[name].read_text())
+    return json.loads(data_cards()[name].read_text(encoding="utf-8"))
 
 
 def build_clip(card: dict) -> Clip:
@@ -175,7 +175,7 @@ def build_clip(card: dict) -> Clip:
     import open_clip
     with tempfile.TemporaryDirectory() as d:
         path = Path(d) / f"{card['name']}.json"
-        path.write_text(json.dumps(card["config"]))
+        path.write_text(json.dumps(card["config"]), encoding="utf-8")
         open_clip.add_model_config(path)
         logging.disable(logging.WARNING)          # it would warn that no weights are loaded: they come next, from our own file
         try: model = open_clip.create_model(card["name"], force_quick_gelu=card["quick_gelu"])

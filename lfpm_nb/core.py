@@ -95,7 +95,7 @@ def versions() -> dict:
 # %% ../nbs/00_core.ipynb #b3af7e1f
 def cpu_name() -> str:
     "The processor's model: sums round differently from one to the next, so a run says which it had. It is no part of a configuration, and seeds may come from several machines."
-    try: return next(l.partition(":")[2].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
+    try: return next(l.partition(":")[2].strip() for l in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if l.startswith("model name"))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
 # %% ../nbs/00_core.ipynb #0c5450af
@@ -336,7 +336,7 @@ def writing(path):
 
 def write_json(path, obj) -> None:
     "Write `obj` as indented JSON, by rename."
-    with writing(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str) + "\n")
+    with writing(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str) + "\n", encoding="utf-8")
 
 # %% ../nbs/00_core.ipynb #b048aba0
 def _save(path, state: dict, meta: dict) -> None:
@@ -463,10 +463,10 @@ class Peak:
         return self
 
     def _resident(self, what: str) -> int:
-        return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 
     def _reset(self):
-        try: Path("/proc/self/clear_refs").write_text("5")            # the kernel forgets its high-water mark
+        try: Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")            # the kernel forgets its high-water mark
         except OSError: self.start = None
 
     def __exit__(self, *_):

@@ -495,8 +495,8 @@ def voila_template(folder) -> dict:
     mine = File(folder) / "voila" / "templates" / "lfpm"
     shutil.copytree(source, mine)
     page = mine / "index.html.j2"
-    page.write_text(re.sub(r"^.*<link[^>]*https://.*$\n", "", page.read_text(), flags=re.M))
-    (mine / "conf.json").write_text(json.dumps(dict(base_template="lab")))
+    page.write_text(re.sub(r"^.*<link[^>]*https://.*$\n", "", page.read_text(encoding="utf-8"), flags=re.M), encoding="utf-8")
+    (mine / "conf.json").write_text(json.dumps(dict(base_template="lab")), encoding="utf-8")
     return dict(JUPYTER_PATH=os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")])))
 
 # %% ../nbs/20_explore.ipynb #28d4ba99

@@ -178,7 +178,7 @@ def _check_meta(tower: Tower, clip: Clip) -> None:
 def _config(path: Path) -> dict:
     "Heads and activation from a Hugging Face config.json beside a checkpoint; {} without one."
     if not (path.parent / "config.json").is_file(): return {}
-    try: c = json.loads((path.parent / "config.json").read_text())
+    try: c = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path.parent / 'config.json'} is no JSON ({e}); restore or remove it") from None
     c = c.get("vision_config") or c
     return {k: v for k, v in dict(heads=c.get("num_attention_heads"), quick_gelu=c["hidden_act"] == "quick_gelu" if "hidden_act" in c else None).items() if v is not None}

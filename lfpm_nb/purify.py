@@ -290,7 +290,7 @@ def check_out(out, inputs) -> Path:
     out = Path(out)
     if out.suffix != ".safetensors" or out.name in BESIDE: raise ValueError(f"out is {str(out)!r}; expected a name ending in .safetensors, other than {BESIDE[0]}")
     if out.resolve() in [Path(p).resolve() for p in inputs]: raise ValueError(f"{out} is an input; give another --out")
-    try: ours = json.loads((out.parent / "card.json").read_text())["kind"] == "purified"
+    try: ours = json.loads((out.parent / "card.json").read_text(encoding="utf-8"))["kind"] == "purified"
     except (OSError, ValueError, KeyError, TypeError): ours = False
     if not ours and (there := [n for n in BESIDE if (out.parent / n).exists()]):
         raise ValueError(f"{out.parent.resolve()} already holds {', '.join(there)}, not written by purify; give --out in a folder of its own")

@@ -234,7 +234,7 @@ def _kept(kind, *paths: Path): return _opened(kind, paths, tuple(p.stat().st_mti
 def _words(place: Path, names: list[str]) -> list[str]:
     "Tiny-ImageNet's wnids as the first synonym in its words.txt; other names as they are."
     if not (place.parent / "words.txt").is_file(): return names
-    words = dict(line.split("\t") for line in (place.parent / "words.txt").read_text().splitlines())
+    words = dict(line.split("\t") for line in (place.parent / "words.txt").read_text(encoding="utf-8").splitlines())
     return [words[w].split(",")[0] for w in names]
 
 

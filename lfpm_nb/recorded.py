@@ -44,7 +44,7 @@ class Recorded(Lab):
     def __init__(self, folder, tiny: bool = False, stages: Stages | None = None):
         self.folder = Path(folder)
         if not (self.folder / "card.json").exists(): raise FileNotFoundError(f"no recorded lab in {folder}; make one: lfpm record")
-        self.card = json.loads((self.folder / "card.json").read_text())
+        self.card = json.loads((self.folder / "card.json").read_text(encoding="utf-8"))
         super().__init__(MainParams(**self.card["params"] | (FEW if tiny else {})), stages)
         if self.card["backbone"] != self.clip.card["sha256"]:
             raise ValueError(f"{folder} was recorded with another backbone ({self.card['backbone'][:12]}…); make it again: lfpm record")

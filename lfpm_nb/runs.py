@@ -133,7 +133,7 @@ def settings_of(name: str, preset: str = "lab", given: dict | None = None,
 # %% ../nbs/18b_runs.ipynb #7a80b66a
 def read_status(folder: Path) -> dict:
     "What a results folder says of itself; {} where it says nothing that can be read."
-    try: said = json.loads((Path(folder) / "status.json").read_text())
+    try: said = json.loads((Path(folder) / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
     return said if isinstance(said, dict) else {}
 
@@ -360,14 +360,32 @@ def check_writable(folder: Path) -> None:
             for p in new: p.rmdir()
         raise type(e)(f"cannot write results to {folder} ({e.strerror}); free some space or set LFPM_RUNS to a folder you can write") from None
 
+# %% ../nbs/18b_runs.ipynb #1eaad8cf
+def _own_kernel() -> type:
+    "A kernel manager for this interpreter's own kernel. A function, since Jupyter takes long to import."
+    import zmq
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+    from traitlets import default
+
+    class OwnKernel(AsyncKernelManager):
+        @default("kernel_spec_manager")
+        def _no_other(self): return KernelSpecManager(kernel_dirs=[])
+
+        @default("transport_encryption")
+        def _where_possible(self): return "auto" if zmq.has("curve") else "disabled"
+    return OwnKernel
+
 # %% ../nbs/18b_runs.ipynb #7662e9fc
 def _papermill(plan: Plan) -> None:
     "Execute the plan's notebook into its folder. RuntimeError says in which cell it failed."
     import papermill as pm
     from nbclient.exceptions import DeadKernelError
     try:
-        pm.execute_notebook(notebooks()[plan.notebook], plan.out / "notebook.ipynb", plan.passed, progress_bar=False,
-                            kernel_name="python3", store_widget_state=False, stdout_file=sys.stdout, stderr_file=sys.stderr, cwd=str(Path.cwd()))
+        pm.execute_notebook(notebooks()[plan.notebook], plan.out / "notebook.ipynb", plan.passed,
+                            kernel_name="python3", kernel_manager_class=_own_kernel(),
+                            progress_bar=False, store_widget_state=False, cwd=str(Path.cwd()),
+                            stdout_file=sys.stdout, stderr_file=sys.stderr)
     except pm.PapermillExecutionError as e:
         raise RuntimeError(f"{plan.name} failed in cell {e.exec_count}: {e.ename}: {e.evalue}\nIts notebook is {plan.out / 'notebook.ipynb'}") from None
     except DeadKernelError:

@@ -16,6 +16,8 @@ import sys
 
 import hypothesis
 import pytest
+
+import lfpm_nb          # before torch, which reads at its start how its threads shall wait
 import torch
 
 torch.set_num_threads(THREADS)
@@ -59,12 +61,12 @@ def in_both(monkeypatch):
     return call
 
 
-def new_pico(name: str = "pico"):
+def new_pico(name: str = "pico", layers: int = 2):
     "An untrained Clip, two blocks of width 64 on 32 x 32 images: like the shipped one in everything but size and skill."
     from lfpm_nb.clip import build_clip, lab_config, new_card
     from lfpm_nb.tasks import prompt_corpus
     torch.manual_seed(0)
-    config = lab_config(width=64, layers=2, embed=32, text_width=64, text_layers=1)
+    config = lab_config(width=64, layers=layers, embed=32, text_width=64, text_layers=1)
     clip = build_clip(new_card(name, config, prompt_corpus()))
     clip.model.requires_grad_(False)
     return clip

@@ -62,7 +62,7 @@ def test_encode_at_is_encode_with_those_weights(pico, prompts, shadow, fp32):
 
 # --- SAM and ASAM ------------------------------------------------------------------------------------------------------------
 
-RECORDED = json.loads((REFERENCE / "baselines_sam.json").read_text())["runs"]
+RECORDED = json.loads((REFERENCE / "baselines_sam.json").read_text(encoding="utf-8"))["runs"]
 
 
 @pytest.mark.parametrize("i", range(len(RECORDED)))

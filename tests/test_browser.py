@@ -62,14 +62,14 @@ def serve(tmp_path):
         env = os.environ | dict(LFPM_RUNS=str(tmp_path / "runs"), LFPM_CACHE=str(tmp_path / "cache"), JUPYTER_CONFIG_DIR=str(tmp_path / "config"), OMP_NUM_THREADS="1",
                                 JUPYTER_DATA_DIR=str(tmp_path / "data"), PYTHONPATH=str(ROOT), HOME=str(tmp_path))
         env.pop("LFPM_STATIC", None); env.pop("MPLBACKEND", None)
-        log = open(tmp_path / "server.log", "w")
+        log = open(tmp_path / "server.log", "w", encoding="utf-8")
         p = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
         running.append(p)
         for _ in range(seconds * 4):
             try: return urllib.request.urlopen(url, timeout=30).status
             except OSError: time.sleep(.25)
-            assert p.poll() is None, (tmp_path / "server.log").read_text()
-        raise TimeoutError((tmp_path / "server.log").read_text())
+            assert p.poll() is None, (tmp_path / "server.log").read_text(encoding="utf-8")
+        raise TimeoutError((tmp_path / "server.log").read_text(encoding="utf-8"))
     yield start
     for p in running:
         family = psutil.Process(p.pid).children(recursive=True)
@@ -172,7 +172,7 @@ def open_lab(page, serve, tmp_path, name, port):
     "JupyterLab with a copy of one explorer's notebook, all cells run."
     settings = tmp_path / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}', encoding="utf-8")
     shutil.copy(ROOT / "nbs" / "explore" / f"{name}.ipynb", tmp_path / f"{name}.ipynb")
     serve([sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ServerApp.token=", "--ServerApp.password=", "--allow-root", f"--notebook-dir={tmp_path}"],
           f"http://127.0.0.1:{port}/api")

@@ -32,7 +32,7 @@ def test_doctor(lfpm, dirs):
     lines = dict(l.split(None, 1) for l in out.splitlines() if " " in l)
     assert code == 0 and err == "" and {"python", "torch", "open_clip", "lfpm_nb", "device", "threads", "backbones", "runs", "cache"} <= lines.keys()
     assert lines["runs"].strip() == str(dirs / "runs") and lines["cache"].strip() == str(dirs / "cache") and all(b in lines["backbones"] for b in data_cards())
-    assert "nothing is missing" in out
+    assert "nothing is missing" in out and lines["notebooks"].strip() == f"run in {sys.executable}"
 
 
 def test_doctor_says_what_is_missing_and_how_to_get_it(lfpm, monkeypatch):
@@ -146,11 +146,11 @@ def test_nothing_in_the_runs_folder_ends_in_a_traceback(lfpm, runs, tmp_path, na
     good, bad = fake(runs, "lab-s0-aaaa", {"TA": 70}), fake(runs, "lab-s1-aaaa", {"TA": 999}, seed=1)
     spoil(bad / name, content)
     if believed and name == "metrics.parquet": finish(bad, **{k: v for k, v in read_status(bad).items() if k not in ("state", "metrics")})
-    (runs / "lab-s0-aaaa").mkdir(); (runs / "unheard of").mkdir(); (runs / "main" / "a file").write_text("x"); (runs / "lobam").write_text("no folder")
+    (runs / "lab-s0-aaaa").mkdir(); (runs / "unheard of").mkdir(); (runs / "main" / "a file").write_text("x", encoding="utf-8"); (runs / "lobam").write_text("no folder", encoding="utf-8")
     whole = content == b"{}" and name == "params.json"              # it lacks nothing that the table needs
     code, out, err = lfpm("table", "main")
     assert code == 0 and ("| TA | 70.0 |" in out) != whole and ("main/lab-s1-aaaa" in err) != whole and "Traceback" not in err, err
-    (sweep := tmp_path / "s.yaml").write_text("preset: tiny\nruns: [main]")
+    (sweep := tmp_path / "s.yaml").write_text("preset: tiny\nruns: [main]", encoding="utf-8")
     assert lfpm("sweep", str(sweep), "--dry-run")[0] == 0
     code, out, err = lfpm("explore", "--run", str(bad), "--html", str(tmp_path / "x.html"))
     assert code == 2 and err.startswith("lfpm: ") and err.count("\n") == 1, err
@@ -198,3 +198,27 @@ def test_the_command_itself(dirs):
     code = "import sys; from lfpm_nb.cli import main; sys.argv = ['lfpm', 'run', 'mian']; main()"
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert r.returncode == 2 and r.stdout == "" and r.stderr.strip().splitlines()[-1] == "lfpm: unknown run 'mian'; did you mean 'main'?" and "Traceback" not in r.stderr
+
+
+@pytest.mark.parametrize("code", ["import sys; from lfpm_nb.cli import main; sys.argv = ['lfpm', 'methods']; main()",
+                                  "import sys; from lfpm_nb.cli import main; sys.argv = 'lfpm run main --preset tiny --dry-run'.split(); main()",
+                                  "from lfpm_nb.runs import planned; print(planned('main', 'tiny').config)"], ids=["methods", "dry run", "configuration"])
+def test_the_locale_changes_nothing(dirs, code):
+    "ASCII is the strictest locale: whatever is read or printed by it fails at the first λ."
+    def said(**env):
+        r = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | env)
+        assert r.returncode == 0 and not r.stderr, r.stderr.decode(errors="replace")
+        return r.stdout.decode("utf-8")
+    assert said(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0") == said(PYTHONUTF8="1") != ""
+
+
+@pytest.mark.parametrize("given, want", [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")], ids=["ours", "the user's own"])
+def test_threads_wait_without_spinning_unless_told_otherwise(given, want):
+    "Asked of OpenMP itself, as the command loads it: set too late, a policy would be there and not be read."
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | {"OMP_DISPLAY_ENV": "TRUE"} | given
+    code = "import os; from lfpm_nb.cli import main; import torch; print(os.environ['OMP_WAIT_POLICY'])"
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", env=env)
+    assert r.returncode == 0 and r.stdout.strip() == want, "what a run's kernel inherits"
+    said = re.findall(r"OMP_WAIT_POLICY\s*=\s*'(\w+)'", r.stderr)
+    if not said: pytest.skip("this OpenMP does not show its settings")
+    assert set(said) == {want}

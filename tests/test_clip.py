@@ -201,8 +201,8 @@ def rewrite(weights, card, state=None, meta=None, **fields):
     "Other weights or metadata in the shipped file, its card's sha256 set right; other fields in the card."
     state = load_file(weights) if state is None else state
     save_file(state, weights, meta or {"quick_gelu": "False"})
-    c = json.loads(card.read_text()) | {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest()} | fields
-    card.write_text(json.dumps(c))
+    c = json.loads(card.read_text(encoding="utf-8")) | {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest()} | fields
+    card.write_text(json.dumps(c), encoding="utf-8")
 
 
 def test_ship_and_load_round_trip(shipped):

@@ -84,20 +84,20 @@ def test_seeds_differ_whenever_names_differ(a, b):
 @pytest.mark.parametrize("spelling", ["from lfpm_nb.{} import x", "from .{} import x", "from .{} import (x,\n    y)"])
 def test_code_hash_follows_imports(tmp_path, monkeypatch, spelling):
     for m, of in dict(leaf="", mid="leaf", top="mid", apart="").items():
-        (tmp_path / f"{m}.py").write_text((spelling.format(of) if of else "x = 1") + "\n")
+        (tmp_path / f"{m}.py").write_text((spelling.format(of) if of else "x = 1") + "\n", encoding="utf-8")
     monkeypatch.setattr(core, "__file__", str(tmp_path / "core.py"))
     before = {m: code_hash(m) for m in ("top", "mid", "apart")}
-    (tmp_path / "leaf.py").write_text("x = 2\n")
+    (tmp_path / "leaf.py").write_text("x = 2\n", encoding="utf-8")
     assert code_hash("top") != before["top"] and code_hash("mid") != before["mid"] and code_hash("apart") == before["apart"]
 
 
 def test_code_hash_does_not_see_comments_and_docstrings(tmp_path, monkeypatch):
-    (tmp_path / "one.py").write_text('"About."\ndef f(x):\n    "Says."\n    return x\n')
+    (tmp_path / "one.py").write_text('"About."\ndef f(x):\n    "Says."\n    return x\n', encoding="utf-8")
     monkeypatch.setattr(core, "__file__", str(tmp_path / "core.py"))
     before = code_hash("one")
-    (tmp_path / "one.py").write_text('"Other."\n# why\ndef f(x): return x   # so\n')
+    (tmp_path / "one.py").write_text('"Other."\n# why\ndef f(x): return x   # so\n', encoding="utf-8")
     assert code_hash("one") == before
-    (tmp_path / "one.py").write_text("def f(x): return -x\n")
+    (tmp_path / "one.py").write_text("def f(x): return -x\n", encoding="utf-8")
     assert code_hash("one") != before
 
 
@@ -114,9 +114,9 @@ def test_several_processes_that_want_one_stage_compute_it_once(tmp_path):
 
 def test_code_hash_of_every_module_sees_a_change_in_core(tmp_path, monkeypatch):
     package = Path(core.__file__).parent
-    modules = [p.stem for p in package.glob("*.py") if p.stem[0] != "_" and (p.stem == "core" or "\nfrom ." in p.read_text())]      # `checks` stands alone
+    modules = [p.stem for p in package.glob("*.py") if p.stem[0] != "_" and (p.stem == "core" or "\nfrom ." in p.read_text(encoding="utf-8"))]      # `checks` stands alone
     before = {m: code_hash(m) for m in modules}
-    for m in modules: (tmp_path / f"{m}.py").write_text((package / f"{m}.py").read_text() + "changed = 1\n" * (m == "core"))
+    for m in modules: (tmp_path / f"{m}.py").write_text((package / f"{m}.py").read_text(encoding="utf-8") + "changed = 1\n" * (m == "core"), encoding="utf-8")
     monkeypatch.setattr(core, "__file__", str(tmp_path / "core.py"))
     assert len(modules) > 10 and [m for m in modules if code_hash(m) == before[m]] == []
 
@@ -127,12 +127,12 @@ def test_code_hash_of_every_module_sees_a_change_in_core(tmp_path, monkeypatch):
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "sub" / "f.txt"
     with pytest.raises(error):
-        with writing(path) as tmp: tmp.write_text("half"); raise error
+        with writing(path) as tmp: tmp.write_text("half", encoding="utf-8"); raise error
     assert list(path.parent.iterdir()) == []
     write_json(path, {"a": 1})
     with pytest.raises(error):
-        with writing(path) as tmp: tmp.write_text("half"); raise error
-    assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in path.parent.iterdir()] == ["f.txt"]
+        with writing(path) as tmp: tmp.write_text("half", encoding="utf-8"); raise error
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1} and [p.name for p in path.parent.iterdir()] == ["f.txt"]
 
 
 def test_state_round_trip(tmp_path):

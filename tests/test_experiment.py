@@ -122,12 +122,12 @@ def test_saved_files(tiny_lab, tmp_path):
     tiny_lab.save(tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.parquet", "params.json", "path.html", "path.png"]
     assert pd.read_parquet(tmp_path / "out" / "metrics.parquet").equals(tiny_lab.frame().reset_index(drop=True))
-    p = json.loads((tmp_path / "out" / "params.json").read_text())
+    p = json.loads((tmp_path / "out" / "params.json").read_text(encoding="utf-8"))
     assert p["params"] == json.loads(json.dumps(asdict(tiny_lab.P))) and {"torch", "python", "lfpm_nb", "device", "threads"} <= p["versions"].keys()
     assert p["backbone"] == "0" * 64 and p["cpu"] and {"config", "time"} <= p.keys()
     assert {"lam", "lam_rule", "strength", "knob", "passes", "seconds", "peak_mb"} <= p["defences"]["LFPM"].keys()
     assert {s["name"] for s in p["stages"]} >= TRAINED and all(s["seconds"] >= 0 for s in p["stages"])
-    html = (tmp_path / "out" / "path.html").read_text()
+    html = (tmp_path / "out" / "path.html").read_text(encoding="utf-8")
     assert "LFPM" in html and "TA (clean), same trigger" in html and not any(f'src="http{s}:' in html for s in ("", "s")), "it needs no network"
 
 

@@ -69,14 +69,14 @@ def test_old_position_ids_come_back(whole):
 
 def test_hugging_face_folder_and_its_config(whole, tmp_path, pico):
     write_tower(tmp_path / "model.safetensors", whole, "hf")
-    (tmp_path / "config.json").write_text(json.dumps(dict(num_attention_heads=1, hidden_act="gelu")))
+    (tmp_path / "config.json").write_text(json.dumps(dict(num_attention_heads=1, hidden_act="gelu")), encoding="utf-8")
     tower = read_tower(tmp_path)
     assert tower.meta["heads"] == 1 and tower.meta["quick_gelu"] is False and same(fitted(tower, pico), {**{k: v for k, v in whole.visual.items() if k != "proj"}, "proj": pico.visual.proj} | {})
-    (tmp_path / "config.json").write_text(json.dumps(dict(vision_config=dict(num_attention_heads=2, hidden_act="gelu"))))
+    (tmp_path / "config.json").write_text(json.dumps(dict(vision_config=dict(num_attention_heads=2, hidden_act="gelu"))), encoding="utf-8")
     with pytest.raises(ValueError, match="says 2 attention heads, pico has 1"): fitted(read_tower(tmp_path), pico)
-    (tmp_path / "config.json").write_text(json.dumps(dict(num_attention_heads=1, hidden_act="quick_gelu")))
+    (tmp_path / "config.json").write_text(json.dumps(dict(num_attention_heads=1, hidden_act="quick_gelu")), encoding="utf-8")
     with pytest.raises(ValueError, match="trained with QuickGELU, pico computes GELU.*name the model that matches$"): fitted(read_tower(tmp_path), pico)
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="no JSON"): read_tower(tmp_path)
 
 

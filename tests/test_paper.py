@@ -92,7 +92,7 @@ def shallow(layers: int) -> str:
     config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = layers
     with tempfile.TemporaryDirectory() as d:
         path = Path(d) / f"ViT-B-32-shallow{layers}.json"
-        path.write_text(json.dumps(config))
+        path.write_text(json.dumps(config), encoding="utf-8")
         open_clip.add_model_config(path)
     return path.stem
 

@@ -56,7 +56,7 @@ if __name__ == "__main__":
     ends, logs = work(root)
     logs["hash"] = content_hash(ends)
     save_state(root / "ends.safetensors", {f"{name}|{k}": v.clone() for name, end in ends.items() for k, v in end.items()})
-    (root / f"rank{team().process_index}.json").write_text(json.dumps(logs))
+    (root / f"rank{team().process_index}.json").write_text(json.dumps(logs), encoding="utf-8")
     torch.distributed.destroy_process_group()
     conftest.pytest_unconfigure(None)
     sys.exit()
@@ -74,7 +74,7 @@ def two(tmp_path_factory):
     for k, v in load_state(root / "ends.safetensors")[0].items():
         name, _, key = k.partition("|")
         ends.setdefault(name, {})[key] = v
-    return ends, [json.loads((root / f"rank{r}.json").read_text()) for r in range(2)], root, done.stderr
+    return ends, [json.loads((root / f"rank{r}.json").read_text(encoding="utf-8")) for r in range(2)], root, done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -105,16 +105,16 @@ def test_vector_leads_from_merged_to_purified(stranger, done, lab):
 
 
 def test_card_says_everything(stranger, done):
-    card = json.loads((done.folder / "card.json").read_text())
+    card = json.loads((done.folder / "card.json").read_text(encoding="utf-8"))
     assert card["parents"]["merged"]["sha256"] == F.file_sha(stranger / "merged.safetensors") and card["parents"]["merged"]["format"] == "hf"
     assert card["files"]["purified.safetensors"] == F.file_sha(done.folder / "purified.safetensors") and {"torch", "open_clip", "threads"} <= card["versions"].keys()
     assert set(card["parameters"]) == set(parameters("purify")) - set(around("purify")) and card["lam"] == 0.5 and card["rule"] == {}
     assert [r["lam"] for r in card["path"]] == [i / 20 for i in range(21)] and card["cost"]["merged"]["changed"] == 0 and card["cost"]["purified"]["n"] == 20
-    text = (done.folder / "card.md").read_text()
+    text = (done.folder / "card.md").read_text(encoding="utf-8")
     assert card["parents"]["base"]["sha256"] in text and "agrees with label %" in text and "pseudo-labels" in text and "n = 20" in text
     assert [p["semantic"] for p in card["prompts"]] == [2.0] and f"weights 2 (LFPM Eq 16); they move the merged model's unit features by {card['prompts'][0]['shift']:.2g} of" in text
-    assert str(stranger) not in text + (done.folder / "card.json").read_text(), "a card travels: no path of this machine in it"
-    page = (done.folder / "path.html").read_text()
+    assert str(stranger) not in text + (done.folder / "card.json").read_text(encoding="utf-8"), "a card travels: no path of this machine in it"
+    page = (done.folder / "path.html").read_text(encoding="utf-8")
     assert "agrees with label" in page and "under mined prompts" not in page and "by hand" in page, "a given λ was chosen on nothing"
     assert sorted(p.name for p in done.folder.iterdir()) == sorted(("purified.safetensors", *BESIDE))
 
@@ -134,7 +134,7 @@ def test_the_rule_chooses_lam_when_asked(stranger, done, tmp_path, rule):
     healed = next((p["lam"] for p in c if all(s <= l for s, l in zip(p["shift"], level))), knee)
     assert len(c) == 21 and got.card["lam"] == dict(knee=knee, level=healed)[rule] and f"the rule `{rule}` (path.lam_rules), without knowledge of an attack" in text()
     assert all(f"{s:.2g}" in text() for s in (*level, *next(p["shift"] for p in c if p["lam"] == got.card["lam"])))
-    page = (tmp_path / "path.html").read_text()
+    page = (tmp_path / "path.html").read_text(encoding="utf-8")
     assert "prompt 1, pretrained model" in page and "under mined prompts" in page and f"by the rule {rule}" in page
 
 
@@ -154,7 +154,7 @@ def test_same_code_path_as_the_main_run(stranger, done, lab):
 
 def test_corrupt_pictures_are_skipped_counted_and_named(tmp_path, lab):
     paint(tmp_path)
-    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture"); (tmp_path / "empty.png").touch(); (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture"); (tmp_path / "empty.png").touch(); (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
     pics = read_pictures(tmp_path, 32)
     assert len(pics.x) == 100 and pics.found == 102 and set(pics.skipped) == {"cut.jpg", "empty.png"} and all(pics.skipped.values())
     assert torch.equal(read_pictures(tmp_path, 32, most=100, seed=0).x, pics.x) and read_pictures(tmp_path, 32, most=100, seed=1).names != pics.names
@@ -182,28 +182,28 @@ def test_class_folders_are_labels(tmp_path, lab):
 def test_label_tables(tmp_path, lab):
     of = paint(tmp_path / "p")
     pics, v, table = read_pictures(tmp_path / "p", 32), Vocabulary.of(lab), tmp_path / "labels.csv"
-    table.write_text("file,label\n" + "".join(f"{n},{c}\n" for n, c in of.items()))
+    table.write_text("file,label\n" + "".join(f"{n},{c}\n" for n, c in of.items()), encoding="utf-8")
     y, _, how = label(lab, pics, tmp_path / "p", str(table), v)
     assert [sorted(set(of.values()))[i] for i in y] == [of[n] for n in pics.names] and "labels.csv" in how["labels"]
-    table.write_text("".join(f"{n},{v.words.index(c)}\n" for n, c in of.items()))
+    table.write_text("".join(f"{n},{v.words.index(c)}\n" for n, c in of.items()), encoding="utf-8")
     assert [v.words[i] for i in label(lab, pics, tmp_path / "p", str(table), v)[0]] == [of[n] for n in pics.names]
     for bad in (len(v.words), -1):
-        table.write_text("".join(f"{n},{bad if n == '007.png' else 0}\n" for n in of))
+        table.write_text("".join(f"{n},{bad if n == '007.png' else 0}\n" for n in of), encoding="utf-8")
         with pytest.raises(ValueError, match=rf"1 labels out of range \(007.png,{bad}\); expected numbers from 0 to {len(v.words) - 1}"): label(lab, pics, tmp_path / "p", str(table), v)
-    table.write_text("000.png,1\n")
+    table.write_text("000.png,1\n", encoding="utf-8")
     with pytest.raises(ValueError, match="no label for 99 of 100 pictures"): label(lab, pics, tmp_path / "p", str(table), v)
     with pytest.raises(FileNotFoundError, match="no labels at"): label(lab, pics, tmp_path / "p", str(tmp_path / "none.csv"), v)
 
 
 def test_vocabulary_files(tmp_path, lab):
-    (tmp_path / "words.txt").write_text("red circle\n\nblue square\n")
+    (tmp_path / "words.txt").write_text("red circle\n\nblue square\n", encoding="utf-8")
     v = Vocabulary.of(lab, str(tmp_path / "words.txt"))
     assert v.words == ["red circle", "blue square"] and v.head(lab).shape == (2, 128) and v.source == "words.txt"
     save_head(tmp_path / "head.safetensors", v.head(lab), v.words)
     h = Vocabulary.of(lab, str(tmp_path / "head.safetensors"))
     assert torch.equal(h.head(lab), v.head(lab)) and torch.equal(h.head(lab, ["blue square"]), v.head(lab)[1:])
     with pytest.raises(ValueError, match="did you mean 'red circle'"): h.head(lab, ["red circl"])
-    (tmp_path / "one.txt").write_text("same\nsame\n")
+    (tmp_path / "one.txt").write_text("same\nsame\n", encoding="utf-8")
     with pytest.raises(ValueError, match="2 words, 1 different"): Vocabulary.of(lab, str(tmp_path / "one.txt"))
     with pytest.raises(FileNotFoundError, match="no vocabulary at"): Vocabulary.of(lab, str(tmp_path / "none.txt"))
     with pytest.raises(ValueError, match="expected a head"): save_state(tmp_path / "x.safetensors", {"a": torch.ones(1)}) or Vocabulary.of(lab, str(tmp_path / "x.safetensors"))
@@ -225,7 +225,7 @@ def test_outputs_never_overwrite_what_is_not_ours(stranger, done, tmp_path):
     with pytest.raises(ValueError, match="is an input"): call(stranger, out=stranger / "merged.safetensors")
     for name in ("x.pt", "anti-backdoor.safetensors"):
         with pytest.raises(ValueError, match="expected a name ending in .safetensors"): call(stranger, out=tmp_path / name)
-    (tmp_path / "card.json").write_text('{"kind": "mine"}')
+    (tmp_path / "card.json").write_text('{"kind": "mine"}', encoding="utf-8")
     with pytest.raises(ValueError, match="already holds card.json, not written by purify"): call(stranger, out=tmp_path / "purified.safetensors")
 
 
@@ -305,7 +305,7 @@ def test_path_command(stranger, lfpm, tmp_path):
     page = str(tmp_path / "p.html")
     code, out, err = lfpm("path", str(stranger / "pre.safetensors"), str(stranger / "merged.safetensors"), "--task", "signs", "--n", "3", "--n-test", "44", "--html", page)
     rows = [l for l in out.splitlines() if l.startswith("| 0") or l.startswith("| 1")]
-    assert code == 0 and [r.split("|")[1].strip() for r in rows] == ["0.00", "0.50", "1.00"] and "n = 44" in out and "plotly" in Path(page).read_text(), err
+    assert code == 0 and [r.split("|")[1].strip() for r in rows] == ["0.00", "0.50", "1.00"] and "n = 44" in out and "plotly" in Path(page).read_text(encoding="utf-8"), err
     code, _, err = lfpm("path", str(stranger / "pre.safetensors"), str(stranger / "merged.safetensors"), "--task", "sings")
     assert code == 2 and "did you mean 'signs'" in err
 
@@ -382,7 +382,7 @@ def test_one_step_at_vit_b32(tmp_path, monkeypatch):
     write_tower(tmp_path / "merged.safetensors", tower, "hf", {k: v + 1e-3 * torch.randn(v.shape) for k, v in tower.visual.items()})
     paint(tmp_path / "shadow", 10)
     monkeypatch.setattr(F, "read_pictures", partial(read_pictures, least=10))
-    (tmp_path / "words.txt").write_text("cat\ndog\nplane\n")
+    (tmp_path / "words.txt").write_text("cat\ndog\nplane\n", encoding="utf-8")
     got = purify(tmp_path / "merged.safetensors", tmp_path / "base.safetensors", "ViT-B-32-quickgelu", tmp_path / "shadow", out=tmp_path / "out" / "p.safetensors", preset="tiny",
                  vocabulary=str(tmp_path / "words.txt"), shadow_n=8, held=2, prompt_steps=1, anti_batch=8, rho=0.05, anti_lr=1e-5, lam=0.5, stages=Stages(tmp_path / "c"))
     a, b = (load_state(f)[0] for f in (tmp_path / "merged.safetensors", tmp_path / "out" / "p.safetensors"))

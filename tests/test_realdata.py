@@ -128,7 +128,7 @@ def tiny(root, classes=3, n=12):
     for c in range(classes):
         d = home / "train" / f"n0{c}" / "images"; d.mkdir(parents=True)
         for k in range(n): (d / f"n0{c}_{k}.JPEG").write_bytes(encoded(20 * c + k, "JPEG"))
-    (home / "words.txt").write_text("".join(f"n0{c}\tthing {c}, stuff\n" for c in (2, 0, 1)))
+    (home / "words.txt").write_text("".join(f"n0{c}\tthing {c}, stuff\n" for c in (2, 0, 1)), encoding="utf-8")
 
 
 def test_tiny_imagenet_as_stanford_packs_it(root, monkeypatch):

@@ -98,6 +98,6 @@ def test_broken_recordings(tmp_path):
     with pytest.raises(FileNotFoundError, match="lfpm record"): Recorded(tmp_path)
     with pytest.raises(ValueError, match="recorded lab"): load_recorded("labb2x")
     shutil.copytree(SHIPPED, tmp_path / "lab")
-    card = json.loads((tmp_path / "lab" / "card.json").read_text())
-    (tmp_path / "lab" / "card.json").write_text(json.dumps(card | dict(backbone="0" * 64)))
+    card = json.loads((tmp_path / "lab" / "card.json").read_text(encoding="utf-8"))
+    (tmp_path / "lab" / "card.json").write_text(json.dumps(card | dict(backbone="0" * 64)), encoding="utf-8")
     with pytest.raises(ValueError, match="another backbone"): Recorded(tmp_path / "lab")

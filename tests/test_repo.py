@@ -8,6 +8,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -115,6 +116,40 @@ def test_module_imports(path):
     assert not {n for n in names if n.split(".")[0] in ("nbdev", "fastcore", "execnb")}, "development tools stay out of the library"
     siblings = {n.split(".")[1] for n in names if n.startswith("lfpm_nb.")} & set(ORDER)
     assert {n for n in siblings if ORDER.index(n) >= ORDER.index(path.stem)} == set(), "imports a later notebook's module"
+
+
+# --- text is UTF-8 whatever the locale ---------------------------------------------------------------------------------
+
+def leaves_it_to_the_locale(call: ast.Call) -> bool:
+    "Whether a call reads or writes text without saying in which encoding."
+    name = getattr(call.func, "attr", getattr(call.func, "id", None))
+    if name not in ("open", "read_text", "write_text") or any(k.arg == "encoding" for k in call.keywords): return False
+    if name != "open": return len(call.args) < (1 if name == "read_text" else 2)
+    modes = [*call.args, *(k.value for k in call.keywords if k.arg == "mode")]
+    text = [m.value for m in modes if isinstance(m, ast.Constant) and isinstance(m.value, str)]
+    if isinstance(call.func, ast.Name): return not any(re.fullmatch(r"[rwxa+]*b[rwxa+b]*", m) for m in text)
+    return any(re.fullmatch(r"[rwxat+]+", m) for m in text)                  # of a path; what images and zips open has no such mode
+
+
+def python_sources(path) -> list[str]:
+    if path.suffix == ".py": return [path.read_text(encoding="utf-8")]
+    return [TransformerManager().transform_cell(source(c)) for c in cells(path) if c["cell_type"] == "code"]
+
+
+PYTHON = [*MODULES, *NOTEBOOKS, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=rel)
+def test_text_is_utf8(path):
+    found = [n for text in python_sources(path) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)]
+    assert [ast.unparse(n) for n in found if leaves_it_to_the_locale(n)] == [], "add encoding=\"utf-8\""
+
+
+def test_what_leaves_it_to_the_locale():
+    for text in ("p.read_text()", "p.write_text(x)", "open(p)", "open(p, 'a')", "open(p, mode='w')", "p.open('w')", "Path('x').open(mode='r')"):
+        assert leaves_it_to_the_locale(ast.parse(text).body[0].value), text
+    for text in ("p.read_text('utf-8')", "p.write_text(x, encoding='utf-8')", "open(p, 'rb')", "open(p, mode='wb')", "open(p, encoding='utf-8')", "Image.open(p)", "read()"):
+        assert not leaves_it_to_the_locale(ast.parse(text).body[0].value), text
 
 
 # --- README and tracked text -------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_printed_numbers():
     rate = p[p.unit == "%"].value
     assert rate.between(0, 100).all() and (ROOT / "data" / "paper" / "tables.csv").stat().st_size < 1e6
     assert set(p[(p.paper == "LFPM") & (p.table == 1)].method) == {"individual", "TA", "IBVS", "SAU", "SAM", "PAM", "LFPM"}
-    assert "arXiv 2606.12498" in (ROOT / "data" / "paper" / "README.md").read_text()
+    assert "arXiv 2606.12498" in (ROOT / "data" / "paper" / "README.md").read_text(encoding="utf-8")
 
 
 def test_slips_found():
@@ -152,7 +152,7 @@ def made_up(root, name="main", seed=0, config="aaaa1111", started="2026-01-01 10
 
 def test_a_note_in_a_status_stands_beside_its_numbers(tmp_path):
     f, other = made_up(tmp_path), made_up(tmp_path, "lobam")
-    write_json(f / "status.json", json.loads((f / "status.json").read_text()) | dict(note="made by hand <at night>"))
+    write_json(f / "status.json", json.loads((f / "status.json").read_text(encoding="utf-8")) | dict(note="made by hand <at night>"))
     report = Report.of("lab", [tmp_path])
     page = report.markdown({name: {} for name in report.found})
     assert page.count("seeds 0; made by hand <at night>.") == 1 and page.count("configuration aaaa1111, seeds 0.") == 1
@@ -191,8 +191,8 @@ def test_half_written_folders_are_skipped_and_named(tmp_path):
 def test_the_command_goes_on_without_what_is_broken(lfpm, dirs):
     "Each broken folder is named with the reason; without a good one left there is nothing to report but what was left out."
     good, *bad = [made_up(dirs / "runs", seed=seed) for seed in range(5)]
-    for f, name, text in zip(bad, ("status.json", "metrics.parquet", "params.json", "status.json"), ("[]", "PAR1", "3", '{"state": "done"}')): (f / name).write_text(text)
-    (dirs / "runs" / "unheard of").mkdir(); (dirs / "runs" / "lobam").write_text("no folder")
+    for f, name, text in zip(bad, ("status.json", "metrics.parquet", "params.json", "status.json"), ("[]", "PAR1", "3", '{"state": "done"}')): (f / name).write_text(text, encoding="utf-8")
+    (dirs / "runs" / "unheard of").mkdir(); (dirs / "runs" / "lobam").write_text("no folder", encoding="utf-8")
     code, out, err = lfpm("report")
     assert code == 0 and err == "" and (dirs / "runs" / "report" / "report.html").exists(), err
     named = [l for l in out.splitlines() if l.startswith("- main/")]
@@ -339,7 +339,7 @@ def test_command(dirs, monkeypatch, capsys):
 def test_known_findings(tmp_path):
     "The shipped rows, filed by what they ran, give the verdicts that the README states."
     for f in (ROOT / "data" / "results").glob("*/lab-*"):
-        p = json.loads((f / "params.json").read_text())["params"]
+        p = json.loads((f / "params.json").read_text(encoding="utf-8"))["params"]
         if p.get("attack") != "badmerging" or "," in p["adversary"] or not {"LFPM"} <= set(p["defences"]) or p["A"] or not (p["B"] and p["C"]) or p["lora"]: continue
         name = "rivals" if p["strength"] == "rule" and len(p["defences"]) > 10 else "merging" if len(p["merges"]) > 10 else "main" if p["strength"] == "default" and len(p["merges"]) == 1 else None
         if name and not (tmp_path / name / f.name).exists(): shutil.copytree(f, tmp_path / name / f.name)

@@ -1,11 +1,14 @@
 """Experiments as data, settings, run folders, reading runs back."""
 import json
 import os
+import sys
 import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import papermill
@@ -46,7 +49,7 @@ def yamls(tmp_path, monkeypatch):
     "`write(name, text)` -> experiments() with data/experiments replaced by what was written."
     (tmp_path / "experiments").mkdir()
     monkeypatch.setattr(E, "proj_path", lambda *p: tmp_path / "experiments")
-    def write(name, text): (tmp_path / "experiments" / f"{name}.yaml").write_text(text); return experiments()
+    def write(name, text): (tmp_path / "experiments" / f"{name}.yaml").write_text(text, encoding="utf-8"); return experiments()
     return write
 
 
@@ -147,8 +150,8 @@ def test_a_damaged_checkpoint(refused, own_data):
 
 def test_a_checkpoint_of_another_architecture(refused, own_data):
     card = own_data.with_name("pico.card.json")
-    c = json.loads(card.read_text()); c["config"]["vision_cfg"]["layers"] = 3
-    card.write_text(json.dumps(c))
+    c = json.loads(card.read_text(encoding="utf-8")); c["config"]["vision_cfg"]["layers"] = 3
+    card.write_text(json.dumps(c), encoding="utf-8")
     assert "differ in" in refused("-p", "backbone=pico")
 
 
@@ -158,7 +161,7 @@ def test_nan_in_the_weights(refused, own_data):
     state = load_file(own_data); state["visual.proj"][0, 0] = float("nan")
     save_file(state, own_data, {"quick_gelu": "False"})
     card = own_data.with_name("pico.card.json")
-    card.write_text(json.dumps(json.loads(card.read_text()) | {"sha256": hashlib.sha256(own_data.read_bytes()).hexdigest()}))
+    card.write_text(json.dumps(json.loads(card.read_text(encoding="utf-8")) | {"sha256": hashlib.sha256(own_data.read_bytes()).hexdigest()}), encoding="utf-8")
     assert "NaN" in refused("-p", "backbone=pico")
 
 
@@ -175,9 +178,9 @@ def test_bad_image_folders(refused, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written(refused, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     monkeypatch.setenv("LFPM_RUNS", str(tmp_path / "file" / "runs"))
-    assert "cannot write results to" in refused() and (tmp_path / "file").read_text() == "x"
+    assert "cannot write results to" in refused() and (tmp_path / "file").read_text(encoding="utf-8") == "x"
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
@@ -234,7 +237,7 @@ def test_status(tmp_path):
     assert status(tmp_path) == "absent"
     for text, want in (('{"state": "done"}', "damaged"), ('{"state": "done", "metrics": null}', "done"), ('{"state"', "absent"), ('{}', "absent"),
                        ('{"state": "failed"}', "failed"), ('["done"]', "absent"), ("", "absent"), ('{"state": ["done"]}', "absent")):
-        (tmp_path / "status.json").write_text(text)
+        (tmp_path / "status.json").write_text(text, encoding="utf-8")
         assert status(tmp_path) == want, text
 
 
@@ -325,7 +328,7 @@ def aliases(tmp_path, monkeypatch):
     file = tmp_path / "aliases.yaml"
     monkeypatch.setattr(E, "aliases_file", lambda: file)
     def write(*entries, text=None):
-        file.write_text(yaml.safe_dump([ALIAS | e for e in entries]) if text is None else text)
+        file.write_text(yaml.safe_dump([ALIAS | e for e in entries]) if text is None else text, encoding="utf-8")
         return file
     return write
 
@@ -416,7 +419,7 @@ def papermilled(dirs, monkeypatch):
     "papermill replaced: the list of its calls, and what it shall raise."
     calls, error = [], []
     def execute(notebook, out, settings, **k):
-        calls.append(settings); Path(out).write_text("{}")
+        calls.append(settings); Path(out).write_text("{}", encoding="utf-8")
         if error: raise error[0]
     monkeypatch.setattr(papermill, "execute_notebook", execute)
     for k in ("LFPM_FORCE", "LFPM_LIVE"): monkeypatch.setenv(k, "0")
@@ -425,7 +428,7 @@ def papermilled(dirs, monkeypatch):
 
 def test_status_is_written_last_and_tells_the_run(papermilled):
     out = run_notebook("main", "tiny", {"scale": "0.35"}, seed=3)
-    s = json.loads((out / "status.json").read_text())
+    s = json.loads((out / "status.json").read_text(encoding="utf-8"))
     assert (s["state"], s["run"], s["preset"], s["seed"]) == ("done", "main", "tiny", 3) and s["config"] in out.name and out.name.startswith("tiny-s3-")
     assert papermilled[0][0]["scale"] == .35 and papermilled[0][0]["out_dir"] == str(out)
     run_notebook("main", "tiny", {"scale": "0.35"}, seed=3)
@@ -444,7 +447,7 @@ def test_a_failed_run_keeps_its_notebook_and_is_run_again(papermilled):
     papermilled[1].append(papermill.PapermillExecutionError(3, 3, "lab = Lab(P)", "ValueError", "too much", []))
     with pytest.raises(RuntimeError, match="main failed in cell 3: ValueError: too much"): run_notebook("main", "tiny")
     out, = (E.runs_dir() / "main").iterdir()
-    assert status(out) == "failed" and (out / "notebook.ipynb").exists() and "too much" in json.loads((out / "status.json").read_text())["error"]
+    assert status(out) == "failed" and (out / "notebook.ipynb").exists() and "too much" in json.loads((out / "status.json").read_text(encoding="utf-8"))["error"]
     papermilled[1].clear()
     assert run_notebook("main", "tiny") == out.resolve() and status(out) == "done"
 
@@ -457,18 +460,34 @@ def test_a_dead_kernel_is_a_failed_run(papermilled):
     assert status(out) == "failed"
 
 
+def test_a_run_is_this_interpreters_whatever_kernelspec_there_is(tmp_path, monkeypatch, capfd):
+    "A `python3` kernelspec that is found first and can only fail is not asked; and no word on eavesdroppers, for none can listen."
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    argv = [sys.executable, "-c", "import sys; sys.exit('the wrong kernel')", "{connection_file}"]
+    (spec / "kernel.json").write_text(json.dumps(dict(argv=argv, display_name="wrong", language="python")), encoding="utf-8")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    who = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import sys; print('by', sys.executable)")],
+                                   metadata=dict(kernelspec=dict(name="python3", display_name="x", language="python")))
+    nbformat.write(who, tmp_path / "who.ipynb")
+    monkeypatch.setattr(E, "notebooks", lambda: {"who": tmp_path / "who.ipynb"})
+    E._papermill(SimpleNamespace(name="who", notebook="who", passed={}, out=tmp_path))
+    out, err = capfd.readouterr()
+    assert f"by {sys.executable}\n" in out and "eavesdropping" not in out + err
+
+
 def test_what_shows_numbers_is_no_part_of_a_configuration(monkeypatch, tmp_path):
     from lfpm_nb import core
     package, copy = Path(core.__file__).parent, tmp_path / "lfpm_nb"
     one = config_hash("main", settings_of("main", "tiny"))
     copy.mkdir()
     for d in ("nbs", "data"): (tmp_path / d).symlink_to(package.parent / d)
-    for f in package.glob("*.py"): (copy / f.name).write_text(f.read_text() + "\nx_new = 1\n" * (f.stem in ("results", "runs", "explore", "cli")))
+    for f in package.glob("*.py"): (copy / f.name).write_text(f.read_text(encoding="utf-8") + "\nx_new = 1\n" * (f.stem in ("results", "runs", "explore", "cli")), encoding="utf-8")
     monkeypatch.setattr(core, "__file__", str(copy / "core.py"))
     assert config_hash("main", settings_of("main", "tiny")) == one
-    with open(copy / "path.py", "a") as f: f.write("# a comment\n")
+    with open(copy / "path.py", "a", encoding="utf-8") as f: f.write("# a comment\n")
     assert config_hash("main", settings_of("main", "tiny")) == one
-    with open(copy / "path.py", "a") as f: f.write("x_new = 1\n")
+    with open(copy / "path.py", "a", encoding="utf-8") as f: f.write("x_new = 1\n")
     assert config_hash("main", settings_of("main", "tiny")) != one
 
 

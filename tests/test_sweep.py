@@ -27,7 +27,7 @@ ROOT = Path(S.__file__).parents[1]
 # --- the file -----------------------------------------------------------------------------------------------------------------
 
 
-def sweep_file(folder, text): (folder / "s.yaml").write_text(text); return folder / "s.yaml"
+def sweep_file(folder, text): (folder / "s.yaml").write_text(text, encoding="utf-8"); return folder / "s.yaml"
 
 
 @pytest.mark.parametrize("text, message", [
@@ -110,7 +110,20 @@ def test_a_failed_run_is_recorded_and_the_rest_go_on(runs):
     runs.bad = {1}
     t = sweep(runs.file, threads=torch.get_num_threads())
     assert t.state.tolist() == ["done", "failed", "done"] and "too much" in t.error[1] and sorted(runs.ran) == [0, 1, 2]
-    assert [r["state"] for r in json.loads((runs.root / "runs" / "sweeps" / "s.json").read_text())].count("failed") == 1
+    assert [r["state"] for r in json.loads((runs.root / "runs" / "sweeps" / "s.json").read_text(encoding="utf-8"))].count("failed") == 1
+
+
+def test_without_any_worker_what_is_left_has_failed(runs, monkeypatch):
+    from distributed import Client
+    import contextlib
+
+    @contextlib.contextmanager
+    def deserted(workers, scheduler):
+        with Client(processes=False, n_workers=0, dashboard_address=None) as client: yield client
+    monkeypatch.setattr(S, "cluster", deserted); monkeypatch.setattr(S, "NO_WORKER", 1)
+    t = sweep(runs.file)
+    assert set(t.state) == {"failed"} and t.error.str.contains("no worker has been there for 1 s; start one, then --resume").all() and not runs.ran
+    assert len(json.loads((runs.root / "runs" / "sweeps" / "s.json").read_text(encoding="utf-8"))) == 3
 
 
 def test_runs_do_not_inherit_dasks_thrifty_malloc(runs, monkeypatch):
@@ -145,7 +158,7 @@ def test_committed_results_count_as_finished(runs, monkeypatch):
 
 def test_a_half_written_folder_is_run_again(runs):
     plan = read_sweep(runs.file)[1][0].plan()
-    plan.out.mkdir(parents=True); (plan.out / "status.json").write_text('{"state": "do'); (plan.out / "metrics.parquet").write_bytes(b"PAR1")
+    plan.out.mkdir(parents=True); (plan.out / "status.json").write_text('{"state": "do', encoding="utf-8"); (plan.out / "metrics.parquet").write_bytes(b"PAR1")
     assert sweep(runs.file).state.tolist() == ["done"] * 3
 
 
@@ -175,9 +188,10 @@ def test_dry_run_lists_and_does_nothing(dirs, lfpm):
 # --- real processes, really killed (slow) -----------------------------------------------------------------------------------------------
 
 TOY = ['seed: int = 0  # seed\nx: float = 1.0  # factor\nout_dir: str = ""  # folder', '''
-import os, time, torch, pandas as pd
+import os, signal, time, torch, pandas as pd
 from pathlib import Path
 from lfpm_nb.core import Stages, generator, writing
+if x < 0: os.kill({-1.0: os.getppid(), -2.0: os.getpid()}[x], signal.SIGKILL)          # of this kernel the parent is the worker
 stages = Stages()
 def said(what):
     with open(Path(os.environ["LFPM_RUNS"]) / "log", "a") as f: f.write(what + "\\n")
@@ -203,16 +217,16 @@ def toy(tmp_path):
     def env(root): return os.environ | dict(PYTHONPATH=str(tree), LFPM_RUNS=str(root / "runs"), LFPM_CACHE=str(root / "cache"), OMP_NUM_THREADS="1")
     def start(root, *args, module="import sys; from lfpm_nb.cli import main; main()"):
         (root / "runs").mkdir(parents=True, exist_ok=True)
-        with open(root / "out.txt", "a") as log:
+        with open(root / "out.txt", "a", encoding="utf-8") as log:
             return subprocess.Popen([sys.executable, "-c", module, "sweep", str(file), *args], env=env(root), cwd=root, stdout=log, stderr=log, start_new_session=True)
     return type("Toy", (), dict(start=staticmethod(start), env=staticmethod(env)))
 
 
-def log(root): return sorted((root / "runs" / "log").read_text().split("\n")[:-1])
+def log(root): return sorted((root / "runs" / "log").read_text(encoding="utf-8").split("\n")[:-1])
 
 
 def numbers(root) -> pd.DataFrame:
-    found = [pd.read_parquet(f.parent / "metrics.parquet").assign(run=f.parent.name) for f in sorted((root / "runs" / "toy").glob("*/status.json")) if json.loads(f.read_text())["state"] == "done"]
+    found = [pd.read_parquet(f.parent / "metrics.parquet").assign(run=f.parent.name) for f in sorted((root / "runs" / "toy").glob("*/status.json")) if json.loads(f.read_text(encoding="utf-8"))["state"] == "done"]
     return pd.concat(found, ignore_index=True)
 
 
@@ -229,7 +243,7 @@ def kill_some(p, who):
 @pytest.mark.slow
 def test_killed_anywhere_it_ends_with_the_same_numbers(toy, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert toy.start(whole, "--workers", "2").wait(400) == 0, (whole / "out.txt").read_text()
+    assert toy.start(whole, "--workers", "2").wait(400) == 0, (whole / "out.txt").read_text(encoding="utf-8")
     assert len(numbers(whole)) == 8 and numbers(whole).groupby("metric").value.nunique().tolist() == [4, 4]
     assert log(whole) == sorted(["base 0", "base 1", *(f"own {s} {x}" for s in (0, 1) for x in (1.0, 2.0))]), "a shared stage is computed once"
     rng = random.Random(time.time_ns())
@@ -240,8 +254,21 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(toy, tmp_path):
         if p.poll() is None: kill_some(p, who)
         if who == "sweep": time.sleep(3)                    # orphaned kernels notice that their parent is gone
         else: p.wait(400)
-    assert toy.start(broken, "--workers", "2", "--resume").wait(400) == 0, (broken / "out.txt").read_text()
+    assert toy.start(broken, "--workers", "2", "--resume").wait(400) == 0, (broken / "out.txt").read_text(encoding="utf-8")
     pd.testing.assert_frame_equal(numbers(broken), numbers(whole), check_exact=True)
+
+
+@pytest.mark.slow
+def test_what_kills_its_worker_again_and_again_has_failed(toy, tmp_path, monkeypatch):
+    "One worker. A run that kills it, as the system does when memory is out; one whose kernel is killed; one that is well. Dask looks for lost workers at once here, not after 15 s."
+    monkeypatch.setenv("DASK_DISTRIBUTED__DEPLOY__LOST_WORKER_TIMEOUT", "1s")
+    root, file = tmp_path / "deadly", tmp_path / "s.yaml"
+    file.write_text("runs: [{run: toy, grid: {x: [-1.0, -2.0, 1.0]}}]", encoding="utf-8")
+    assert toy.start(root, "--workers", "1").wait(500) == 1, (root / "out.txt").read_text(encoding="utf-8")
+    found = {r["run"]: r for r in json.loads((root / "runs" / "sweeps" / "s.json").read_text(encoding="utf-8"))}
+    assert found["toy s0 x=1.0"]["state"] == "done"
+    assert found["toy s0 x=-1.0"]["state"] == "failed" and "KilledWorker" in found["toy s0 x=-1.0"]["error"]
+    assert found["toy s0 x=-2.0"]["state"] == "failed" and "the kernel of toy died" in found["toy s0 x=-2.0"]["error"]
 
 
 @pytest.mark.slow
@@ -255,10 +282,10 @@ def test_a_scheduler_and_two_workers_started_separately(toy, tmp_path):
         for _ in range(300):
             if address.exists(): break
             time.sleep(.1)
-        where = json.loads(address.read_text())["address"]
+        where = json.loads(address.read_text(encoding="utf-8"))["address"]
         started += [dask("worker", where, "--nthreads", "1", "--no-dashboard", "--memory-limit", "0", "--local-directory", str(root)) for _ in range(2)]
-        assert toy.start(root, "--scheduler", where).wait(400) == 0, (root / "out.txt").read_text()
-        assert len(numbers(root)) == 8 and (root / "out.txt").read_text().count(" done ") == 4
+        assert toy.start(root, "--scheduler", where).wait(400) == 0, (root / "out.txt").read_text(encoding="utf-8")
+        assert len(numbers(root)) == 8 and (root / "out.txt").read_text(encoding="utf-8").count(" done ") == 4
     finally:
         for p in started: os.killpg(p.pid, signal.SIGKILL)
 

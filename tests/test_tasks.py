@@ -181,7 +181,7 @@ def test_data_folder(tmp_path, monkeypatch):
 def bad_npz(**change): return lambda p: np.savez(p / "x.npz", **{k: v for k, v in {**arrays(), **change}.items() if v is not None})
 
 
-def text_file(p, name, content="not an image"): (p / name).parent.mkdir(parents=True, exist_ok=True); (p / name).write_text(content)
+def text_file(p, name, content="not an image"): (p / name).parent.mkdir(parents=True, exist_ok=True); (p / name).write_text(content, encoding="utf-8")
 
 
 def truncated(p):

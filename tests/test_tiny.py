@@ -29,7 +29,7 @@ def run(root, monkeypatch):
     def call(name):
         plan, names = planned(name, "tiny"), {"__name__": "__main__"}
         if plan.notebook == "main": monkeypatch.setattr(experiment, "load_clip", lambda name: clip)
-        for cell in json.loads(notebooks()[plan.notebook].read_text())["cells"]:
+        for cell in json.loads(notebooks()[plan.notebook].read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] != "code": continue
             exec(compile("".join(cell["source"]), name, "exec"), names)
             if "parameters" in cell["metadata"].get("tags", []): names |= plan.passed

@@ -36,4 +36,4 @@ def run(adaptive: bool, rho: float, base: str, steps: int = 6) -> list:
 if __name__ == "__main__":
     runs = [dict(adaptive=a, rho=r, base=b, weights=run(a, r, b)) for a, r in ((False, 0.05), (False, 1.0), (True, 0.5), (True, 2.0)) for b in ("SGD", "AdamW")]
     about = dict(pytorch_optimizer=version("pytorch_optimizer"), torch=torch.__version__)
-    Path(__file__).with_suffix(".json").write_text(json.dumps(dict(about=about, runs=runs)) + "\n")
+    Path(__file__).with_suffix(".json").write_text(json.dumps(dict(about=about, runs=runs)) + "\n", encoding="utf-8")
