@@ -123,6 +123,9 @@ def settings_of(name: str, preset: str = "lab", given: dict | None = None,
     for layer in layers:
         here = {}
         for k, v in layer.items():
+            if k in around(e.notebook):
+                raise ValueError(f"{k} of {name} is none of its settings; from a shell: lfpm run EXPERIMENT "
+                                 "--preset PRESET, and results go to $LFPM_RUNS")
             own = names[choose(k, names, f"parameter of {name}")]
             if own in here:
                 raise ValueError(f"{own} of {name} is given twice, also as {k}; give it once")

@@ -160,6 +160,11 @@ def test_papermill_refuses_what_it_would_only_warn_of():
     with pytest.raises(ValueError, match="unknown parameter of main 'lamda'; did you mean 'lam'"): by_papermill("lamda", 3)
 
 
+@pytest.mark.parametrize("k", ["preset", "out_dir", "experiment"])
+def test_what_is_no_setting_says_where_it_goes(k):
+    with pytest.raises(ValueError, match=f"{k} of main is none of its settings.*--preset"): settings_of("main", given={k: "tiny"})
+
+
 def test_a_changed_cell_counts_as_given():
     ns = {}
     exec(cell_of("main").replace("n_train: int = 2500", "n_train: int = 77"), ns)
