@@ -39,7 +39,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lfpm_nb.core import cpu_name, writing
-from lfpm_nb.runs import Alias, aliases_file, experiments, latest, read_aliases
+from lfpm_nb.runs import Alias, aliases_file, experiments, latest, read_aliases, settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = ("seconds", "cpu_seconds", "peak_mb")          # measured anew every time, never equal
@@ -334,6 +334,11 @@ def shipped() -> list[tuple[str, str, str]]:
     return sorted(parts)
 
 
+def real(name: str, preset: str) -> bool:
+    "Whether an experiment's preset is made of real pictures, which no job here sees."
+    return getattr(settings_of(name, preset), "backbone", "lfpm-lab") != "lfpm-lab"
+
+
 def new_aliases(old: dict, new: dict, numbers: dict, whole: bool, known: list[Alias],
                 fixed: dict) -> tuple[list[Alias], list[str]]:
     """(aliases of shipped folders, why others get none).
@@ -351,6 +356,7 @@ def new_aliases(old: dict, new: dict, numbers: dict, whole: bool, known: list[Al
         elif was == now: why.append(f"{own} {config}: the hash has not changed")
         elif now is None: why.append(f"{own}: NEW does not know it")
         elif not covered: why.append(f"{own} was not compared")
+        elif real(name, preset): why.append(f"{own} is made of real pictures, and none took part")
         elif numbers.get(name) == 0: why.append(f"{own}: nothing but seconds to compare")
         else: out[own] = Alias(name, preset, was, now, **fixed)
     return list(out.values()), why

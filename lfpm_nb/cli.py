@@ -129,7 +129,11 @@ from .purify import BESIDE, merge_files, open_walk, purify, walk, walk_figure
 def _options(p: list[str]) -> dict:
     "{key: value} of -p arguments."
     if bad := [x for x in p if "=" not in x]: raise ValueError(f"-p {bad[0]!r} is not key=value, for example -p lam=0.5")
-    return dict(x.split("=", 1) for x in p)
+    pairs = [x.split("=", 1) for x in p]
+    names = [k for k, _ in pairs]
+    if twice := sorted({k for k in names if names.count(k) > 1}):
+        raise ValueError(f"-p {twice[0]} is given twice; give it once")
+    return dict(pairs)
 
 
 @app.command("convert")
@@ -181,7 +185,11 @@ def purify_(merged: str = typer.Argument(..., help="merged vision tower: open_cl
             p: list[str] = typer.Option([], "-p", help="key=value, repeatable; lfpm run purify --dry-run lists all keys")):
     "Train the backdoor out of a merged model of yours, by LFPM. Which it is, and whether there is one, nobody needs to know."
     if not first(): warnings.simplefilter("ignore")       # of several processes one speaks
-    try: got = purify(merged, base, model, shadow, labels, out, preset, vocabulary=vocabulary, seed=seed, **_options(p))
+    files = dict(merged=merged, base=base, model=model, shadow=shadow, labels=labels, out=out)
+    given = _options(p)
+    if both := sorted(given.keys() & {*files, "preset", "vocabulary", "seed"}):
+        raise ValueError(f"-p {both[0]} has an option of its own here: --{both[0]}")
+    try: got = purify(**files, preset=preset, vocabulary=vocabulary, seed=seed, **given)
     except KeyboardInterrupt: raise typer.Exit(_say("stopped; finished stages are kept, so the same command continues", 130)) from None
     except Diverged as e: raise RuntimeError(str(e)) from None
     c = got.card["cost"]

@@ -247,74 +247,113 @@ def imported(source: str) -> tuple[str, ...]:
 _INSTALLED = tuple(sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
-def _belongs(thing) -> str | None:
-    """The library's module that holds a function, class or module: `merge`, for example.
-    '' where it is installed or built in; None where it is one's own."""
-    name = thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__ or ""
+def _plain_function(t):
+    "What a cached or otherwise wrapped function wraps, where the wrapper itself has no code."
+    while not hasattr(t, "__code__") and hasattr(t, "__wrapped__"): t = t.__wrapped__
+    return t
+
+
+def _home(t) -> tuple[str, str]:
+    """Where a function, class or module lies: ("library", module), ("installed", ""),
+    ("file", path) or ("typed", "") for what was typed into a notebook or a prompt."""
+    name = t.__name__ if isinstance(t, types.ModuleType) else t.__module__ or ""
     package, *inside = name.split(".")
-    if package == "lfpm_nb": return ".".join(inside) or "core"
-    if name == "__main__": return None
-    file = getattr(sys.modules.get(name), "__file__", None)
-    return "" if file is None or file.startswith(_INSTALLED) else None
+    if package == "lfpm_nb": return "library", ".".join(inside) or "core"
+    module = t if isinstance(t, types.ModuleType) else sys.modules.get(name)
+    file = t.__code__.co_filename if hasattr(t, "__code__") else getattr(module, "__file__", None)
+    if file is None: return ("typed", "") if name == "__main__" else ("installed", "")
+    if file.startswith(_INSTALLED) or file.startswith("<frozen"): return "installed", ""
+    return ("file", file) if Path(file).is_file() else ("typed", "")
 
 
-def _names(f) -> set[str]:
-    "Global names that a function or a class's methods use."
-    of = [getattr(v, "__func__", v) for v in vars(f).values()] if isinstance(f, type) else [f]
-    todo, names = [v.__code__ for v in of if hasattr(v, "__code__")], set()
+def _from_outside(f) -> dict:
+    "{name: value} of all that a function, or a class's methods and bases, takes from outside itself."
+    if isinstance(f, type):
+        parts = [getattr(v, "__func__", getattr(v, "fget", v)) for v in vars(f).values()]
+        out = {f"base {b.__qualname__}": b for b in f.__bases__}
+        for part in parts:
+            if hasattr(part, "__code__"): out |= _from_outside(part)
+        return out
+    code, names, todo = f.__code__, set(), [f.__code__]
     while todo:
-        code = todo.pop()
-        names.update(code.co_names)
-        todo += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return names
+        c = todo.pop()
+        names.update(c.co_names)
+        todo += [k for k in c.co_consts if isinstance(k, types.CodeType)]
+    given = dict(enumerate(f.__defaults__ or ())) | (f.__kwdefaults__ or {})
+    out = {f"default {k}": v for k, v in given.items()}
+    # a wrapper from a library (torch.no_grad) holds one's own function in its closure
+    if not code.co_filename.startswith(_INSTALLED):
+        out |= {n: f.__globals__[n] for n in names & f.__globals__.keys()}
+    for n, cell in zip(code.co_freevars, f.__closure__ or ()):
+        with contextlib.suppress(ValueError): out[n] = cell.cell_contents      # an empty cell
+    return out
 
 # %% ../nbs/00_core.ipynb #38d5f108
-def _own(f) -> tuple[str, list, dict]:
-    """Source, used functions, classes and modules, and {name: used value} of one's own function.
-    ValueError where its source cannot be found."""
-    try: source = textwrap.dedent(inspect.getsource(f))
-    except (OSError, TypeError):
+def _source(f) -> str:
+    "A function's own source, or a lambda's code. ValueError where it cannot be found."
+    code = getattr(f, "__code__", None)
+    if code and code.co_name == "<lambda>":
+        consts = [k for k in code.co_consts if not isinstance(k, types.CodeType)]
+        return repr((code.co_code, consts, code.co_names))
+    try: return as_it_runs(textwrap.dedent(inspect.getsource(code or f)))
+    except (OSError, TypeError, SyntaxError):
         raise ValueError(f"the source of {f.__qualname__} cannot be found; "
                          "write it into a file and name that under plugins") from None
-    if isinstance(f, type): scope = vars(sys.modules[f.__module__])
-    else: scope = f.__globals__ | inspect.getclosurevars(f).nonlocals
-    used, plain = [], {}
-    for k in sorted(_names(f) & scope.keys()):
-        v = scope[k]
-        if isinstance(v, Registry): used += [m["f"] for m in v.values()]
-        elif isinstance(v, types.ModuleType) or hasattr(v, "__qualname__"): used.append(v)
-        else: plain[k] = v
-    return source, used, plain
+
+
+def _modules_in(source: str) -> list:
+    "Modules that a file of one's own imports and that lie in files of one's own."
+    names = set()
+    for n in ast.walk(ast.parse(source)):
+        if isinstance(n, ast.Import): names |= {a.name for a in n.names}
+        elif isinstance(n, ast.ImportFrom) and n.module: names.add(n.module)
+    found = [sys.modules[n] for n in names if n in sys.modules]
+    return [m for m in found if _home(m)[0] == "file"]
 
 
 def code_hash(*things) -> str:
     """Hash of what runs in library modules (given by name), in functions, and in all they use.
-    Comments and docstrings are free to change. ValueError and TypeError for one's own functions whose
-    source cannot be found, or that use a value without content to hash."""
-    seen, todo = {}, list(things)
+    Of a file of one's own the whole file counts, of what was typed into a notebook the function and
+    what it uses by name. Comments and docstrings are free to change. ValueError where a source
+    cannot be found, TypeError for a value that has no content to hash."""
+    library, own, todo = {}, {}, list(things)
     while todo:
         t = todo.pop()
-        if not isinstance(t, str):
-            where = _belongs(t)
-            if where == "": continue
-            t = t if where is None else where
-        key = t if isinstance(t, str) else f"{t.__name__} of {getattr(t, '__module__', 'its file')}"
-        if key in seen: continue
         if isinstance(t, str):
+            if t in library: continue
             source = (Path(__file__).parent / f"{t}.py").read_text(encoding="utf-8")
-        elif isinstance(t, types.ModuleType): source = Path(t.__file__).read_text(encoding="utf-8")
-        else:
-            source, used, plain = _own(t)
+            library[t] = as_it_runs(source)
+            todo += imported(source)
+            continue
+        t = _plain_function(t)
+        if not isinstance(t, (types.FunctionType, types.ModuleType, type)):
+            raise TypeError(f"{short(t)} is no function; a registered method must be one (def or lambda)")
+        kind, where = _home(t)
+        if kind == "library": todo.append(where)
+        elif kind == "file" and where not in own:
+            source = Path(where).read_text(encoding="utf-8")
+            own[where] = as_it_runs(source)
+            todo += [*imported(source), *_modules_in(source)]
+        elif id(t) not in own and (kind == "typed" or getattr(t, "__closure__", None)):
+            used, plain = _sorted_out(t)
+            own[id(t)] = [_source(t) if kind == "typed" else "", plain]
             todo += used
-            seen[f"values of {key}"] = _by_content(t, plain)
-        seen[key] = as_it_runs(source)
-        todo += imported(source)
-    return content_hash(seen)
+    return content_hash(library, sorted(map(content_hash, own.values())))
 
 
-def _by_content(f, plain: dict) -> str:
-    "Hash of the values that a function takes from outside itself."
-    try: return content_hash(plain)
+def _sorted_out(f) -> tuple[list, str]:
+    "(functions, classes and modules that f uses, hash of the plain values it uses)."
+    used, plain = [], {}
+    for k, v in _from_outside(f).items():
+        v = _plain_function(v)
+        if isinstance(v, types.MethodType):
+            used.append(v.__func__)
+            v = None if _home(v.__func__)[0] == "installed" else v.__self__
+        if isinstance(v, (torch.dtype, torch.device)): v = str(v)
+        if isinstance(v, Registry): used += [m["f"] for m in v.values()]
+        elif isinstance(v, (types.FunctionType, types.ModuleType, type)): used.append(v)
+        elif not isinstance(v, types.BuiltinFunctionType): plain[k] = v
+    try: return used, content_hash(plain)
     except TypeError as e:
         raise TypeError(f"{f.__qualname__} uses {', '.join(plain)} from outside itself: {e}. "
                         "Make such a thing inside the function, or an option of it") from None

@@ -159,7 +159,7 @@ def open_run(folder, methods=None, n: int = 256) -> PathCore:
     if isinstance(run, str):
         raise FileNotFoundError(f"no finished run in {folder} ({run}); expected the folder that `lfpm run main` printed")
     try: P, threads = MainParams(**run.params["params"]), int(run.params["versions"]["threads"])
-    except (TypeError, KeyError): raise ValueError(f"{folder} is a run of another notebook than main; an explorer needs a merge, its defences and their paths") from None
+    except (TypeError, KeyError, ValueError): raise ValueError(f"{folder} is a run of another notebook than main; an explorer needs a merge, its defences and their paths") from None
     torch.set_num_threads(threads)                                      # stages are kept by number of threads
     return PathCore.of(Lab(P, Ready()), methods, n, run.rows)
 

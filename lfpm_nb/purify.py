@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'PANELS', 'PROMPT_COLOURS', 'BESIDE', 'Pictures', 'read_pictures', 'save_head', 'Vocabulary', 'head', 'label',
-           'check_inputs', 'freeze_projection', 'Case', 'open_models', 'open_case', 'costs', 'panel_lines',
-           'path_figure', 'make_card', 'prompts_text', 'lam_text', 'card_text', 'check_out', 'together', 'write_all',
-           'Purified', 'purify', 'merge_files', 'walk', 'open_walk', 'walk_figure']
+           'freeze_projection', 'Case', 'open_models', 'open_case', 'costs', 'panel_lines', 'path_figure', 'make_card',
+           'prompts_text', 'lam_text', 'card_text', 'check_out', 'together', 'write_all', 'Purified', 'purify',
+           'merge_files', 'walk', 'open_walk', 'walk_figure']
 
 # %% ../nbs/21a_purify.ipynb #456e6de3
 import contextlib, csv, json, os, shutil, time
@@ -139,16 +139,6 @@ def label(clip: Clip, pics: Pictures, folder, labels: str, vocabulary: Vocabular
     W = vocabulary.head(clip)
     y = logits(features(clip, clip.visual, pics.x), W).argmax(1).cpu()
     return y, W, dict(labels=f"pseudo-labels of the pretrained model over {vocabulary.source}", classes=len(W), in_use=len(y.unique()))
-
-# %% ../nbs/21a_purify.ipynb #f0f1a7d6
-_files_named = PurifyParams.check_inputs
-
-
-@method(PurifyParams)
-def check_inputs(self) -> None:
-    "ValueError unless all files are named and the two models are a merged one and its base."
-    _files_named(self)
-    open_models(self)
 
 # %% ../nbs/21a_purify.ipynb #003ca294
 def freeze_projection(clip: Clip) -> None:

@@ -15,7 +15,7 @@ import torch
 from .core import Stages, check_same, checked, choose, cpu_name, file_sha, load_state, method, proj_path, save_state, versions, write_json, writing
 from .attack import Trigger
 from .defend import Defended
-from .settings import MainParams
+from .settings import MainParams, recorded_labs
 from .experiment import Lab
 from .path import lerp
 
@@ -63,7 +63,7 @@ class Recorded(Lab):
 def load_recorded(name: str = "lab", tiny: bool | None = None) -> Recorded:
     "A lab shipped under data/recorded/; `tiny` (default: is `$LFPM_LESSON` \"tiny\"?) takes few pictures."
     root, tiny = proj_path("data", "recorded"), os.environ.get("LFPM_LESSON") == "tiny" if tiny is None else tiny
-    return Recorded(root / choose(name, [p.parent.name for p in root.glob("*/card.json")], "recorded lab"), tiny)
+    return Recorded(root / choose(name, recorded_labs(), "recorded lab"), tiny)
 
 # %% ../nbs/19_recorded.ipynb #e94e1b8a
 @method(Recorded)

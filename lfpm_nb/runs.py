@@ -191,7 +191,9 @@ def config_hash(name: str, P: Run) -> str:
     files = [own[k] for k in P.reads if own[k]]
     stamps = [_stamp(t) for t in (*own.get("tasks", []), *files)]
     plugins = [plugin_hash(f) for f in P.plugins]
-    return content_hash(own, weights, cells, code_hash(*modules), versions(), stamps, plugins, n=8)
+    contents = [file_sha(f) for f in P.contents]
+    return content_hash(own, weights, cells, code_hash(*modules), versions(), stamps, contents,
+                        plugins, n=8)
 
 # %% ../nbs/18b_runs.ipynb #23a0a15b
 def _stamp(task: str) -> list:
@@ -199,7 +201,9 @@ def _stamp(task: str) -> list:
     if task in TASK_NAMES: return []
     path = own_data().get(task, Path(task))
     files = [f for f in sorted(path.rglob("*")) if f.is_file()] if path.is_dir() else [path]
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+    # the folder that a picture lies in may be its label
+    where = lambda f: f.relative_to(path).as_posix() if path.is_dir() else f.name
+    return [(where(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
 
 # %% ../nbs/18b_runs.ipynb #464d0eb7
 @dataclass
@@ -294,7 +298,7 @@ def _odd(entry) -> str:
 @functools.cache
 def _aliases(text: str, path: Path) -> list[Alias]:
     "The aliases in a file's text, checked once."
-    try: entries = yaml.safe_load(text) or []
+    try: entries = yaml.load(text, _Loader) or []
     except yaml.YAMLError as e:
         raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(entries, list):
@@ -435,18 +439,17 @@ def injected(ns: dict) -> set[str]:
 def here(notebook: str, ns: dict) -> Plan:
     "The plan of a run notebook that is executed with globals `ns`; ValueError as `settings_of`."
     cls, about = RUNS[notebook], around(notebook)
-    plain, names = cls(), known(cls)
-    told = injected(ns)
-    for k in told: choose(k, (*names, *about), f"parameter of {notebook}")
-    changed = {k for k in cls.__pydantic_fields__ if k in ns and ns[k] != getattr(plain, k)}
-    given = {k: ns[k] for k in names if k in changed | told}
-    e, every = resolve(ns["experiment"]), experiments()
+    plain, names = cls(), (*known(cls), *about)
+    told = {choose(k, names, f"parameter of {notebook}"): ns[k] for k in injected(ns)}
+    of_run = {k: told.pop(k, ns[k]) for k in about}
+    changed = {k: ns[k] for k in cls.__pydantic_fields__ if k in ns and ns[k] != getattr(plain, k)}
+    e, every = resolve(of_run["experiment"]), experiments()
     if every[e].notebook != notebook:
         mine = ", ".join(n for n, x in every.items() if x.notebook == notebook)
         raise ValueError(f"{e} is a run of {every[e].notebook}.ipynb, not of {notebook}.ipynb; "
                          f"expected one of {mine}")
-    plan = planned(e, ns["preset"], given)
-    plan.out = Path(ns["out_dir"] or runs_dir() / notebook / "by-hand")
+    plan = planned(e, of_run["preset"], changed | told)
+    plan.out = Path(of_run["out_dir"] or runs_dir() / notebook / "by-hand")
     return plan
 
 # %% ../nbs/18b_runs.ipynb #ef840ea7

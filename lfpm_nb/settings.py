@@ -4,27 +4,29 @@
 
 # %% auto #0
 __all__ = ['Whole', 'Count', 'Points', 'Number', 'Positive', 'NotNegative', 'Share', 'Flag', 'Text', 'Names', 'Weights', 'Table',
-           'RuleOrRank', 'RuleOrNumber', 'WordOrNumber', 'RUNS', 'FILES', 'option', 'known', 'expected', 'settings',
-           'method_options', 'method_option', 'variant', 'spelt', 'load_plugin', 'plugin_hash', 'Run', 'Contributors',
-           'Attacker', 'Attacked', 'Merging', 'every_method', 'Defending', 'MainParams', 'strengths', 'check_inputs',
-           'PurifyParams', 'Recorded', 'CtlParams', 'CurvatureParams', 'EfficiencyParams', 'PretrainParams',
-           'ReportParams', 'notebooks', 'around', 'parameters', 'parameter_cell']
+           'RuleOrRank', 'RuleOrNumber', 'WordOrNumber', 'RUNS', 'FILES', 'MECHANISMS', 'option', 'known', 'expected',
+           'settings', 'method_options', 'method_option', 'variant', 'spelt', 'Plugin', 'load_plugin', 'offered',
+           'plugin_hash', 'Run', 'Contributors', 'Attacker', 'Attacked', 'Merging', 'every_method', 'Defending',
+           'MainParams', 'strengths', 'check_inputs', 'PurifyParams', 'recorded_labs', 'OnRecorded', 'CtlParams',
+           'CurvatureParams', 'EfficiencyParams', 'PretrainParams', 'ReportParams', 'notebooks', 'around', 'parameters',
+           'parameter_cell']
 
-# %% ../nbs/17a_settings.ipynb #d4f4400b
-import importlib.util, inspect, json, math, os, sys
+# %% ../nbs/17a_settings.ipynb #2dfc100f
+import contextlib, importlib.util, inspect, json, linecache, math, os, sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import PydanticSchemaGenerationError
 from pydantic import dataclasses as checked
 from typing_extensions import dataclass_transform
-from .core import as_it_runs, choose, content_hash, method, proj_path, short
+from .core import Registry, choose, code_hash, content_hash, method, proj_path, short
 from .labworld import FAMILIES
 from .tasks import SOURCES, load_task
 from .realdata import require
 from .clip import load_clip
-from .tune import TuneConfig
+from .tune import RECOMPUTE, TuneConfig
 from .merge import merges
 from . import adaptive                         # it registers merges
 from .attack import attacks, check_scope
@@ -34,7 +36,7 @@ from .path import lam_rules
 from .defend import check_lam, check_strength, defences, knobs
 from . import baselines                        # it registers the rivals
 
-# %% ../nbs/17a_settings.ipynb #9d454c27
+# %% ../nbs/17a_settings.ipynb #83fb9913
 def _plain(v):
     "A number as Python writes it. True is no number here, although Python takes it for 1."
     v = v.item() if hasattr(v, "item") else v        # NumPy's and PyTorch's numbers
@@ -68,7 +70,7 @@ def _table(v): return json.loads(v) if isinstance(v, str) else v
 
 def _text(v): return os.fspath(v) if isinstance(v, os.PathLike) else v
 
-# %% ../nbs/17a_settings.ipynb #78d2581e
+# %% ../nbs/17a_settings.ipynb #2047e319
 _number = BeforeValidator(_plain)
 Whole = Annotated[int, _number, Field(ge=0), "a whole number from 0 on"]
 Count = Annotated[int, _number, Field(ge=1), "a whole number from 1 on"]
@@ -90,7 +92,7 @@ RuleOrNumber = Annotated[Literal["rule"] | Annotated[float, Field(ge=0)], _numbe
                          "rule, or a number from 0 on"]
 WordOrNumber = Annotated[float | str, BeforeValidator(_word_or_number), "a word or a number"]
 
-# %% ../nbs/17a_settings.ipynb #fc3c7e1e
+# %% ../nbs/17a_settings.ipynb #f096057a
 RUNS: dict[str, type] = {}                          # {run notebook: the class of its settings}
 _HOW = ConfigDict(extra="forbid", allow_inf_nan=False,
                   validate_by_name=True, validate_by_alias=True)
@@ -115,7 +117,7 @@ def expected(field) -> str:
     "What a setting's kind asks for, in words."
     return next(m for m in field.metadata if isinstance(m, str))
 
-# %% ../nbs/17a_settings.ipynb #1a636085
+# %% ../nbs/17a_settings.ipynb #b563cec2
 def _first_line(cls, e: ValidationError) -> str:
     "One line about the first thing that is wrong."
     first = e.errors()[0]
@@ -143,7 +145,7 @@ def settings(name: str | None = None):
         return made
     return add
 
-# %% ../nbs/17a_settings.ipynb #37dc6843
+# %% ../nbs/17a_settings.ipynb #7de50d1d
 _FINITE = ConfigDict(allow_inf_nan=False)
 _KINDS = {int: Annotated[int, _number], float: Number, bool: Flag, str: Text,
           int | None: Annotated[int | None, _number], str | float: WordOrNumber}
@@ -161,17 +163,23 @@ def method_option(registry, method: str, name: str, value) -> tuple[str, Any]:
     p = options[name]
     kind = type(p.default) if p.annotation is p.empty else p.annotation
     try: return name, TypeAdapter(_KINDS.get(kind, kind), config=_FINITE).validate_python(value)
+    except PydanticSchemaGenerationError:
+        raise ValueError(f"{method}:{name} cannot be given: the run hands it over") from None
     except ValidationError:
         raise ValueError(f"{method}:{name} is {short(value)}; expected "
                          f"{getattr(kind, '__name__', kind)} (default: {p.default!r})") from None
 
-# %% ../nbs/17a_settings.ipynb #c78ba7a5
+# %% ../nbs/17a_settings.ipynb #429e9e32
 def variant(registry, text: str) -> tuple[str, dict]:
     "(method, its own options) of `TA:scale=0.4`; ValueError names the nearest method or option."
     name, *given = (t.strip() for t in text.split(":"))
     name = registry.find(name)
-    pairs = (g.partition("=") for g in given)
-    return name, dict(method_option(registry, name, k, v) for k, _, v in pairs)
+    own = {}
+    for k, _, v in (g.partition("=") for g in given):
+        k, v = method_option(registry, name, k, v)
+        if k in own: raise ValueError(f"{k} of {name} is given twice in {text!r}; give it once")
+        own[k] = v
+    return name, own
 
 
 def spelt(registry, text: str) -> str:
@@ -179,51 +187,89 @@ def spelt(registry, text: str) -> str:
     name, own = variant(registry, text)
     return ":".join([name, *(f"{k}={v}" for k, v in own.items())])
 
-# %% ../nbs/17a_settings.ipynb #3301d613
+# %% ../nbs/17a_settings.ipynb #8bb9e77c
 _REGISTRIES = (merges, attacks, defences, lam_rules)
-_loaded: dict[str, str] = {}                         # {path: hash of what was imported from it}
 
 
-def _by(module: str) -> list[dict]:
-    "What a module has registered, for each registry: {method: its entry}."
-    return [{k: v for k, v in r.items() if v["f"].__module__.split(".")[0] == module} for r in _REGISTRIES]
+@dataclass
+class Plugin:
+    "A file that was imported: its content, its module, what it registered in each registry, and knobs."
+    content: str
+    module: Any
+    entries: list[dict]
+    knobs: dict
 
 
-def load_plugin(file) -> None:
-    "Import a Python file that registers methods, once for each content it has."
+_loaded: dict[Path, Plugin] = {}
+
+
+def load_plugin(file) -> Plugin:
+    """Import a Python file that registers methods, once for each content it has.
+    Its methods are in the registries afterwards, and nothing else has changed there."""
     path = Path(file).expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
         raise FileNotFoundError(f"no plugin at {path}; expected a Python file that registers methods")
-    name, now = f"lfpm_plugin_{path.stem}", content_hash(path.read_bytes())
-    if _loaded.get(str(path)) == now and any(_by(name)): return
-    ours, dials = _by("lfpm_nb"), dict(knobs)
+    content = content_hash(path.read_bytes())
+    if path not in _loaded or _loaded[path].content != content:
+        fresh = _imported(path, content)
+        for registry, own in zip(_REGISTRIES, _loaded[path].entries if path in _loaded else []):
+            for k, v in own.items():                 # what an earlier content had registered
+                if registry.get(k) is v: del registry[k]
+        _loaded[path] = fresh
+    plugin = _loaded[path]
+    for registry, own in zip(_REGISTRIES, plugin.entries): registry.update(own)
+    knobs.update(plugin.knobs)
+    return plugin
+
+
+def _imported(path: Path, content: str) -> Plugin:
+    "A plugin's own entries; registries and knobs are as before, whatever the file did to them."
+    name = f"lfpm_plugin_{path.stem}_{content_hash(str(path))}"
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    before, dials = [dict(r) for r in _REGISTRIES], dict(knobs)
+    linecache.checkcache(str(path))
     try: spec.loader.exec_module(module)
     except Exception as e:
         why = f"{type(e).__name__}: {e}"
         raise ValueError(f"the plugin {path} failed while it was imported: {why}") from e
-    finally: taken = _put_back(ours, dials)
-    if taken:
-        raise ValueError(f"the plugin {path} registers {', '.join(taken)}, which the kit has; "
-                         "choose another name")
-    _loaded[str(path)] = now
+    else:
+        entries = [{k: v for k, v in r.items() if v is not had.get(k)}
+                   for r, had in zip(_REGISTRIES, before)]
+        own = {k: v for k, v in knobs.items() if k in entries[_REGISTRIES.index(defences)]}
+    finally:
+        for r, had in zip(_REGISTRIES, before): r.clear(); r.update(had)
+        knobs.clear(); knobs.update(dials)
+    others = [p.entries for where, p in _loaded.items() if where != path]
+    for k, had in enumerate(before):
+        kit = had.keys() - {m for e in others for m in e[k]} - _names_of(path, k)
+        if taken := sorted(entries[k].keys() & kit):
+            raise ValueError(f"the plugin {path} registers {', '.join(taken)}, which is registered "
+                             "already; choose another name")
+    return Plugin(content, module, entries, own)
 
 
-def _put_back(ours: list[dict], dials: dict) -> list[str]:
-    "The kit's own methods as they were; the names of those that had been replaced."
-    taken = [k for r, had in zip(_REGISTRIES, ours) for k in had if r[k] is not had[k]]
-    for r, had in zip(_REGISTRIES, ours): r.update(had)
-    knobs.update({k: dials[k] for k in taken if k in dials})
-    return taken
+def _names_of(path: Path, k: int) -> set[str]:
+    "What an earlier content of a plugin had registered in the k-th registry."
+    return set(_loaded[path].entries[k]) if path in _loaded else set()
+
+
+def offered(registry, plugins: list):
+    "A registry without what plugins registered, but for the plugins named."
+    k = next(i for i, r in enumerate(_REGISTRIES) if r is registry)
+    mine = {Path(f).expanduser().resolve() for f in plugins}
+    hidden = [v for where, p in _loaded.items() if where not in mine for v in p.entries[k].values()]
+    out = Registry(registry.kind)
+    out.update({n: v for n, v in registry.items() if not any(v is h for h in hidden)})
+    return out
 
 
 def plugin_hash(file) -> tuple[str, str]:
-    "(name, hash of what runs in it) of a plugin: its part of a configuration."
-    path = Path(file).expanduser()
-    return path.name, content_hash(as_it_runs(path.read_text(encoding="utf-8")))
+    "(name, hash of what runs in it and in files it imports): a plugin's part of a configuration."
+    plugin = load_plugin(file)
+    return Path(file).name, code_hash(plugin.module)
 
-# %% ../nbs/17a_settings.ipynb #8018853a
+# %% ../nbs/17a_settings.ipynb #50c8dc83
 @settings()
 class Run:
     "What every run can be told."
@@ -231,14 +277,21 @@ class Run:
     plugins: Names = option([], "Python files of yours that register methods: code, imported first")
 
     reads: ClassVar[tuple] = ()                      # settings whose files' content matters
+    contents: ClassVar[tuple] = ()                   # small files of the kit whose content matters
 
     def __post_init__(self):
-        for f in self.plugins: load_plugin(f)
+        names = [n for f in self.plugins for e in load_plugin(f).entries for n in e]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"two plugins register {', '.join(twice)}; give each method its own name")
+
+    def offers(self, registry):
+        "The methods that this run may name: the kit's, one's own, and those of its plugins."
+        return offered(registry, self.plugins)
 
     def check_inputs(self) -> None:
         "Open what the run will read, so that bad input is refused before any work; here nothing."
 
-# %% ../nbs/17a_settings.ipynb #9ac770c5
+# %% ../nbs/17a_settings.ipynb #ecbfd778
 @settings()
 class Contributors(Run):
     "The pretrained model, the tasks, and how each contributor is fine-tuned."
@@ -257,7 +310,7 @@ class Contributors(Run):
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks lists a task twice: {self.tasks}; expected each once")
 
-# %% ../nbs/17a_settings.ipynb #195dbaee
+# %% ../nbs/17a_settings.ipynb #d1b98024
 @dataclass
 class Attacker:
     "Whose contribution is poisoned, the task and the class that are attacked, and the attack."
@@ -280,8 +333,22 @@ class Attacked(Contributors):
 
     def __post_init__(self):
         super().__post_init__()
-        self.attack = ",".join(attacks.find(a) for a in _split(self.attack))
-        for a in self.attackers: self._check(a)
+        self.attack = ",".join(map(self.offers(attacks).find, _split(self.attack)))
+        for who in ("adversary", "target"):
+            names = [choose(n, self.tasks, f"{who} (it must be one of tasks)")
+                     for n in _split(getattr(self, who))]
+            if twice := sorted({n for n in names if names.count(n) > 1}):
+                raise ValueError(f"{who} names {twice[0]!r} twice; give every attacker his own")
+            setattr(self, who, ",".join(names))
+        self.target_class = ",".join(map(self._class_of, self.attackers))
+        del self.attackers                           # they were read before their class was spelt out
+        for a in self.attackers: check_scope(a.attack, a.adversary, a.target)
+
+    @staticmethod
+    def _class_of(a: Attacker) -> str:
+        "The attacked class as its task spells it, where the task is the kit's own."
+        if a.target not in FAMILIES: return a.target_class
+        return choose(a.target_class, FAMILIES[a.target].classes, f"class of {a.target}")
 
     @cached_property
     def attackers(self) -> list[Attacker]:
@@ -293,19 +360,7 @@ class Attacked(Contributors):
             raise ValueError(f"{names}: expected as many of each, separated by commas")
         return [Attacker(*x) for x in zip(*names.values())]
 
-    def _check(self, a: Attacker) -> None:
-        for who in ("adversary", "target"):
-            choose(getattr(a, who), self.tasks, f"{who} (it must be one of tasks)")
-        check_scope(a.attack, a.adversary, a.target)
-        for who in ("adversary", "target"):
-            names = [getattr(b, who) for b in self.attackers]
-            if names.count(getattr(a, who)) > 1:
-                raise ValueError(f"{who} names {getattr(a, who)!r} twice; "
-                                 "give every attacker his own")
-        if a.target in FAMILIES:
-            choose(a.target_class, FAMILIES[a.target].classes, f"class of {a.target}")
-
-# %% ../nbs/17a_settings.ipynb #a51bbcbf
+# %% ../nbs/17a_settings.ipynb #d91a8650
 @settings()
 class Merging(Run):
     "Which merges, and what they are offered."
@@ -316,22 +371,26 @@ class Merging(Run):
 
     def __post_init__(self):
         super().__post_init__()
-        self.merges = every_method(merges, self.merges, lambda m: spelt(merges, m))
-        self.options = {name: _options_of(name, given) for name, given in self.options.items()}
+        these = self.offers(merges)
+        self.merges = every_method(these, self.merges, lambda m: spelt(these, m))
+        self.options = dict(self._options_of(*x) for x in self.options.items())
+
+    def _options_of(self, name: str, given: dict) -> tuple[str, dict]:
+        "(one merge's or attack's name, its options), each checked by the method's signature."
+        both = [self.offers(r) for r in (merges, attacks)]
+        for r in both:
+            with contextlib.suppress(ValueError):
+                name = r.find(name)
+                break
+        else: choose(name, [n for r in both for n in r], "method in options")
+        return name, dict(method_option(r, name, k, v) for k, v in given.items())
 
 
 def every_method(registry, names: list[str], read) -> list[str]:
     "Names as `read` spells them; `all` is every method there is."
     return list(registry) if names == ["all"] else [read(n) for n in names]
 
-
-def _options_of(name: str, given: dict) -> dict:
-    "Options for one merge or attack, each checked by the method's signature."
-    registry = next((r for r in (merges, attacks) if name in r), None)
-    if registry is None: choose(name, [*merges, *attacks], "method in options")
-    return dict(method_option(registry, name, k, v) for k, v in given.items())
-
-# %% ../nbs/17a_settings.ipynb #ee62d1c6
+# %% ../nbs/17a_settings.ipynb #b462e1fa
 @settings()
 class Defending(Run):
     "The defender's settings: Stage I, Stage II, and the choice of λ (LFPM App. D)."
@@ -360,8 +419,10 @@ class Defending(Run):
     def __post_init__(self):
         super().__post_init__()
         self.lam = check_lam(self.lam)
+        if isinstance(self.lam, str): self.offers(lam_rules).find(self.lam)
+        self.recompute = choose(self.recompute, RECOMPUTE, "value of recompute")
 
-# %% ../nbs/17a_settings.ipynb #965947b2
+# %% ../nbs/17a_settings.ipynb #16949ae3
 @settings("main")
 class MainParams(Defending, Merging, Attacked):
     "Settings of the main run."
@@ -372,8 +433,9 @@ class MainParams(Defending, Merging, Attacked):
 
     def __post_init__(self):
         super().__post_init__()
-        self.defences = every_method(defences, self.defences, defences.find)
-        self.clean_defences = every_method(defences, self.clean_defences, defences.find)
+        these = self.offers(defences)
+        self.defences = every_method(these, self.defences, these.find)
+        self.clean_defences = every_method(these, self.clean_defences, these.find)
         for d in (*self.defences, *self.clean_defences): check_strength(d, self.strength)
         self.strengths                               # checks what belongs together
 
@@ -383,7 +445,7 @@ class MainParams(Defending, Merging, Attacked):
         lr = self.lora_lr if self.lora else self.lr
         return TuneConfig(self.epochs, self.batch, lr, lora=self.lora, recompute=self.recompute)
 
-# %% ../nbs/17a_settings.ipynb #ab34c00a
+# %% ../nbs/17a_settings.ipynb #f1398534
 @method(MainParams, once=True)
 def strengths(self) -> Strengths:
     "Stage I and II settings; with LoRA the defender raises his rate by the contributors' factor."
@@ -406,9 +468,12 @@ def check_inputs(self) -> None:
     require(filter(None, [*real, clip.card.get("open_domain", {}).get("name")]), clip.size)
     few = dict(seed=self.seed, n_train=1, n_test=1, size=clip.size)
     tasks = {n: load_task(n, **few) for n in self.tasks}
-    for a in self.attackers: choose(a.target_class, tasks[a.target].classes, f"class of {a.target}")
+    for a in self.attackers:
+        right = choose(a.target_class, tasks[a.target].classes, f"class of {a.target}")
+        if right != a.target_class:
+            raise ValueError(f"target_class is {a.target_class!r}; {a.target} spells it {right!r}")
 
-# %% ../nbs/17a_settings.ipynb #07870307
+# %% ../nbs/17a_settings.ipynb #56dbeafc
 FILES = ("merged", "base", "model", "shadow")       # what purify cannot do without
 
 
@@ -443,16 +508,33 @@ class PurifyParams(Defending):
             raise ValueError(f"{none[0]} is not given: -p {none[0]}=…; "
                              f"purify needs {', '.join(FILES)}")
 
-# %% ../nbs/17a_settings.ipynb #73a6a084
+# %% ../nbs/17a_settings.ipynb #5aa3059c
+def recorded_labs() -> list[str]:
+    "Names of the recorded labs that are here."
+    return [p.parent.name for p in sorted(proj_path("data", "recorded").glob("*/card.json"))]
+
+
 @settings()
-class Recorded(Run):
+class OnRecorded(Run):
     "Runs that look at a recorded lab."
     lab: Text = option("lab", "a recorded lab under data/recorded")
     few: Flag = option(False, "few images of everything, for a quick look")
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.lab = choose(self.lab, recorded_labs(), "recorded lab")
+        if hasattr(self, "defences"):
+            these = self.offers(defences)
+            self.defences = every_method(these, self.defences, these.find)
+
+    @property
+    def contents(self) -> list[Path]:
+        "The recorded lab's card, which names all that was recorded."
+        return [proj_path("data", "recorded", self.lab, "card.json")]
+
 
 @settings("ctl")
-class CtlParams(Recorded):
+class CtlParams(OnRecorded):
     "Settings of ctl: is the path linear?"
     n: Count = option(100, "test images of each task")
     lam_n: Points = option(21, "points on the path, both ends included")
@@ -461,7 +543,7 @@ class CtlParams(Recorded):
 
 
 @settings("curvature")
-class CurvatureParams(Recorded):
+class CurvatureParams(OnRecorded):
     "Settings of curvature: does training flatten the path?"
     defences: Names = option(["LFPM", "fine-tuning", "SAM", "PAM"], "each from the same merge")
     epochs: Count = option(2, "length of the training; the paper has 5")
@@ -469,15 +551,23 @@ class CurvatureParams(Recorded):
     points: Points = option(5, "points on the path, both ends included")
 
 
+MECHANISMS = ("C1", "C1 + C2", "C1 + C2 + C3")       # of Stage II (LFPM App. E.8)
+
+
 @settings("efficiency")
-class EfficiencyParams(Recorded):
+class EfficiencyParams(OnRecorded):
     "Settings of efficiency: what a step costs."
     n: Count = option(1024, "shadow images that each training passes once")
     rounds: Count = option(5, "each method once a round; the first of several is not counted")
-    methods: Names = option(["fine-tuning", "SAM", "C1", "C1 + C2", "C1 + C2 + C3"],
+    methods: Names = option(["fine-tuning", "SAM", *MECHANISMS],
                             "defences, or mechanisms of Stage II: C1 worst-case prompt, C2, C3")
 
-# %% ../nbs/17a_settings.ipynb #50d36d99
+    def __post_init__(self):
+        super().__post_init__()
+        names = [*self.offers(defences), *MECHANISMS]
+        self.methods = [choose(m, names, "method") for m in self.methods]
+
+# %% ../nbs/17a_settings.ipynb #95861c69
 @settings("pretrain")
 class PretrainParams(Run):
     "Settings of pretrain: the small CLIP itself."
@@ -496,7 +586,7 @@ class PretrainParams(Run):
 
     def __post_init__(self):
         super().__post_init__()
-        choose(self.data, ("lab", "real"), "data")
+        self.data = choose(self.data, ("lab", "real"), "data")
 
 
 @settings("report")
@@ -504,7 +594,7 @@ class ReportParams(Run):
     "Settings of report: it reads results and computes nothing."
     gallery: Text = option("", "also write the small gallery of pictures and tables to this folder")
 
-# %% ../nbs/17a_settings.ipynb #01890690
+# %% ../nbs/17a_settings.ipynb #81ac09e8
 def notebooks() -> dict[str, Path]:
     "{name: path} of the run notebooks."
     return {p.stem: p for p in sorted(proj_path("nbs", "runs").glob("*.ipynb"))}

@@ -172,7 +172,7 @@ def test_a_card_is_compared_where_both_know_a_field(compare, tmp_path):
 def shipped(compare, tmp_path, monkeypatch):
     "Shipped folders of our own making, and their alias file."
     from lfpm_nb import runs
-    for name in ("main/lab-s0-aaaaaaaa", "main/lab-s1-aaaaaaaa", "main/small-real-s0-99999999", "backbone/lab-s0-bbbbbbbb", "efficiency/lab-s0-cccccccc", "ctl/lab-s0-dddddddd"):
+    for name in ("main/lab-s0-aaaaaaaa", "main/lab-s1-aaaaaaaa", "main/small-real-s0-88888888", "rivals/lab-s0-99999999", "sequence2/lab-s0-bbbbbbbb", "backbone/lab-s0-77777777", "efficiency/lab-s0-cccccccc", "ctl/lab-s0-dddddddd"):
         (tmp_path / name).mkdir(parents=True)
     for module in (compare, runs): monkeypatch.setattr(module, "aliases_file", lambda: tmp_path / "aliases.yaml")
     (tmp_path / "aliases.yaml").write_text("# kept\n[]\n", encoding="utf-8")
@@ -180,16 +180,22 @@ def shipped(compare, tmp_path, monkeypatch):
 
 
 FIXED = dict(old="1" * 40, new="2" * 40, compared=["run main --preset tiny"], numbers=533, largest=0.0, machine="a processor", date="2026-01-01")
-OLD = {"main lab": "aaaaaaaa", "main small-real": "88888888", "backbone lab": "bbbbbbbb", "efficiency lab": "cccccccc", "ctl lab": "dddddddd"}
-NEW = OLD | {"main lab": "eeeeeeee", "backbone lab": "ffffffff", "efficiency lab": "00000000"}
+OLD = {"main lab": "aaaaaaaa", "main small-real": "88888888", "rivals lab": "66666666", "sequence2 lab": "bbbbbbbb",
+       "backbone lab": "77777777", "efficiency lab": "cccccccc", "ctl lab": "dddddddd"}
+NEW = {k: "eeeeeeee" if k == "main lab" else "ffffffff" for k in OLD} | {"ctl lab": "dddddddd"}
 
 
 def test_what_was_compared_gets_an_alias_and_nothing_else(compare, shipped):
     found, why = compare.new_aliases(OLD, NEW, dict(main=533, efficiency=0, ctl=9), True, [], FIXED)
-    assert [(a.experiment, a.preset, a.was, a.now) for a in found] == [("backbone", "lab", "bbbbbbbb", "ffffffff"), ("main", "lab", "aaaaaaaa", "eeeeeeee")]
-    assert len(why) == 3 and all(any(w.startswith(s) for w in why) for s in ("ctl lab dddddddd: the hash has not changed", "efficiency lab: nothing but seconds", "main small-real 99999999 is not OLD's"))
+    got = {(a.experiment, a.preset, a.was, a.now) for a in found}
+    assert got == {("main", "lab", "aaaaaaaa", "eeeeeeee"), ("sequence2", "lab", "bbbbbbbb", "ffffffff")}
+    reasons = ("ctl lab dddddddd: the hash has not changed", "efficiency lab: nothing but seconds",
+               "rivals lab 99999999 is not OLD's", "main small-real is made of real pictures",
+               "backbone lab is made of real pictures")
+    assert [len([w for w in why if w.startswith(r)]) for r in reasons] == [1] * 5 and len(why) == 5
     found, why = compare.new_aliases(OLD, NEW, dict(main=533), False, [], FIXED)
-    assert [a.experiment for a in found] == ["main"] and "backbone lab was not compared" in why
+    assert [a.experiment for a in found] == ["main"]
+    assert "sequence2 lab was not compared" in why
 
 
 def test_aliases_are_added_and_form_chains(compare, shipped):

@@ -1,6 +1,6 @@
 """One door: what a run can be told, by whichever way it is told, is read alike or refused before anything runs."""
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,11 @@ from papermill.cli import _resolve_type
 from papermill.translators import PythonTranslator
 
 from lfpm_nb.attack import attacks
-from lfpm_nb.defend import defences
+from lfpm_nb.core import code_hash
+from lfpm_nb.defend import defences, knobs
 from lfpm_nb.merge import merges
-from lfpm_nb.runs import config_hash, experiments, here, planned, settings_of
+from lfpm_nb.path import lam_rules
+from lfpm_nb.runs import config_hash, here, planned, settings_of
 from lfpm_nb.settings import RUNS, MainParams, around, known, notebooks, parameter_cell, parameters
 from lfpm_nb.sweep import read_sweep
 
@@ -87,7 +89,8 @@ def by_shell(k, text, preset="tiny"): return planned("main", preset, {k: text}).
 def by_sweep(k, text, folder, preset="tiny"):
     file = Path(folder) / "sweep.yaml"
     values = [yaml.safe_load(text)]
-    entry = dict(run="main", seeds=values) if k == "seed" else dict(run="main", grid={k: values})
+    seeds = k.lower() == "seed"
+    entry = dict(run="main", seeds=values) if seeds else dict(run="main", grid={k: values})
     file.write_text(yaml.safe_dump(dict(preset=preset, runs=[entry])), encoding="utf-8")
     return read_sweep(file)[1][0].plan().settings
 
@@ -101,7 +104,7 @@ def by_papermill(k, value, preset="tiny"):
     return here("main", ns | dict(In=["", cell_of("main"), injected])).settings
 
 
-def by_python(k, text): return replace(settings_of("main", "tiny"), **{known(MainParams).get(k, k): yaml.safe_load(text)})
+def by_python(k, text): return settings_of("main", "tiny", {k: yaml.safe_load(text)})
 
 
 DOORS = {"shell -p": lambda k, t, d: by_shell(k, t), "sweep": by_sweep,
@@ -131,7 +134,11 @@ FORMS = [
     ("semantic", "[1, x]", NO), ("options", '{"TIES": {"density": 0.1}}', {"TIES": {"density": 0.1}}),
     ("options", '{"TIES": {"density": "0.1"}}', {"TIES": {"density": 0.1}}),
     ("options", '{"TIES": {"density": "much"}}', NO), ("options", "[1]", NO),
-    ("target_class", "5", NO), ("lamda", "0.5", NO)]
+    ("target_class", "5", NO), ("lamda", "0.5", NO), ("N_Train", "77", 77), ("SEED", "x", NO),
+    ("adversary", "LETTERS", "letters"), ("target_class", "Yield", "yield"), ("adversary", "letters,Letters", NO),
+    ("merges", "Fisher:data=1", NO), ("merges", "TA:scale=.4:scale=.5", NO),
+    ("options", '{"ties": {"density": 0.1}}', {"TIES": {"density": 0.1}}),
+    ("options", '{"TIS": {"density": 0.1}}', NO), ("recompute", "Towers", "towers")]
 
 
 def through(door: str, k: str, text: str, folder):
@@ -140,7 +147,7 @@ def through(door: str, k: str, text: str, folder):
     except ValueError as e:
         assert str(e) and "\n" not in str(e), f"{door}: {e}"
         return NO
-    return getattr(P, known(MainParams)[k])
+    return getattr(P, {n.lower(): own for n, own in known(MainParams).items()}[k.lower()])
 
 
 @pytest.mark.parametrize("k, text, want", FORMS, ids=lambda x: str(x))
@@ -261,10 +268,11 @@ def test_a_seed_never_names_a_folder_outside(tmp_path, monkeypatch):
     assert planned("main", "tiny", seed="5").out.parent == (tmp_path / "runs" / "main").resolve()
 
 
-# --- methods of one's own -----------------------------------------------------------------------------------------------------
+# --- methods of one's own -----------------------------------------------------------------------
 
 PLUGIN = '''
 from lfpm_nb.merge import merges
+from lfpm_nb.path import lam_rules
 
 HALF = 0.5
 
@@ -276,12 +284,21 @@ def half(base, models, share: float = 1.0):
 '''
 
 
+@pytest.fixture(autouse=True)
+def registries():
+    "Every test leaves the registries as it found them."
+    before = [(r, dict(r)) for r in (merges, attacks, defences, lam_rules, knobs)]
+    yield
+    for r, had in before:
+        r.clear()
+        r.update(had)
+
+
 @pytest.fixture
 def plugin(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(PLUGIN, encoding="utf-8")
-    yield file
-    merges.pop("half", None)
+    return file
 
 
 def test_a_plugins_content_is_part_of_the_configuration(plugin):
@@ -299,8 +316,17 @@ def test_a_plugins_content_is_part_of_the_configuration(plugin):
     assert planned("main", "tiny", given | dict(plugins=moved)).config == one.config, "its place does not matter"
 
 
+def test_a_file_that_a_plugin_imports_counts_too(plugin, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    helper = tmp_path / "helper_of_a_plugin.py"
+    helper.write_text("K = 1", encoding="utf-8")
+    plugin.write_text("import helper_of_a_plugin\n" + PLUGIN, encoding="utf-8")
+    one = planned("main", "tiny", dict(plugins=plugin)).config
+    helper.write_text("K = 2", encoding="utf-8")
+    assert planned("main", "tiny", dict(plugins=plugin)).config != one
+
+
 def test_a_stage_knows_what_a_method_of_ones_own_uses(plugin):
-    from lfpm_nb.core import code_hash
     settings_of("main", "tiny", dict(plugins=plugin))
     one = code_hash(merges["half"]["f"])
     plugin.write_text(PLUGIN.replace("HALF * x", "HALF * x + 1"), encoding="utf-8")
@@ -308,18 +334,55 @@ def test_a_stage_knows_what_a_method_of_ones_own_uses(plugin):
     assert code_hash(merges["half"]["f"]) != one
 
 
-@pytest.mark.parametrize("text, why", [("x = 1 / 0", "failed while it was imported: ZeroDivisionError"), ("def (", "SyntaxError"),
-                                       (PLUGIN.replace('"half", l', '"TA", l'), "registers TA, which the kit has")])
-def test_bad_plugins_are_refused_and_change_nothing(tmp_path, text, why):
-    before = dict(merges), dict(attacks), dict(defences)
+def test_a_run_is_offered_its_own_plugins_and_no_other(plugin):
+    plain = MainParams(merges="all").merges
+    assert MainParams(plugins=[plugin], merges="all").merges == [*plain, "half"]
+    assert MainParams(merges="all").merges == plain
+    with pytest.raises(ValueError, match="unknown merge 'half'"): MainParams(merges=["half"])
+
+
+def test_two_files_of_one_name_take_turns(plugin, tmp_path):
+    other = tmp_path / "other" / plugin.name
+    other.parent.mkdir()
+    other.write_text(PLUGIN.replace("share: float", "part: float").replace("share *", "part *"), encoding="utf-8")
+    for _ in range(2):
+        assert MainParams(plugins=[plugin], merges=["half:share=1"]).merges == ["half:share=1.0"]
+        assert MainParams(plugins=[other], merges=["half:part=1"]).merges == ["half:part=1.0"]
+    with pytest.raises(ValueError, match="two plugins register half"): MainParams(plugins=[plugin, other])
+
+
+def test_a_renamed_method_leaves_no_ghost(plugin):
+    MainParams(plugins=[plugin], merges=["half"])
+    plugin.write_text(PLUGIN.replace('"half", l', '"halves", l'), encoding="utf-8")
+    assert MainParams(plugins=[plugin], merges=["halves"]).merges == ["halves"]
+    with pytest.raises(ValueError, match="did you mean 'halves'"): MainParams(plugins=[plugin], merges=["half"])
+
+
+@pytest.mark.parametrize("text, why", [
+    ("x = 1 / 0", "failed while it was imported: ZeroDivisionError"), ("def (", "SyntaxError"),
+    (PLUGIN + "1 / 0", "ZeroDivisionError"), (PLUGIN.replace('"half", l', '"TA", l'), "registers TA, which is registered already"),
+    (PLUGIN + "from lfpm_nb.defend import knobs\nknobs['LFPM'] = None", None), (PLUGIN + "del merges['TA']", None)])
+def test_bad_plugins_change_nothing(tmp_path, text, why):
+    before = [dict(r) for r in (merges, attacks, defences, lam_rules, knobs)]
     file = tmp_path / "bad.py"
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=why): settings_of("main", "tiny", dict(plugins=file))
-    assert (dict(merges), dict(attacks), dict(defences)) == before
+    if why:
+        with pytest.raises(ValueError, match=why): settings_of("main", "tiny", dict(plugins=file))
+    else: settings_of("main", "tiny", dict(plugins=file))
+    merges.pop("half", None)
+    assert [dict(r) for r in (merges, attacks, defences, lam_rules, knobs)] == before
 
 
 def test_a_plugin_that_is_not_there():
-    with pytest.raises(FileNotFoundError, match="no plugin at .*nothing.py; expected a Python file"): settings_of("main", given=dict(plugins="nothing.py"))
+    with pytest.raises(FileNotFoundError, match="no plugin at .*nothing.py; expected a Python file"):
+        settings_of("main", given=dict(plugins="nothing.py"))
+
+
+@pytest.mark.parametrize("name, given, why", [
+    ("ctl", dict(defences="LFPMM"), "did you mean 'LFPM'"), ("ctl", dict(lab="labb"), "unknown recorded lab"),
+    ("efficiency", dict(methods="SAMM"), "did you mean 'SAM'"), ("pretrain", dict(data="reel"), "did you mean 'real'")])
+def test_other_runs_know_their_names(name, given, why):
+    with pytest.raises(ValueError, match=why): settings_of(name, "tiny", given)
 
 
 if __name__ == "__main__":
