@@ -20,7 +20,7 @@ from .core import as_it_runs, cache_dir, checked, choose, code_hash, content_has
 from .core import file_sha, imported, proj_path, runs_dir, short, versions, write_json, writing
 from .tasks import TASK_NAMES, own_data
 from .clip import weights_id
-from .settings import RUNS, Run, around, known, notebooks, plugin_hash
+from .settings import RUNS, Run, around, notebooks, plugin_hash, spellings
 
 # %% ../nbs/18b_runs.ipynb #84d2d896
 @dataclass
@@ -120,7 +120,7 @@ def settings_of(name: str, preset: str = "lab", given: dict | None = None,
                              f"{short(seed)}; give it once")
         given["seed"] = seed
     layers = (e.parameters, sizes[choose(preset, sizes, f"preset of {name}")], given)
-    out, names = {}, known(cls)
+    out, names = {}, spellings(cls)
     for layer in layers:
         here = {}
         for k, v in layer.items():
@@ -439,7 +439,7 @@ def injected(ns: dict) -> set[str]:
 def here(notebook: str, ns: dict) -> Plan:
     "The plan of a run notebook that is executed with globals `ns`; ValueError as `settings_of`."
     cls, about = RUNS[notebook], around(notebook)
-    plain, names = cls(), (*known(cls), *about)
+    plain, names = cls(), (*spellings(cls), *about)
     told = {choose(k, names, f"parameter of {notebook}"): ns[k] for k in injected(ns)}
     of_run = {k: told.pop(k, ns[k]) for k in about}
     changed = {k: ns[k] for k in cls.__pydantic_fields__ if k in ns and ns[k] != getattr(plain, k)}

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Whole', 'Count', 'Points', 'Number', 'Positive', 'NotNegative', 'Share', 'Flag', 'Text', 'Names', 'Weights', 'Table',
-           'RuleOrRank', 'RuleOrNumber', 'WordOrNumber', 'RUNS', 'FILES', 'MECHANISMS', 'option', 'known', 'expected',
-           'settings', 'method_options', 'method_option', 'variant', 'spelt', 'Plugin', 'load_plugin', 'offered',
-           'plugin_hash', 'Run', 'Contributors', 'Attacker', 'Attacked', 'Merging', 'every_method', 'Defending',
-           'MainParams', 'strengths', 'check_inputs', 'PurifyParams', 'recorded_labs', 'OnRecorded', 'CtlParams',
-           'CurvatureParams', 'EfficiencyParams', 'PretrainParams', 'ReportParams', 'notebooks', 'around', 'parameters',
-           'parameter_cell']
+           'RuleOrRank', 'RuleOrNumber', 'WordOrNumber', 'RUNS', 'FILES', 'MECHANISMS', 'option', 'spellings',
+           'expected', 'settings', 'method_options', 'method_option', 'variant', 'spelt', 'Plugin', 'load_plugin',
+           'offered', 'plugin_hash', 'Run', 'Contributors', 'Attacker', 'Attacked', 'Merging', 'every_method',
+           'Defending', 'MainParams', 'strengths', 'check_inputs', 'PurifyParams', 'recorded_labs', 'OnRecorded',
+           'CtlParams', 'CurvatureParams', 'EfficiencyParams', 'PretrainParams', 'ReportParams', 'notebooks', 'around',
+           'parameters', 'parameter_cell']
 
-# %% ../nbs/17a_settings.ipynb #2dfc100f
+# %% ../nbs/17a_settings.ipynb #1db87651
 import contextlib, importlib.util, inspect, json, linecache, math, os, sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +36,7 @@ from .path import lam_rules
 from .defend import check_lam, check_strength, defences, knobs
 from . import baselines                        # it registers the rivals
 
-# %% ../nbs/17a_settings.ipynb #83fb9913
+# %% ../nbs/17a_settings.ipynb #e66a5f27
 def _plain(v):
     "A number as Python writes it. True is no number here, although Python takes it for 1."
     v = v.item() if hasattr(v, "item") else v        # NumPy's and PyTorch's numbers
@@ -70,7 +70,7 @@ def _table(v): return json.loads(v) if isinstance(v, str) else v
 
 def _text(v): return os.fspath(v) if isinstance(v, os.PathLike) else v
 
-# %% ../nbs/17a_settings.ipynb #2047e319
+# %% ../nbs/17a_settings.ipynb #aa114e6b
 _number = BeforeValidator(_plain)
 Whole = Annotated[int, _number, Field(ge=0), "a whole number from 0 on"]
 Count = Annotated[int, _number, Field(ge=1), "a whole number from 1 on"]
@@ -92,7 +92,7 @@ RuleOrNumber = Annotated[Literal["rule"] | Annotated[float, Field(ge=0)], _numbe
                          "rule, or a number from 0 on"]
 WordOrNumber = Annotated[float | str, BeforeValidator(_word_or_number), "a word or a number"]
 
-# %% ../nbs/17a_settings.ipynb #f096057a
+# %% ../nbs/17a_settings.ipynb #80e9fa30
 RUNS: dict[str, type] = {}                          # {run notebook: the class of its settings}
 _HOW = ConfigDict(extra="forbid", allow_inf_nan=False,
                   validate_by_name=True, validate_by_alias=True)
@@ -106,7 +106,7 @@ def option(default, text: str, also: str | None = None) -> Any:
     return Field(default, **about)
 
 
-def known(cls) -> dict[str, str]:
+def spellings(cls) -> dict[str, str]:
     "{every name a class of settings answers to: the setting's own name}."
     own = cls.__pydantic_fields__
     also = {f.validation_alias: k for k, f in own.items() if f.validation_alias}
@@ -117,13 +117,13 @@ def expected(field) -> str:
     "What a setting's kind asks for, in words."
     return next(m for m in field.metadata if isinstance(m, str))
 
-# %% ../nbs/17a_settings.ipynb #b563cec2
+# %% ../nbs/17a_settings.ipynb #193008cf
 def _first_line(cls, e: ValidationError) -> str:
     "One line about the first thing that is wrong."
     first = e.errors()[0]
     if not first["loc"]: return str(first["ctx"]["error"])      # a class's own check said it
     given, *where = first["loc"]
-    name = known(cls)[choose(given, known(cls), f"parameter of {cls.__name__}")]
+    name = spellings(cls)[choose(given, spellings(cls), f"parameter of {cls.__name__}")]
     field = cls.__pydantic_fields__[name]
     place = f"[{where[0]}]" if where and isinstance(where[0], int) else ""
     default = field.get_default(call_default_factory=True)
@@ -145,7 +145,7 @@ def settings(name: str | None = None):
         return made
     return add
 
-# %% ../nbs/17a_settings.ipynb #7de50d1d
+# %% ../nbs/17a_settings.ipynb #62152227
 _FINITE = ConfigDict(allow_inf_nan=False)
 _KINDS = {int: Annotated[int, _number], float: Number, bool: Flag, str: Text,
           int | None: Annotated[int | None, _number], str | float: WordOrNumber}
@@ -169,7 +169,7 @@ def method_option(registry, method: str, name: str, value) -> tuple[str, Any]:
         raise ValueError(f"{method}:{name} is {short(value)}; expected "
                          f"{getattr(kind, '__name__', kind)} (default: {p.default!r})") from None
 
-# %% ../nbs/17a_settings.ipynb #429e9e32
+# %% ../nbs/17a_settings.ipynb #320f8680
 def variant(registry, text: str) -> tuple[str, dict]:
     "(method, its own options) of `TA:scale=0.4`; ValueError names the nearest method or option."
     name, *given = (t.strip() for t in text.split(":"))
@@ -187,7 +187,7 @@ def spelt(registry, text: str) -> str:
     name, own = variant(registry, text)
     return ":".join([name, *(f"{k}={v}" for k, v in own.items())])
 
-# %% ../nbs/17a_settings.ipynb #8bb9e77c
+# %% ../nbs/17a_settings.ipynb #3f375ad0
 _REGISTRIES = (merges, attacks, defences, lam_rules)
 
 
@@ -269,7 +269,7 @@ def plugin_hash(file) -> tuple[str, str]:
     plugin = load_plugin(file)
     return Path(file).name, code_hash(plugin.module)
 
-# %% ../nbs/17a_settings.ipynb #50c8dc83
+# %% ../nbs/17a_settings.ipynb #c5add327
 @settings()
 class Run:
     "What every run can be told."
@@ -291,7 +291,7 @@ class Run:
     def check_inputs(self) -> None:
         "Open what the run will read, so that bad input is refused before any work; here nothing."
 
-# %% ../nbs/17a_settings.ipynb #ecbfd778
+# %% ../nbs/17a_settings.ipynb #375c0ea4
 @settings()
 class Contributors(Run):
     "The pretrained model, the tasks, and how each contributor is fine-tuned."
@@ -310,7 +310,7 @@ class Contributors(Run):
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks lists a task twice: {self.tasks}; expected each once")
 
-# %% ../nbs/17a_settings.ipynb #d1b98024
+# %% ../nbs/17a_settings.ipynb #f8773fa6
 @dataclass
 class Attacker:
     "Whose contribution is poisoned, the task and the class that are attacked, and the attack."
@@ -360,7 +360,7 @@ class Attacked(Contributors):
             raise ValueError(f"{names}: expected as many of each, separated by commas")
         return [Attacker(*x) for x in zip(*names.values())]
 
-# %% ../nbs/17a_settings.ipynb #d91a8650
+# %% ../nbs/17a_settings.ipynb #ddcf4830
 @settings()
 class Merging(Run):
     "Which merges, and what they are offered."
@@ -390,7 +390,7 @@ def every_method(registry, names: list[str], read) -> list[str]:
     "Names as `read` spells them; `all` is every method there is."
     return list(registry) if names == ["all"] else [read(n) for n in names]
 
-# %% ../nbs/17a_settings.ipynb #b462e1fa
+# %% ../nbs/17a_settings.ipynb #715a6bef
 @settings()
 class Defending(Run):
     "The defender's settings: Stage I, Stage II, and the choice of λ (LFPM App. D)."
@@ -422,7 +422,7 @@ class Defending(Run):
         if isinstance(self.lam, str): self.offers(lam_rules).find(self.lam)
         self.recompute = choose(self.recompute, RECOMPUTE, "value of recompute")
 
-# %% ../nbs/17a_settings.ipynb #16949ae3
+# %% ../nbs/17a_settings.ipynb #bb9ecbb5
 @settings("main")
 class MainParams(Defending, Merging, Attacked):
     "Settings of the main run."
@@ -445,7 +445,7 @@ class MainParams(Defending, Merging, Attacked):
         lr = self.lora_lr if self.lora else self.lr
         return TuneConfig(self.epochs, self.batch, lr, lora=self.lora, recompute=self.recompute)
 
-# %% ../nbs/17a_settings.ipynb #f1398534
+# %% ../nbs/17a_settings.ipynb #94eec2a9
 @method(MainParams, once=True)
 def strengths(self) -> Strengths:
     "Stage I and II settings; with LoRA the defender raises his rate by the contributors' factor."
@@ -473,7 +473,7 @@ def check_inputs(self) -> None:
         if right != a.target_class:
             raise ValueError(f"target_class is {a.target_class!r}; {a.target} spells it {right!r}")
 
-# %% ../nbs/17a_settings.ipynb #56dbeafc
+# %% ../nbs/17a_settings.ipynb #9d4b7a2f
 FILES = ("merged", "base", "model", "shadow")       # what purify cannot do without
 
 
@@ -508,7 +508,7 @@ class PurifyParams(Defending):
             raise ValueError(f"{none[0]} is not given: -p {none[0]}=…; "
                              f"purify needs {', '.join(FILES)}")
 
-# %% ../nbs/17a_settings.ipynb #5aa3059c
+# %% ../nbs/17a_settings.ipynb #dc1b8962
 def recorded_labs() -> list[str]:
     "Names of the recorded labs that are here."
     return [p.parent.name for p in sorted(proj_path("data", "recorded").glob("*/card.json"))]
@@ -567,7 +567,7 @@ class EfficiencyParams(OnRecorded):
         names = [*self.offers(defences), *MECHANISMS]
         self.methods = [choose(m, names, "method") for m in self.methods]
 
-# %% ../nbs/17a_settings.ipynb #95861c69
+# %% ../nbs/17a_settings.ipynb #aab349b1
 @settings("pretrain")
 class PretrainParams(Run):
     "Settings of pretrain: the small CLIP itself."
@@ -594,7 +594,7 @@ class ReportParams(Run):
     "Settings of report: it reads results and computes nothing."
     gallery: Text = option("", "also write the small gallery of pictures and tables to this folder")
 
-# %% ../nbs/17a_settings.ipynb #81ac09e8
+# %% ../nbs/17a_settings.ipynb #2fe51f17
 def notebooks() -> dict[str, Path]:
     "{name: path} of the run notebooks."
     return {p.stem: p for p in sorted(proj_path("nbs", "runs").glob("*.ipynb"))}

@@ -16,7 +16,7 @@ from lfpm_nb.defend import defences, knobs
 from lfpm_nb.merge import merges
 from lfpm_nb.path import lam_rules
 from lfpm_nb.runs import config_hash, here, planned, settings_of
-from lfpm_nb.settings import RUNS, MainParams, around, known, notebooks, parameter_cell, parameters
+from lfpm_nb.settings import RUNS, MainParams, around, notebooks, parameter_cell, parameters, spellings
 from lfpm_nb.sweep import read_sweep
 
 
@@ -147,7 +147,7 @@ def through(door: str, k: str, text: str, folder):
     except ValueError as e:
         assert str(e) and "\n" not in str(e), f"{door}: {e}"
         return NO
-    return getattr(P, {n.lower(): own for n, own in known(MainParams).items()}[k.lower()])
+    return getattr(P, {n.lower(): own for n, own in spellings(MainParams).items()}[k.lower()])
 
 
 @pytest.mark.parametrize("k, text, want", FORMS, ids=lambda x: str(x))
@@ -214,7 +214,7 @@ def test_a_seed_is_a_whole_number_or_refused(value):
     assert float(value) == got
 
 
-@given(st.dictionaries(st.sampled_from(sorted(known(MainParams))), st.one_of(st.integers(-3, 3), st.floats(), st.text(max_size=8), st.none(), st.booleans()), max_size=3))
+@given(st.dictionaries(st.sampled_from(sorted(spellings(MainParams))), st.one_of(st.integers(-3, 3), st.floats(), st.text(max_size=8), st.none(), st.booleans()), max_size=3))
 def test_settings_survive_their_own_values(values):
     "Whatever is accepted is accepted again as it came out, with the same hash: results say what they were made of."
     try: P = settings_of("main", "tiny", values)
