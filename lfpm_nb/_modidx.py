@@ -880,6 +880,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lfpm_nb.settings.Run.offers': ('settings.html#run.offers', 'lfpm_nb/settings.py'),
                                   'lfpm_nb.settings._first_line': ('settings.html#_first_line', 'lfpm_nb/settings.py'),
                                   'lfpm_nb.settings._imported': ('settings.html#_imported', 'lfpm_nb/settings.py'),
+                                  'lfpm_nb.settings._joined': ('settings.html#_joined', 'lfpm_nb/settings.py'),
+                                  'lfpm_nb.settings._json': ('settings.html#_json', 'lfpm_nb/settings.py'),
                                   'lfpm_nb.settings._listed': ('settings.html#_listed', 'lfpm_nb/settings.py'),
                                   'lfpm_nb.settings._names_of': ('settings.html#_names_of', 'lfpm_nb/settings.py'),
                                   'lfpm_nb.settings._plain': ('settings.html#_plain', 'lfpm_nb/settings.py'),

@@ -11,7 +11,7 @@ __all__ = ['proj_path', 'runs_dir', 'cache_dir', 'device', 'precision', 'amp', '
 
 # %% ../nbs/00_core.ipynb #03d8054d
 import ast, contextlib, difflib, functools, hashlib, inspect, json, mmap, os, platform, re, reprlib
-import sys, sysconfig, tempfile, textwrap, time, types
+import sys, sysconfig, tempfile, textwrap, time, tokenize, types
 from dataclasses import is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -172,7 +172,12 @@ class Registry(dict):
 
     def register(self, name: str, long: str, needs: tuple = (), source: str = ""):
         "Decorator: `@merges.register('TA', long='Task Arithmetic', needs=('pretrained',))`."
+        if name.lower() == "all" or {",", ":"} & set(name):
+            raise ValueError(f"a {self.kind} cannot be called {name!r}: lists are split at commas, "
+                             "options stand behind colons, and all means every one")
         def add(f):
+            if not isinstance(_plain_function(f), types.FunctionType):
+                raise TypeError(f"{name} is {short(f)}; expected a function (def or lambda)")
             self[name] = dict(f=f, long=long, needs=tuple(needs), source=source)
             return f
         return add
@@ -331,7 +336,7 @@ def code_hash(*things) -> str:
         kind, where = _home(t)
         if kind == "library": todo.append(where)
         elif kind == "file" and where not in own:
-            source = Path(where).read_text(encoding="utf-8")
+            with tokenize.open(where) as f: source = f.read()       # as Python reads it
             own[where] = as_it_runs(source)
             todo += [*imported(source), *_modules_in(source)]
         elif id(t) not in own and (kind == "typed" or getattr(t, "__closure__", None)):

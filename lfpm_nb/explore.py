@@ -150,7 +150,8 @@ def row(self, lam: float, path_n: int = 150) -> dict:
 class Ready(Stages):
     "Stages that were computed before: a missing one is refused instead of computed for minutes."
     def _compute(self, name, path, compute, poisoned):
-        raise FileNotFoundError(f"the models of this run are not in {self.root}: {name} is missing, damaged, or was made by other code or versions. Run it again with the same settings: finished stages are reused")
+        raise FileNotFoundError(f"the models of this run are not in {self.root}: {name} is missing, damaged, or was made by "
+                                "other code or versions. Run it again with the same settings and --force")
 
 
 def open_run(folder, methods=None, n: int = 256) -> PathCore:

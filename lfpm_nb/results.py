@@ -109,9 +109,10 @@ def save(self, folder, config: str = "") -> Path:
     return folder
 
 
-def picture(folder) -> Path:
-    "A run's picture: of its merges where it compares several, else of its paths."
-    return next(p for p in (Path(folder) / n for n in ("merges.png", "path.png")) if p.exists())
+def picture(folder) -> Path | None:
+    "A run's picture: of its merges where it compares several, else of its paths; None: it has neither."
+    drawn = (Path(folder) / n for n in ("merges.png", "path.png"))
+    return next((p for p in drawn if p.exists()), None)
 
 # %% ../nbs/18a_results.ipynb #c5ffa82f
 COLUMNS = {"CA": "CA %", "ASR_T": "ASR(T) %", "ASR_N": "ASR(N) %", "path_ASR": "Path-ASR %", "path_ASR_chosen": "to chosen λ", "CA_end": "CA at λ=1",

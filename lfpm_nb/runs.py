@@ -159,8 +159,9 @@ def table_of(folder: Path) -> Path | None:
 
 
 def trouble(folder: Path) -> str:
-    "Why the table of a run that says it is done cannot be trusted; '' if it can."
-    try: table_of(folder)
+    "Why a run that says it is done cannot be trusted: its table, its parameters; '' if it can."
+    try:
+        if table_of(folder): json.loads((Path(folder) / "params.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e: return str(e)
     return ""
 

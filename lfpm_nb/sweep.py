@@ -146,13 +146,15 @@ def sweep(file, workers: int = 2, scheduler: str | None = None, resume: bool = F
     known = table.folder.notna() if not force else pd.Series(False, table.index)
     if known.any() and not resume:
         raise ValueError(f"{known.sum()} of {len(table)} runs are finished already; --resume keeps them and does the rest, --force does all of them again")
-    rows = {str(p): dict(run=str(p), state="skipped", folder=str(f)) for p, f in zip(table.point[known], table.folder[known])}
+    own = lambda p: (str(p), p.preset)
+    rows = {own(p): dict(run=str(p), state="skipped", folder=str(f))
+            for p, f in zip(table.point[known], table.folder[known])}
     todo, record = interleave(list(table.point[~known])), runs_dir() / "sweeps" / f"{Path(file).stem}.json"
     with using(threads, {}), cluster(workers, scheduler) if todo else contextlib.nullcontext() as client:
         for point, result in _answers(client, todo, threads, force, len(rows)) if todo else ():
-            rows[str(point)] = dict(run=str(point), **result)
+            rows[own(point)] = dict(run=str(point), **result)
             write_json(record, list(rows.values()))
-    return pd.DataFrame([rows[str(p)] for p in table.point])
+    return pd.DataFrame([rows[own(p)] for p in table.point])
 
 # %% ../nbs/22_sweep.ipynb #c2b19ee5
 NO_WORKER = 300                                   # seconds: by then a worker that died is back, or one more was started by hand

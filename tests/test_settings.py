@@ -138,7 +138,10 @@ FORMS = [
     ("adversary", "LETTERS", "letters"), ("target_class", "Yield", "yield"), ("adversary", "letters,Letters", NO),
     ("merges", "Fisher:data=1", NO), ("merges", "TA:scale=.4:scale=.5", NO),
     ("options", '{"ties": {"density": 0.1}}', {"TIES": {"density": 0.1}}),
-    ("options", '{"TIS": {"density": 0.1}}', NO), ("recompute", "Towers", "towers")]
+    ("options", '{"TIS": {"density": 0.1}}', NO), ("recompute", "Towers", "towers"),
+    ("tasks", "Letters,signs", ["letters", "signs"]), ("merges", "TA,ta", NO), ("merges", "[]", NO),
+    ("merges", "all,TA", NO), ("adversary", "[]", NO), ("adversary", '["letters"]', "letters"),
+    ("options", '{"TIES": {"density": 0.1, "Density": 0.2}}', NO)]
 
 
 def through(door: str, k: str, text: str, folder):
@@ -237,7 +240,7 @@ def content(P): return json.dumps(asdict(P), sort_keys=True)
     ("runs: [{run: main, grid: {scale: [1, 1.0]}}]", "are the same run"),
     ("runs: [{run: main, seeds: [5, '5']}]", "are the same run"),
     ("runs: [{run: main, grid: [1]}]", r"grid of main is \[1\]; expected"),
-    ("runs: [{run: main, grid: {tasks: [[5]]}}]", r"tasks\[0\] is 5; expected names"),
+    ("runs: [{run: main, grid: {tasks: [[5]]}}]", r"tasks\[0\] is 5; expected at least one name"),
     ("seeds: [1e0]\nruns: [main]", "seed is '1e0'"), ("seeds: [yes]\nruns: [main]", "seed is True"),
     ("seeds: ['../../x']\nruns: [main]", "seed is '../../x'"), ("seeds: 5\nruns: [main]", "seeds of main is 5; expected a list"),
     ("seeds: [0]\nseeds: [1]\nruns: [main]", "seeds is given twice, line 1"),
@@ -360,7 +363,9 @@ def test_a_renamed_method_leaves_no_ghost(plugin):
 
 @pytest.mark.parametrize("text, why", [
     ("x = 1 / 0", "failed while it was imported: ZeroDivisionError"), ("def (", "SyntaxError"),
-    (PLUGIN + "1 / 0", "ZeroDivisionError"), (PLUGIN.replace('"half", l', '"TA", l'), "registers TA, which is registered already"),
+    (PLUGIN + "1 / 0", "ZeroDivisionError"), ("raise SystemExit(0)", "failed while it was imported: SystemExit"),
+    (PLUGIN.replace('"half", l', '"ta", l'), "registers ta, which"), (PLUGIN.replace('"half", l', '"all", l'), "cannot be called 'all'"),
+    (PLUGIN + "import functools\nmerges.register('part', long='x')(functools.partial(half, share=2))", "expected a function"), (PLUGIN.replace('"half", l', '"TA", l'), "registers TA, which is registered already"),
     (PLUGIN + "from lfpm_nb.defend import knobs\nknobs['LFPM'] = None", None), (PLUGIN + "del merges['TA']", None)])
 def test_bad_plugins_change_nothing(tmp_path, text, why):
     before = [dict(r) for r in (merges, attacks, defences, lam_rules, knobs)]
