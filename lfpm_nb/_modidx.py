@@ -582,6 +582,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lfpm_nb.measure.Suite.first': ('measure.html#suite.first', 'lfpm_nb/measure.py'),
                                  'lfpm_nb.measure.Suite.of': ('measure.html#suite.of', 'lfpm_nb/measure.py'),
                                  'lfpm_nb.measure.average': ('measure.html#average', 'lfpm_nb/measure.py'),
+                                 'lfpm_nb.measure.close_calls': ('measure.html#close_calls', 'lfpm_nb/measure.py'),
                                  'lfpm_nb.measure.measure': ('measure.html#measure', 'lfpm_nb/measure.py'),
                                  'lfpm_nb.measure.measure_task': ('measure.html#measure_task', 'lfpm_nb/measure.py'),
                                  'lfpm_nb.measure.predict': ('measure.html#predict', 'lfpm_nb/measure.py'),

@@ -3,11 +3,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
 from conftest import pixels, small_task
 from lfpm_nb.attack import Trigger
-from lfpm_nb.measure import Goal, Suite, average, measure, measure_task, predict, rate, with_averages
+from lfpm_nb.clip import features, logits
+from lfpm_nb.measure import Goal, Suite, average, close_calls, measure, measure_task, predict, rate, with_averages
 from lfpm_nb.tasks import Task
 
 # --- rates -------------------------------------------------------------------------------------------------------------
@@ -25,6 +27,18 @@ def test_rate_and_wilson_interval(hits):
 def test_rate_of_nothing():
     r = rate(torch.zeros(0, dtype=torch.bool))
     assert r["n"] == 0 and all(math.isnan(r[k]) for k in ("value", "lo", "hi"))
+
+
+# --- precision ---------------------------------------------------------------------------------------------------------------
+
+def test_predictions_are_float32s_in_bfloat16_too(pico, in_both):
+    "Under a head of nearly equal rows most pictures are close calls."
+    x = pixels(96)
+    W = 10 * F.normalize(features(pico, pico.visual, x[:12], dtype=torch.float32), dim=-1)      # noise pictures look alike to pico
+    rounded, full = in_both(lambda: logits(features(pico, pico.visual, x), W))
+    assert close_calls(rounded, W).float().mean() > .5 and (rounded.argmax(1) != full.argmax(1)).any(), "else nothing is tested"
+    first, second = in_both(lambda: predict(pico, pico.visual, x, W))
+    assert torch.equal(first, second) and torch.equal(second, full.argmax(1))
 
 
 # --- the predictor: class = the largest channel of (first pixel + 2 x last pixel) -----------------------------------------
