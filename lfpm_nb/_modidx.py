@@ -443,6 +443,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lfpm_nb.formats._ints': ('formats.html#_ints', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats._pick': ('formats.html#_pick', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats.backbone': ('formats.html#backbone', 'lfpm_nb/formats.py'),
+                                 'lfpm_nb.formats.check_weights': ('formats.html#check_weights', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats.convert': ('formats.html#convert', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats.detect': ('formats.html#detect', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats.fitted': ('formats.html#fitted', 'lfpm_nb/formats.py'),

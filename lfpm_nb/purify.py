@@ -11,7 +11,7 @@ __all__ = ['LEAST', 'PANELS', 'PROMPT_COLOURS', 'BESIDE', 'Pictures', 'read_pict
 # %% ../nbs/21a_purify.ipynb #456e6de3
 import contextlib, csv, json, os, shutil, time
 from itertools import cycle
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from .core import Progress, Stages, choose, code_hash, content_hash, first, generator, load_state, method, save_state, versions, write_json, writing
@@ -27,7 +27,7 @@ from .defend import Defended
 from .settings import MainParams, PurifyParams, method_option
 from .experiment import Lab
 from .runs import check_writable, settings_of
-from .formats import Tower, backbone, file_sha, fitted, key_errors, read_tower, with_base, write_tower
+from .formats import BUFFERS, Tower, backbone, file_sha, fitted, key_errors, read_tower, with_base, write_tower
 
 # %% ../nbs/21a_purify.ipynb #3ed3556c
 LEAST = 100
@@ -358,7 +358,9 @@ def merge_files(name: str, files: list, base, out, given: dict | None = None) ->
     if bad := next((f"{t.path}: {e}" for t, m in zip(towers, each[1:]) if (e := key_errors(m, each[0]))), ""): raise ValueError(f"{bad} of the base's keys (open_clip's names)")
     theta, parents = merge(name, each[0], each[1:], **options), {Path(t.path).name: t.sha256 for t in towers}
     mark = {"poisoned": True} if any(t.meta.get("poisoned") == "True" for t in towers) else {}
-    write_tower(out, towers[0], visual=theta, merged=name, options=json.dumps(options), made_from=json.dumps(parents), base=b.sha256, **mark)
+    buffers = {k: v for k, v in b.rest.items() if k in towers[0].rest and k.endswith(BUFFERS)}
+    like = replace(towers[0], rest=towers[0].rest | buffers)
+    write_tower(out, like, visual=theta, merged=name, options=json.dumps(options), made_from=json.dumps(parents), base=b.sha256, **mark)
     return parents
 
 

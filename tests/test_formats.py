@@ -182,3 +182,40 @@ def test_random_vit_b32_through_every_format(tmp_path):
     assert clip.card["quick_gelu"] and clip.card["text"] and heads(clip) == 12
     with pytest.raises(ValueError, match="ViT-B-32 computes GELU"): backbone("ViT-B-32", read_tower(tmp_path / "openai.safetensors"))
     assert not backbone("ViT-B-32-quickgelu", read_tower(tmp_path / "task_vectors.safetensors")).card["text"]
+
+
+# --- numbers that are no weights --------------------------------------------------------------------------------------
+
+NO_WEIGHTS = (torch.int8, torch.uint8, torch.bool, torch.int16, torch.complex64)
+
+
+@pytest.mark.parametrize("dtype", NO_WEIGHTS)
+def test_another_dtype_is_no_weight(whole, tmp_path, dtype):
+    "int8 codes were read as if they were floats. The text tower's weights count as well."
+    for k, name in (("ln_post.weight", "vision_model.post_layernorm.weight"), ("ln_final.weight", "text_model.final_layer_norm.weight")):
+        visual, rest = ({n: v.to(dtype) if n == k else v for n, v in part.items()} for part in (whole.visual, whole.rest))
+        state, _ = layout(visual, rest, "hf_clip")
+        file = tmp_path / "odd.safetensors"
+        save_state(file, state)
+        says = rf"odd.safetensors: {name} is {str(dtype)[6:]}; expected a weight in float16, bfloat16, float32, float64 or float8"
+        with pytest.raises(ValueError, match=says) as e: read_tower(file)
+        assert "\n" not in str(e.value)
+        with pytest.raises(ValueError, match=says): convert(file, tmp_path / "out.safetensors", "hf")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_a_weight(whole, pico, tmp_path, dtype):
+    cast = replace(whole, visual={k: v.to(dtype) for k, v in whole.visual.items()}, rest={})
+    write_tower(tmp_path / "x.safetensors", cast, "visual")
+    assert same(read_tower(tmp_path / "x.safetensors").visual, cast.visual)
+    assert same(fitted(read_tower(tmp_path / "x.safetensors"), pico), {k: v.to(dtype).float() for k, v in whole.visual.items()})
+
+
+@pytest.mark.parametrize("key, value, why", [("conv1.weight", torch.ones(()), "conv1.weight is one number"), ("proj", torch.ones(32), "proj has shape .32,.; expected 2 dimensions"),
+                                             ("ln_pre.bias", torch.ones(0), "ln_pre.bias is empty"), ("class_embedding", torch.ones(()), "class_embedding is one number")])
+def test_what_cannot_be_a_tower(whole, tmp_path, lfpm, key, value, why):
+    save_state(tmp_path / "odd.safetensors", whole.visual | {key: value})
+    with pytest.raises(ValueError, match=f"odd.safetensors: {why}"): read_tower(tmp_path / "odd.safetensors")
+    code, out, err = lfpm("convert", str(tmp_path / "odd.safetensors"), str(tmp_path / "y.safetensors"), "--to", "hf")
+    assert (code, out, err.count("\n")) == (2, "", 1) and key in err and not (tmp_path / "y.safetensors").exists()

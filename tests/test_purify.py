@@ -398,3 +398,39 @@ def test_other_files_are_another_configuration(tmp_path):
     assert config_hash("purify", s) == one
     (tmp_path / "m").write_bytes(b"22")
     assert config_hash("purify", s) != one
+
+
+# --- never silently wrong: what merge refuses and says ------------------------------------------------------------------
+
+@pytest.fixture
+def family(lab, tmp_path):
+    "`family(name, state, form, rest, **meta)` writes a file, returns its path; base, a and b are there: the lab's CLIP and two towers 7 % of its length away."
+    def write(name, state, form="visual", rest=None, **meta):
+        path = tmp_path / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_state(path, layout(state, rest or {}, form)[0], **meta)
+        return path
+    write.base, write.a, write.b = write("base", lab.state()), write("a", near(lab, 1, .0035)), write("b", near(lab, 2, .0035))
+    return write
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int16, torch.complex64])
+def test_codes_are_not_merged_purified_or_walked(family, lab, lfpm, tmp_path, dtype):
+    key, out = "transformer.resblocks.0.mlp.c_fc.weight", tmp_path / "out" / "x.safetensors"
+    odd = near(lab, 3, .0035)
+    odd = str(family("odd", odd | {key: odd[key].to(dtype)}))
+    a, base = str(family.a), str(family.base)
+    for args in (("merge", a, odd, "--base", base, "--out", str(out)), ("merge", a, str(family.b), "--base", odd, "--out", str(out)),
+                 ("purify", odd, "--base", base, "--model", "lfpm-lab", "--shadow", str(tmp_path), "--out", str(out)),
+                 ("path", a, odd, "--task", "signs", "--html", str(out)), ("explore", "--models", a, odd, "--html", str(out)),
+                 ("convert", odd, str(out), "--to", "open_clip")):
+        code, printed, err = lfpm(*args)
+        assert (code, printed, err.count("\n")) == (2, "", 1) and f"odd.safetensors: {key} is {str(dtype)[6:]}; expected" in err, (args, err)
+    assert not out.parent.exists()
+
+
+def test_whole_number_buffers_come_from_the_base(family, lab, tmp_path):
+    key, out = "vision_model.embeddings.position_ids", tmp_path / "m.safetensors"
+    files = [family(n, near(lab, i, .0035), "hf", {key: torch.arange(17)[None] + shift}) for i, (n, shift) in enumerate((("base", 0), ("a", 5), ("b", 7)))]
+    merge_files("SA", files[1:], files[0], out)
+    assert torch.equal(load_state(out)[0][key], torch.arange(17)[None])
