@@ -147,9 +147,10 @@ def merge_(files: list[str] = typer.Argument(..., help="fine-tuned towers, two o
            base: str = typer.Option(..., help="the pretrained model they all started from"),
            method: str = typer.Option("TA", help="merging method (lfpm methods lists them)"),
            out: str = typer.Option("merged.safetensors", help="where the merge goes, in the first file's format and dtypes"),
-           p: list[str] = typer.Option([], "-p", help="option=value of the method, repeatable, e.g. -p scale=0.4")):
+           p: list[str] = typer.Option([], "-p", help="option=value of the method, repeatable, e.g. -p scale=0.4"),
+           anyway: bool = typer.Option(False, "--anyway", help="merge also what lies too far from the base to come from it")):
     "Merge checkpoints by a method that looks at weights only."
-    print(f"written: {out} (from {', '.join(merge_files(method, files, base, out, _options(p)))})")
+    print(f"written: {out} (from {', '.join(merge_files(method, files, base, out, _options(p), anyway))})")
 
 # %% ../nbs/25_cli.ipynb #d782cb40
 @app.command("path")
