@@ -136,9 +136,10 @@ def _options(p: list[str]) -> dict:
 def convert_(file: str = typer.Argument(..., help="checkpoint to read: safetensors, or a .pt of plain tensors; its format is seen from its names"),
              out: str = typer.Argument(..., help="safetensors file to write"),
              to: str = typer.Option(..., help=f"format to write: {', '.join(FORMS)}"),
-             base: str = typer.Option(None, help="lends what the file lacks: Hugging Face's CLIPVisionModel has no projection, a tower no text")):
+             base: str = typer.Option(None, help="lends what the file lacks: Hugging Face's CLIPVisionModel has no projection, a tower no text"),
+             model: str = typer.Option("", help="a shipped backbone or open_clip's name: says heads and activation for config.json where the files do not")):
     "Rewrite a CLIP vision tower under another library's names. No bit of its weights changes."
-    left = convert(file, out, to, base)
+    left = convert(file, out, to, base, model)
     print(f"written: {out}" + (f" ({len(left)} tensors have no place in {to}: {', '.join(left[:3])}{', …' if len(left) > 3 else ''})" if left else ""))
 
 # %% ../nbs/25_cli.ipynb #4c8dbb6d

@@ -10,7 +10,7 @@ __all__ = ['LEAST', 'PANELS', 'PROMPT_COLOURS', 'BESIDE', 'FAR', 'TOO_FAR', 'Pic
            'walk', 'open_walk', 'walk_figure']
 
 # %% ../nbs/21a_purify.ipynb #456e6de3
-import contextlib, csv, json, math, os, shutil, sys, time
+import contextlib, csv, json, math, os, shutil, time
 from itertools import cycle
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from .defend import Defended
 from .settings import MainParams, PurifyParams, method_option
 from .experiment import Lab
 from .runs import check_writable, settings_of
-from .formats import BUFFERS, Tower, agreed, backbone, file_sha, fitted, key_errors, read_tower, with_base, write_tower
+from .formats import BUFFERS, Tower, agreed, backbone, config_for, file_sha, fitted, heads, key_errors, note, read_tower, with_base, write_tower
 
 # %% ../nbs/21a_purify.ipynb #3ed3556c
 LEAST = 100
@@ -312,7 +312,7 @@ def together(folder: Path):
 def write_all(out: Path, P: PurifyParams, case: Case, merged: Tower, theta: dict, d: Defended, card: dict) -> None:
     "Purified weights in the merged file's format and dtypes, the anti-backdoor vector (float32), the card twice, the path."
     with together(out.parent) as tmp:
-        write_tower(tmp / out.name, merged, visual=theta, purified="LFPM", lam=d.lam, made_from=merged.sha256)
+        write_tower(tmp / out.name, merged, visual=theta, home=out.parent, purified="LFPM", lam=d.lam, made_from=merged.sha256)
         save_state(tmp / BESIDE[0], task_vector(case.theta, d.end), what="theta_anti - theta_merged", made_from=merged.sha256)
         card["files"] = {n: file_sha(tmp / n) for n in (out.name, BESIDE[0])}
         write_json(tmp / "card.json", card)
@@ -338,13 +338,15 @@ def purify(merged, base, model: str, shadow, labels: str = "", out="purified.saf
     P = settings_of("purify", preset, files | dict(model=model) | given)
     out = check_out(P.out, (P.merged, P.base))
     case, tower, known = open_case(P, stages)
+    like = replace(tower, meta=dict(quick_gelu=case.clip.card["quick_gelu"], heads=heads(case.clip)) | tower.meta)       # the model's name says them
+    if out.name == "model.safetensors" and tower.form.startswith("hf"): config_for(out, like, tower.form)
     if first(): check_writable(out.parent)
     try: theta, d = case.defended("LFPM", case.theta)
     except torch.cuda.OutOfMemoryError as e:
         raise RuntimeError(f"the GPU's memory is full with batches of {P.anti_batch} ({str(e).splitlines()[0][:120]}); free it, give -p anti_batch={max(1, P.anti_batch // 2)} "
                            "(a smaller batch is another run), or compute on the CPU: LFPM_DEVICE=cpu") from None
     card = make_card(P, case, tower, known, d, case.costs(d))
-    if first(): write_all(out, P, case, tower, theta, d, card)      # of several processes under torchrun
+    if first(): write_all(out, P, case, like, theta, d, card)      # of several processes under torchrun
     return Purified(out.parent, card, theta, d.end)
 
 # %% ../nbs/21a_purify.ipynb #d1a7c012
@@ -357,24 +359,35 @@ def distance(a: dict, b: dict) -> float:
 
 
 def check_origin(paths: list, states: list[dict], anyway: bool = False) -> None:
-    """States (the first is the base's) that cannot come from the base: ValueError beyond TOO_FAR unless `anyway`, else a line on stderr. Also a line
-    for a file that equals the base, or another one. `paths` are their names."""
-    base, length = states[0], math.hypot(*(v.norm().item() for v in states[0].values()))
-    far = {path: d for path, m in zip(paths[1:], states[1:]) if (d := distance(base, m)) > FAR * length}
-    what = lambda fs: "; ".join(f"{p} lies {far[p]:.3g} away, {far[p] / length:.2f} times" if length else f"{p} lies {far[p]:.3g} away" for p in fs)
+    """Do these states come from the base, the first of them? ValueError on other shapes, NaN or
+    infinity, and beyond TOO_FAR unless `anyway`; beyond FAR a line on stderr. A line also for a file
+    that equals the base or another one. `paths`: the states' files."""
+    base, far = states[0], {}
+    length = math.hypot(*(v.norm().item() for v in base.values()))
+    for path, m in zip(paths[1:], states[1:]):
+        same_shapes = all(v.shape == m[k].shape for k, v in base.items())
+        d = distance(base, m) if same_shapes else math.nan
+        if not math.isfinite(d): check_same(base, m, f"the base {paths[0]} and {path}")
+        if d > FAR * length: far[path] = d
     lost = [p for p, d in far.items() if d > TOO_FAR * length]
+
+    def figures(some):
+        times = {p: f", {far[p] / length:.2f} times" if length else "" for p in some}
+        return "; ".join(f"{p} lies {far[p]:.3g} away{times[p]}" for p in some)
+
     if lost and not anyway:
-        raise ValueError(f"made from another model than {paths[0]}, whose length is {length:.3g}: {what(lost)}. At most {TOO_FAR:g} times is taken. "
-                         "Give the base that they were fine-tuned from; --anyway merges them all the same")
+        raise ValueError(f"made from another model than {paths[0]}, whose length is {length:.3g}: "
+                         f"{figures(lost)}. At most {TOO_FAR:g} times is taken. Give the base that they "
+                         "were fine-tuned from; --anyway merges them all the same")
     if far:
-        _note(f"far from the base {paths[0]}, whose length is {length:.3g}: {what(far)}. More than {FAR:g} times may be another ancestor, or an amplified contributor")
+        note(f"far from the base {paths[0]}, whose length is {length:.3g}: {figures(far)}. "
+             f"More than {FAR:g} times may be another ancestor, or an amplified contributor")
     for i, (path, m) in enumerate(zip(paths, states)):
-        twin = next((j for j in range(i) if all(torch.equal(v, m[k]) for k, v in states[j].items())), None)
-        if twin is not None: _note(f"{path} equals {'the base ' * (twin == 0)}{paths[twin]}: {'it adds nothing' if twin == 0 else 'the same weights count twice'}")
-
-
-def _note(text: str) -> None:
-    print(f"lfpm: {text}", file=sys.stderr)
+        for j, other in enumerate(states[:i]):
+            if not all(torch.equal(v, m[k]) for k, v in other.items()): continue
+            if j: note(f"{path} equals {paths[j]}: the same weights count twice")
+            else: note(f"{path} equals the base {paths[0]}: it adds nothing")
+            break
 
 # %% ../nbs/21a_purify.ipynb #d1a7c015
 def short_names(paths: list) -> list[str]:
@@ -400,7 +413,6 @@ def merge_files(name: str, files: list, base, out, given: dict | None = None, an
     said = agreed([b, *towers])
     each = [{k: v.float() for k, v in with_base(t, b).visual.items()} for t in (b, *towers)]
     if bad := next((f"{t.path}: {e}" for t, m in zip(towers, each[1:]) if (e := key_errors(m, each[0]))), ""): raise ValueError(f"{bad} of the base's keys (open_clip's names)")
-    for t, m in zip(towers, each[1:]): check_same(each[0], m, f"the base {b.path} and {t.path}")
     check_origin([t.path for t in (b, *towers)], each, anyway)
     theta = merge(name, each[0], each[1:], **options)
     parents = dict(zip(short_names([t.path for t in towers]), (t.sha256 for t in towers)))

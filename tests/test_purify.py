@@ -566,3 +566,23 @@ def test_parents_of_one_name_are_all_kept(family, lab, tmp_path):
     parents = merge_files("SA", [*files, files[0]], family.base, tmp_path / "m.safetensors")
     assert parents == {"a/model.safetensors": F.file_sha(files[0]), "b/model.safetensors": F.file_sha(files[1]), "a/model.safetensors (2)": F.file_sha(files[0])}
     assert json.loads(load_state(tmp_path / "m.safetensors")[1]["made_from"]) == parents
+
+
+def test_a_merge_of_hugging_face_folders_is_one(family, lab, lfpm, tmp_path):
+    for i, n in enumerate("ab"):
+        write_tower(tmp_path / n / "model.safetensors", Tower(near(lab, i, .0035), {}, "visual", dict(quick_gelu=True, heads=6)), "hf")
+        (tmp_path / n / "model.safetensors").write_bytes((tmp_path / n / "model.safetensors").read_bytes())
+    code, _, err = lfpm("merge", str(tmp_path / "a"), str(tmp_path / "b"), "--base", str(family.base), "--out", str(tmp_path / "m" / "model.safetensors"))
+    config = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
+    assert (code, err, config["num_attention_heads"], config["hidden_act"]) == (0, "", 6, "quick_gelu") and read_tower(tmp_path / "m").meta["heads"] == "6"
+
+
+def test_purify_as_a_hugging_face_folder(stranger, done, tmp_path):
+    "The model's name gives heads and activation; another model's config.json is refused before the work."
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"hidden_size": 768}', encoding="utf-8")
+    with pytest.raises(ValueError, match="describes another model"): call(stranger, out=tmp_path / "other" / "model.safetensors", stages=Stages(tmp_path / "none"))
+    assert not (tmp_path / "none").exists() and len(list((tmp_path / "other").iterdir())) == 1
+    got = call(stranger, out=tmp_path / "p" / "model.safetensors")
+    config = json.loads((tmp_path / "p" / "config.json").read_text(encoding="utf-8"))
+    assert (config["num_attention_heads"], config["hidden_act"]) == (3, "gelu") and "does not say" in got.card["activation"]
