@@ -140,9 +140,10 @@ def _options(p: list[str]) -> dict:
 def convert_(file: str = typer.Argument(..., help="checkpoint to read: safetensors, or a .pt of plain tensors; its format is seen from its names"),
              out: str = typer.Argument(..., help="safetensors file to write"),
              to: str = typer.Option(..., help=f"format to write: {', '.join(FORMS)}"),
-             base: str = typer.Option(None, help="lends what the file lacks: Hugging Face's CLIPVisionModel has no projection, a tower no text")):
+             base: str = typer.Option(None, help="lends what the file lacks: Hugging Face's CLIPVisionModel has no projection, a tower no text"),
+             model: str = typer.Option("", help="a shipped backbone or open_clip's name: says heads and activation for config.json where the files do not")):
     "Rewrite a CLIP vision tower under another library's names. No bit of its weights changes."
-    left = convert(file, out, to, base)
+    left = convert(file, out, to, base, model)
     print(f"written: {out}" + (f" ({len(left)} tensors have no place in {to}: {', '.join(left[:3])}{', …' if len(left) > 3 else ''})" if left else ""))
 
 # %% ../nbs/25_cli.ipynb #4c8dbb6d
@@ -151,9 +152,10 @@ def merge_(files: list[str] = typer.Argument(..., help="fine-tuned towers, two o
            base: str = typer.Option(..., help="the pretrained model they all started from"),
            method: str = typer.Option("TA", help="merging method (lfpm methods lists them)"),
            out: str = typer.Option("merged.safetensors", help="where the merge goes, in the first file's format and dtypes"),
-           p: list[str] = typer.Option([], "-p", help="option=value of the method, repeatable, e.g. -p scale=0.4")):
+           p: list[str] = typer.Option([], "-p", help="option=value of the method, repeatable, e.g. -p scale=0.4"),
+           anyway: bool = typer.Option(False, "--anyway", help="merge also what lies too far from the base to come from it")):
     "Merge checkpoints by a method that looks at weights only."
-    print(f"written: {out} (from {', '.join(merge_files(method, files, base, out, _options(p)))})")
+    print(f"written: {out} (from {', '.join(merge_files(method, files, base, out, _options(p), anyway))})")
 
 # %% ../nbs/25_cli.ipynb #d782cb40
 @app.command("path")
