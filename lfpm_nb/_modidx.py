@@ -443,6 +443,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lfpm_nb.formats._check_meta': ('formats.html#_check_meta', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats._config': ('formats.html#_config', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats._described': ('formats.html#_described', 'lfpm_nb/formats.py'),
+                                 'lfpm_nb.formats._hf_text': ('formats.html#_hf_text', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats._ints': ('formats.html#_ints', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats._pick': ('formats.html#_pick', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats._published': ('formats.html#_published', 'lfpm_nb/formats.py'),

@@ -79,26 +79,34 @@ class Tower:
 
 # %% ../nbs/21_formats.ipynb #d1a7c002
 WEIGHTS = tuple(getattr(torch, name) for name in
-                ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"))
-INTS = ("input_resolution", "context_length", "vocab_size")          # in OpenAI's archives; they follow from the shapes
+                ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2",
+                 "float8_e4m3fnuz", "float8_e5m2fnuz"))
+INTS = ("input_resolution", "context_length", "vocab_size")    # OpenAI's; they follow from the shapes
 BUFFERS = (*INTS, "position_ids")
 SCALARS = ("logit_scale", "logit_bias")
-DIMENSIONS = {"conv1.weight": 4, "patch_embedding.weight": 4, "positional_embedding": 2, "position_embedding.weight": 2,
-              "proj": 2, "visual_projection.weight": 2, "c_fc.weight": 2, "fc1.weight": 2}        # what `sizes` reads
+DIMENSIONS = {"conv1.weight": 4, "patch_embedding.weight": 4,                 # of what `sizes` reads
+              "positional_embedding": 2, "position_embedding.weight": 2, "proj": 2,
+              "visual_projection.weight": 2, "c_fc.weight": 2, "fc1.weight": 2}
 
 
 def check_weights(state: dict) -> None:
-    "ValueError naming the first tensor of a file that cannot be a weight, by its dtype or its shape."
+    "ValueError naming the first tensor that cannot be a weight, by its dtype or its shape."
     for k, v in state.items():
         ends = k.split(".")
         if ends[-1] in BUFFERS: continue
+        dtype, shape = str(v.dtype).removeprefix("torch."), tuple(v.shape)
         if v.dtype not in WEIGHTS:
-            raise ValueError(f"{k} is {str(v.dtype).removeprefix('torch.')}; expected a weight in float16, bfloat16, float32, float64 or float8. "
-                             "Save the model's weights as one of these (a quantised file holds codes, not weights)")
+            raise ValueError(f"{k} is {dtype}; expected a weight in float16, bfloat16, float32, "
+                             "float64 or float8. Save the model's weights as one of these (a quantised "
+                             "file holds codes, not weights)")
         if not v.numel() or (v.dim() == 0 and ends[-1] not in SCALARS):
-            raise ValueError(f"{k} is {'empty' if v.dim() else 'one number'}, shape {tuple(v.shape)}; a tower has no such tensor. Save the model again")
+            what = "empty" if v.dim() else "one number"
+            raise ValueError(f"{k} is {what}, shape {shape}; a tower has no such tensor. "
+                             "Save the model again")
         need = DIMENSIONS.get(ends[-1]) or DIMENSIONS.get(".".join(ends[-2:]))
-        if need and v.dim() != need: raise ValueError(f"{k} has shape {tuple(v.shape)}; expected {need} dimensions. Save the model again")
+        if need and v.dim() != need:
+            raise ValueError(f"{k} has shape {shape}; expected {need} dimensions. "
+                             "Save the model again")
 
 # %% ../nbs/21_formats.ipynb #c30710e8
 def _pick(state: dict, prefix: str) -> dict: return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -172,22 +180,27 @@ def _yes(value) -> bool:
     return str(value).strip().lower() not in ("false", "0", "no", "none", "")
 
 
-SAYS = {"quick_gelu": _yes, "heads": int, "text_heads": int}         # what a file may say, and how it is read
+SAYS = {"quick_gelu": _yes, "heads": int, "text_heads": int}       # what a file may say: how it is read
 
 
 def agreed(towers: list[Tower]) -> dict:
-    """What towers say of their activation (`quick_gelu`) and heads, and `poisoned` if one of them is marked; keys of which none speaks are left out.
-    ValueError naming the two files that differ."""
+    """What towers say of their activation (`quick_gelu`) and heads, and `poisoned` if one is marked.
+    Of what none says there is no key. ValueError naming the two files that differ."""
     out, who = {}, {}
     for t in towers:
         for key in SAYS.keys() & t.meta.keys():
             try: value = SAYS[key](t.meta[key])
-            except ValueError: raise ValueError(f"{t.path} says {key} {t.meta[key]!r}; expected a whole number. Correct its metadata, or the config.json beside it") from None
+            except ValueError:
+                raise ValueError(f"{t.path} says {key} {t.meta[key]!r}; expected a whole number. "
+                                 "Correct its metadata, or the config.json beside it") from None
             if out.setdefault(key, value) != value:
-                raise ValueError(f"{who[key]} says {key} {out[key]}, {t.path} says {key} {value}: they compute different functions, and what is made of both fits neither. "
-                                 "Leave one out, or correct what its file (or the config.json beside it) says")
+                raise ValueError(f"{who[key]} says {key} {out[key]}, {t.path} says {key} {value}: "
+                                 "they compute different functions, and what is made of both fits "
+                                 "neither. Leave one out, or correct what its file (or the config.json "
+                                 "beside it) says")
             who.setdefault(key, t.path)
-    return out | ({"poisoned": True} if any(_yes(t.meta.get("poisoned", False)) for t in towers) else {})
+    if any(_yes(t.meta.get("poisoned", False)) for t in towers): out["poisoned"] = True
+    return out
 
 # %% ../nbs/21_formats.ipynb #50f6675d
 def fitted(tower: Tower, clip: Clip) -> dict:
@@ -223,14 +236,14 @@ def _check_meta(tower: Tower, clip: Clip) -> None:
 
 # %% ../nbs/21_formats.ipynb #8fb32279
 def _config(path: Path) -> dict:
-    "Heads and activation from a Hugging Face config.json beside a checkpoint; {} without one, or where it is of another file."
+    "Heads and activation from a Hugging Face config.json beside a checkpoint; {} without one of its own."
     if not (path.parent / "config.json").is_file(): return {}
     try: c = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path.parent / 'config.json'} is no JSON ({e}); restore or remove it") from None
-    if path.name not in ("model.safetensors", *c.get("lfpm_files", [path.name])): return {}            # ours, of another file in the folder
+    if path.name not in ("model.safetensors", *c.get("lfpm_files", [path.name])): return {}    # another's
     text, c = c.get("text_config") or {}, c.get("vision_config") or c
-    said = dict(heads=c.get("num_attention_heads"), quick_gelu=c["hidden_act"] == "quick_gelu" if "hidden_act" in c else None,
-                text_heads=text.get("num_attention_heads"))
+    said = dict(heads=c.get("num_attention_heads"), text_heads=text.get("num_attention_heads"))
+    if "hidden_act" in c: said["quick_gelu"] = c["hidden_act"] == "quick_gelu"
     return {k: v for k, v in said.items() if v is not None}
 
 # %% ../nbs/21_formats.ipynb #d1a7c042
@@ -244,7 +257,8 @@ def _described(config: dict, quick_gelu: bool) -> tuple[dict, dict]:
     v, t = config["vision_cfg"], config["text_cfg"]
     size = dict(width=v["width"], layers=v["layers"], patch=v["patch_size"], pixels=v["image_size"],
                 mlp=int(v["width"] * v.get("mlp_ratio", 4.0)), output=config["embed_dim"])
-    return size, dict(heads=v["width"] // v.get("head_width", 64), text_heads=t.get("heads", 8), quick_gelu=quick_gelu)
+    heads = v["width"] // v.get("head_width", 64)
+    return size, dict(heads=heads, text_heads=t.get("heads", 8), quick_gelu=quick_gelu)
 
 
 def of_model(name: str) -> tuple[dict, dict]:
@@ -263,59 +277,79 @@ def _published() -> list:
 
 
 def in_common(visual: dict) -> dict:
-    "Of heads, text_heads and quick_gelu: those that all known models of these sizes share; {} where none is known."
+    "Of heads, text_heads and quick_gelu: those that all known models of these sizes share."
     mine = {k: v for k, v in sizes(visual).items() if v is not None}
-    def like(models): return [said for size, said in models if all(size[k] == v for k, v in mine.items())]
+
+    def like(models):
+        return [said for size, said in models if all(size[k] == v for k, v in mine.items())]
+
     found = like([of_model(n) for n in data_cards()]) or like(_published())
-    return {k: v for k, v in found[0].items() if all(f[k] == v for f in found)} if found else {}
+    if not found: return {}
+    return {k: v for k, v in found[0].items() if all(f[k] == v for f in found)}
 
 # %% ../nbs/21_formats.ipynb #d1a7c045
-HF_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=32, image_size=224,
-                   hidden_act="quick_gelu")               # what transformers takes where a vision config says nothing
+# what transformers takes where a vision config says nothing
+HF_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                   num_attention_heads=12, patch_size=32, image_size=224, hidden_act="quick_gelu")
 
 
 def hf_config(tower: Tower, form: str) -> tuple[dict, list[str]]:
-    "(config.json of `tower` written in format `form`, what nobody says of it); the config is {} where something is missing."
+    """(config.json of `tower` written in format `form`, what nobody says of it); the config is {} where
+    something is missing."""
     said, text = in_common(tower.visual) | agreed([tower]), tower.rest
     whole = form == "hf_clip" and "token_embedding.weight" in text
-    if lost := [k for k in ("heads", "quick_gelu", *["text_heads"] * whole) if k not in said]: return {}, lost
+    need = ["heads", "quick_gelu"] + (["text_heads"] if whole else [])
+    if lost := [k for k in need if k not in said]: return {}, lost
     s = sizes(tower.visual)
-    both = dict(hidden_act="quick_gelu" if said["quick_gelu"] else "gelu", layer_norm_eps=1e-5, attention_dropout=0.0)
+    act = "quick_gelu" if said["quick_gelu"] else "gelu"
+    both = dict(hidden_act=act, layer_norm_eps=1e-5, attention_dropout=0.0)
     if s["output"]: both["projection_dim"] = s["output"]
-    vision = dict(model_type="clip_vision_model", hidden_size=s["width"], intermediate_size=s["mlp"], num_hidden_layers=s["layers"],
-                  num_attention_heads=said["heads"], patch_size=s["patch"], image_size=s["pixels"], num_channels=3, **both)
+    vision = dict(model_type="clip_vision_model", hidden_size=s["width"], intermediate_size=s["mlp"],
+                  num_hidden_layers=s["layers"], num_attention_heads=said["heads"],
+                  patch_size=s["patch"], image_size=s["pixels"], num_channels=3, **both)
     if not whole:
         name = "CLIPVisionModelWithProjection" if form == "hf_clip" else "CLIPVisionModel"
         return dict(architectures=[name], **vision), []
+    return dict(architectures=["CLIPModel"], model_type="clip", projection_dim=s["output"],
+                vision_config=vision, text_config=_hf_text(text, said["text_heads"]) | both), []
+
+
+def _hf_text(text: dict, heads: int) -> dict:
+    "Sizes of a text tower in Hugging Face's words. The last word ends a sentence, as open_clip has it."
     words, width = text["token_embedding.weight"].shape
     blocks = {k.split(".")[2] for k in text if k.startswith("transformer.resblocks.")}
-    words = dict(model_type="clip_text_model", hidden_size=width, intermediate_size=text["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-                 num_hidden_layers=len(blocks), num_attention_heads=said["text_heads"], vocab_size=words, pad_token_id=0, bos_token_id=words - 2,
-                 eos_token_id=words - 1, max_position_embeddings=text["positional_embedding"].shape[0], **both)      # the end is the last word, as open_clip has it
-    return dict(architectures=["CLIPModel"], model_type="clip", projection_dim=s["output"], vision_config=vision, text_config=words), []
+    mlp = text["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
+    return dict(model_type="clip_text_model", hidden_size=width, intermediate_size=mlp,
+                num_hidden_layers=len(blocks), num_attention_heads=heads, vocab_size=words,
+                pad_token_id=0, bos_token_id=words - 2, eos_token_id=words - 1,
+                max_position_embeddings=text["positional_embedding"].shape[0])
 
 
 def config_for(path: Path, tower: Tower, form: str) -> dict:
-    """The config.json to write beside `path`; {} where one lies there that says the same, or (a line on stderr) something is not known. ValueError if
-    the one that lies there is another model's."""
+    """The config.json to write beside `path`; {} where one lies there that says the same, or (a line on
+    stderr) something is not known. ValueError if the one that lies there is another model's."""
     there = path.parent / "config.json"
     config, lost = hf_config(tower, form)
     if not config:
-        note(f"no config.json beside {path}: neither the files nor the sizes say {' and '.join(lost)}, and transformers would guess. "
-             f"To have one:  lfpm convert FILE NEW/model.safetensors --to {form} --model NAME")
+        note(f"no config.json beside {path}: neither the files nor the sizes say "
+             f"{' and '.join(lost)}, and transformers would guess. To have one:  "
+             f"lfpm convert FILE NEW/model.safetensors --to {form} --model NAME")
         return {}
     if not there.is_file(): return config | dict(lfpm_files=[path.name])
     try: old = json.loads(there.read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{there} is no JSON ({e}); restore or remove it") from None
+    except ValueError as e:
+        raise ValueError(f"{there} is no JSON ({e}); restore or remove it") from None
     vision = HF_DEFAULTS | (old.get("vision_config") or old)
     mine = config.get("vision_config", config)
     if wrong := [f"{k} {vision[k]} (here {mine[k]})" for k in HF_DEFAULTS if vision[k] != mine[k]]:
-        raise ValueError(f"{there} describes another model: {', '.join(wrong)}. Write to a folder of its own")
-    return old | dict(lfpm_files=[*old["lfpm_files"], path.name]) if path.name not in old.get("lfpm_files", [path.name]) else {}
+        raise ValueError(f"{there} describes another model: {', '.join(wrong)}. "
+                         "Write to a folder of its own")
+    ours = old.get("lfpm_files", [path.name])
+    return {} if path.name in ours else old | dict(lfpm_files=[*ours, path.name])
 
 # %% ../nbs/21_formats.ipynb #d1a7c022
 def check_finite(path, state: dict) -> None:
-    "ValueError naming the first tensor with NaN or infinity among those about to be written to `path`."
+    "ValueError naming the first tensor with NaN or infinity; `state` is about to go to `path`."
     bad = {}
     for k, v in state.items():
         if not v.is_floating_point(): continue
@@ -325,8 +359,10 @@ def check_finite(path, state: dict) -> None:
     if not bad: return
     k, w = next(iter(bad.items()))
     kind, dtype = "NaN" if w.isnan().any() else "infinity", state[k].dtype
-    raise ValueError(f"{path} was not written: {len(bad)} of {len(state)} tensors hold NaN or infinity (first: {k}, {kind}; {str(dtype).removeprefix('torch.')} ends at "
-                     f"{torch.finfo(dtype).max:.3g}). Where the inputs are finite, give a smaller scale, or files of a wider dtype; else fetch the file again")
+    limit = f"{str(dtype).removeprefix('torch.')} ends at {torch.finfo(dtype).max:.3g}"
+    raise ValueError(f"{path} was not written: {len(bad)} of {len(state)} tensors hold NaN or infinity "
+                     f"(first: {k}, {kind}; {limit}). Where the inputs are finite, give a smaller "
+                     "scale, or files of a wider dtype; else fetch the file again")
 
 # %% ../nbs/21_formats.ipynb #4c644e70
 def read_tower(path) -> Tower:
@@ -342,11 +378,11 @@ def read_tower(path) -> Tower:
     return replace(tower, meta={**said, **{k: v for k, v in meta.items() if k != "format"}}, path=str(path), sha256=file_sha(path))
 
 
-def write_tower(path, tower: Tower, form: str | None = None, visual: dict | None = None, config: bool = False, home=None,
-                **meta) -> list[str]:
+def write_tower(path, tower: Tower, form: str | None = None, visual: dict | None = None,
+                config: bool = False, home=None, **meta) -> list[str]:
     """Write `tower` as safetensors in format `form` (default: its own), by rename; `visual`: other weights, cast to the tower's own dtypes. `meta`: strings
-    for the file. Returns what the format has no place for. Hugging Face's `model.safetensors` gets a config.json beside it, with `config` any name does;
-    `home`: the folder in which the file will lie in the end."""
+    for the file. Returns what the format has no place for. Hugging Face's `model.safetensors` gets a
+    config.json beside it, with `config` any name does; `home`: the folder it will lie in at last."""
     form, path = form or tower.form, Path(path)
     if path.suffix != ".safetensors": raise ValueError(f"{path} does not end in .safetensors, the only format written here")
     own = tower.visual if visual is None else {k: visual[k].to(v.dtype) for k, v in tower.visual.items()}
@@ -362,26 +398,32 @@ def write_tower(path, tower: Tower, form: str | None = None, visual: dict | None
 
 # %% ../nbs/21_formats.ipynb #4f483f99
 def with_base(tower: Tower, base: Tower) -> Tower:
-    "`tower` with the projection and the text tower of `base` where it has none of its own; ValueError if they are of different sizes, or say different things."
+    """`tower` with the projection and the text tower of `base` where it has none of its own.
+    ValueError if they are of different sizes, or say different things."""
     a, b = sizes(tower.visual), sizes(base.visual)
     if diff := [k for k in a if a[k] != b[k] and None not in (a[k], b[k])]:
         raise ValueError(f"{tower.path} and the base {base.path} are of different sizes: {', '.join(f'{k} {a[k]} and {b[k]}' for k in diff)}")
     proj = {k: v for k, v in base.visual.items() if k == "proj"}
-    return replace(tower, visual=proj | tower.visual, rest=base.rest | tower.rest, meta=tower.meta | agreed([tower, base]))
+    return replace(tower, visual=proj | tower.visual, rest=base.rest | tower.rest,
+                   meta=tower.meta | agreed([tower, base]))
 
 
 def convert(path, out, to: str, base=None, model: str = "") -> list[str]:
-    """Write the tower in `path` to `out` in format `to`; returns the names of tensors that format has no place for. Bits stay as they are. `model`: its
-    name, which says heads and activation where the files do not; ValueError if it is not theirs."""
+    """Write the tower in `path` to `out` in format `to`; returns the names of tensors that format has no
+    place for. Bits stay as they are. `model`: its name, which says heads and activation where the files
+    do not; ValueError if it is not theirs."""
     to, tower = choose(to, FORMS, "format"), read_tower(path)
     if model:
         size, said = of_model(model)
         mine = sizes(tower.visual)
         if wrong := [k for k in mine if mine[k] not in (None, size[k])]:
-            raise ValueError(f"{tower.path} has {', '.join(f'{k} {mine[k]}' for k in wrong)}; {model} has {', '.join(f'{k} {size[k]}' for k in wrong)}: name the model it was made from")
+            has, needs = (", ".join(f"{k} {some[k]}" for k in wrong) for some in (mine, size))
+            raise ValueError(f"{tower.path} has {has}; {model} has {needs}: "
+                             "name the model it was made from")
         tower = replace(tower, meta=tower.meta | agreed([tower, Tower({}, {}, "visual", said, model)]))
     if Path(out).resolve() == Path(tower.path).resolve(): raise ValueError(f"{out} is the file that is read; give another name to write to")
-    return write_tower(out, with_base(tower, read_tower(base)) if base else tower, to, config=True, made_from=tower.sha256)
+    whole = with_base(tower, read_tower(base)) if base else tower
+    return write_tower(out, whole, to, config=True, made_from=tower.sha256)
 
 # %% ../nbs/21_formats.ipynb #3d5e49b4
 def backbone(name: str, base: Tower) -> Clip:

@@ -328,7 +328,8 @@ def purify(merged, base, model: str, shadow, labels: str = "", out="purified.saf
     P = settings_of("purify", preset, files | dict(model=model) | given)
     out = check_out(P.out, (P.merged, P.base))
     case, tower, known = open_case(P, stages)
-    like = replace(tower, meta=dict(quick_gelu=case.clip.card["quick_gelu"], heads=heads(case.clip)) | tower.meta)       # the model's name says them
+    by_name = dict(quick_gelu=case.clip.card["quick_gelu"], heads=heads(case.clip))
+    like = replace(tower, meta=by_name | tower.meta)
     if out.name == "model.safetensors" and tower.form.startswith("hf"): config_for(out, like, tower.form)
     if first(): check_writable(out.parent)
     try: theta, d = case.defended("LFPM", case.theta)
@@ -381,11 +382,15 @@ def check_origin(paths: list, states: list[dict], anyway: bool = False) -> None:
 
 # %% ../nbs/21a_purify.ipynb #d1a7c015
 def short_names(paths: list) -> list[str]:
-    "The end of each path that no other one shares: its file name, or with as many folders as it takes; a path that is there twice is numbered."
+    """The end of each path that no other one shares: its file name, or with as many folders as it takes.
+    A path that is there twice is numbered."""
     parts = [Path(p).parts for p in paths]
+
     def alone(mine):
-        others = [p for p in parts if p != mine]
-        return next(mine[-n:] for n in range(1, 1 + max(map(len, parts))) if mine[-n:] not in [p[-n:] for p in others])
+        n, others = 1, [p for p in parts if p != mine]
+        while mine[-n:] in [p[-n:] for p in others]: n += 1
+        return mine[-n:]
+
     out = []
     for i, mine in enumerate(parts):
         again = parts[:i].count(mine)
@@ -393,8 +398,11 @@ def short_names(paths: list) -> list[str]:
     return out
 
 # %% ../nbs/21a_purify.ipynb #627a6546
-def merge_files(name: str, files: list, base, out, given: dict | None = None, anyway: bool = False) -> dict:
-    "Merge the towers in `files` (formats may differ) and write the result in the first one's format; {file's short name: sha256} of them. `given`: options of the method, text or values; `anyway`: also files that `check_origin` refuses."
+def merge_files(name: str, files: list, base, out, given: dict | None = None,
+                anyway: bool = False) -> dict:
+    """Merge the towers in `files` (formats may differ) and write the result in the first one's format;
+    {file's short name: sha256} of them. `given`: options of the method, text or values; `anyway`: also
+    files that `check_origin` refuses."""
     name, towers, b = merges.find(name), [read_tower(f) for f in files], read_tower(base)
     if "images" in merges[name]["needs"]:
         raise ValueError(f"{name} looks at pictures of every task; run it inside  lfpm run main -p merges={name}, or take TA, SA, TIES, DARE or DELLA")

@@ -184,7 +184,7 @@ def test_random_vit_b32_through_every_format(tmp_path):
     assert not backbone("ViT-B-32-quickgelu", read_tower(tmp_path / "task_vectors.safetensors")).card["text"]
 
 
-# --- numbers that are no weights --------------------------------------------------------------------------------------
+# --- numbers that are no weights ------------------------------------------------------------------
 
 NO_WEIGHTS = (torch.int8, torch.uint8, torch.bool, torch.int16, torch.complex64)
 
@@ -192,15 +192,23 @@ NO_WEIGHTS = (torch.int8, torch.uint8, torch.bool, torch.int16, torch.complex64)
 @pytest.mark.parametrize("dtype", NO_WEIGHTS)
 def test_another_dtype_is_no_weight(whole, tmp_path, dtype):
     "int8 codes were read as if they were floats. The text tower's weights count as well."
-    for k, name in (("ln_post.weight", "vision_model.post_layernorm.weight"), ("ln_final.weight", "text_model.final_layer_norm.weight")):
-        visual, rest = ({n: v.to(dtype) if n == k else v for n, v in part.items()} for part in (whole.visual, whole.rest))
+    for k, name in (
+        ("ln_post.weight", "vision_model.post_layernorm.weight"),
+        ("ln_final.weight", "text_model.final_layer_norm.weight"),
+    ):
+        visual, rest = (
+            {n: v.to(dtype) if n == k else v for n, v in part.items()}
+            for part in (whole.visual, whole.rest)
+        )
         state, _ = layout(visual, rest, "hf_clip")
         file = tmp_path / "odd.safetensors"
         save_state(file, state)
         says = rf"odd.safetensors: {name} is {str(dtype)[6:]}; expected a weight in float16, bfloat16, float32, float64 or float8"
-        with pytest.raises(ValueError, match=says) as e: read_tower(file)
+        with pytest.raises(ValueError, match=says) as e:
+            read_tower(file)
         assert "\n" not in str(e.value)
-        with pytest.raises(ValueError, match=says): convert(file, tmp_path / "out.safetensors", "hf")
+        with pytest.raises(ValueError, match=says):
+            convert(file, tmp_path / "out.safetensors", "hf")
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -209,21 +217,40 @@ def test_float8_is_a_weight(whole, pico, tmp_path, dtype):
     cast = replace(whole, visual={k: v.to(dtype) for k, v in whole.visual.items()}, rest={})
     write_tower(tmp_path / "x.safetensors", cast, "visual")
     assert same(read_tower(tmp_path / "x.safetensors").visual, cast.visual)
-    assert same(fitted(read_tower(tmp_path / "x.safetensors"), pico), {k: v.to(dtype).float() for k, v in whole.visual.items()})
+    assert same(
+        fitted(read_tower(tmp_path / "x.safetensors"), pico),
+        {k: v.to(dtype).float() for k, v in whole.visual.items()},
+    )
 
 
-@pytest.mark.parametrize("key, value, why", [("conv1.weight", torch.ones(()), "conv1.weight is one number"), ("proj", torch.ones(32), "proj has shape .32,.; expected 2 dimensions"),
-                                             ("ln_pre.bias", torch.ones(0), "ln_pre.bias is empty"), ("class_embedding", torch.ones(()), "class_embedding is one number")])
+@pytest.mark.parametrize(
+    "key, value, why",
+    [
+        ("conv1.weight", torch.ones(()), "conv1.weight is one number"),
+        ("proj", torch.ones(32), "proj has shape .32,.; expected 2 dimensions"),
+        ("ln_pre.bias", torch.ones(0), "ln_pre.bias is empty"),
+        ("class_embedding", torch.ones(()), "class_embedding is one number"),
+    ],
+)
 def test_what_cannot_be_a_tower(whole, tmp_path, lfpm, key, value, why):
     save_state(tmp_path / "odd.safetensors", whole.visual | {key: value})
-    with pytest.raises(ValueError, match=f"odd.safetensors: {why}"): read_tower(tmp_path / "odd.safetensors")
-    code, out, err = lfpm("convert", str(tmp_path / "odd.safetensors"), str(tmp_path / "y.safetensors"), "--to", "hf")
-    assert (code, out, err.count("\n")) == (2, "", 1) and key in err and not (tmp_path / "y.safetensors").exists()
+    with pytest.raises(ValueError, match=f"odd.safetensors: {why}"):
+        read_tower(tmp_path / "odd.safetensors")
+    code, out, err = lfpm(
+        "convert", str(tmp_path / "odd.safetensors"), str(tmp_path / "y.safetensors"), "--to", "hf"
+    )
+    assert (
+        (code, out, err.count("\n")) == (2, "", 1)
+        and key in err
+        and not (tmp_path / "y.safetensors").exists()
+    )
 
 
 # --- the config.json of Hugging Face ------------------------------------------------------------------------------------
 
-def config(folder): return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+def config(folder):
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("form", ["hf", "hf5", "hf_clip"])
@@ -234,13 +261,40 @@ def test_hugging_face_output_has_its_config(lab, tmp_path, form):
     convert(tmp_path / "in.safetensors", tmp_path / form / "any.safetensors", form)
     c = config(tmp_path / form)
     v = c.get("vision_config", c)
-    assert {k: v[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size", "intermediate_size", "projection_dim", "hidden_act")} == dict(
-        hidden_size=192, num_hidden_layers=4, num_attention_heads=heads(lab), patch_size=8, image_size=32, intermediate_size=480, projection_dim=128, hidden_act="gelu")
+    assert {
+        k: v[k]
+        for k in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "patch_size",
+            "image_size",
+            "intermediate_size",
+            "projection_dim",
+            "hidden_act",
+        )
+    } == dict(
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=heads(lab),
+        patch_size=8,
+        image_size=32,
+        intermediate_size=480,
+        projection_dim=128,
+        hidden_act="gelu",
+    )
     assert c["architectures"] == ["CLIPModel" if form == "hf_clip" else "CLIPVisionModel"]
     if form == "hf_clip":
         t, cfg = c["text_config"], lab.card["config"]["text_cfg"]
-        assert (t["hidden_size"], t["num_attention_heads"], t["num_hidden_layers"], t["vocab_size"]) == (cfg["width"], cfg["heads"], cfg["layers"], cfg["vocab_size"])
-        assert t["max_position_embeddings"] == cfg["context_length"] and t["eos_token_id"] == int(lab.tokenizer(["a cat"]).max())
+        assert (
+            t["hidden_size"],
+            t["num_attention_heads"],
+            t["num_hidden_layers"],
+            t["vocab_size"],
+        ) == (cfg["width"], cfg["heads"], cfg["layers"], cfg["vocab_size"])
+        assert t["max_position_embeddings"] == cfg["context_length"] and t["eos_token_id"] == int(
+            lab.tokenizer(["a cat"]).max()
+        )
     meta = read_tower(tmp_path / form / "any.safetensors").meta
     assert (meta["heads"], meta["quick_gelu"]) == (heads(lab), False)
     (tmp_path / form / "any.safetensors").rename(tmp_path / form / "model.safetensors")
@@ -248,30 +302,60 @@ def test_hugging_face_output_has_its_config(lab, tmp_path, form):
 
 
 def test_what_the_file_says_stands_in_the_config(lab, tmp_path):
-    write_tower(tmp_path / "in.safetensors", Tower(lab.state(), {}, "visual", dict(quick_gelu="true", heads="6")))
+    write_tower(
+        tmp_path / "in.safetensors",
+        Tower(lab.state(), {}, "visual", dict(quick_gelu="true", heads="6")),
+    )
     convert(tmp_path / "in.safetensors", tmp_path / "hf" / "x.safetensors", "hf")
-    assert (config(tmp_path / "hf")["num_attention_heads"], config(tmp_path / "hf")["hidden_act"]) == (6, "quick_gelu")
+    assert (
+        config(tmp_path / "hf")["num_attention_heads"],
+        config(tmp_path / "hf")["hidden_act"],
+    ) == (6, "quick_gelu")
 
 
 def test_what_nobody_says_is_not_written(whole, tmp_path, lfpm):
-    odd = whole.visual | {"proj": whole.visual["proj"][:, :31].contiguous()}                   # no model gives 31 numbers
+    odd = whole.visual | {
+        "proj": whole.visual["proj"][:, :31].contiguous()
+    }  # no model gives 31 numbers
     write_tower(tmp_path / "in.safetensors", Tower(odd, {}, "visual"))
     files = [str(tmp_path / n) for n in ("in.safetensors", "hf/x.safetensors")]
     code, _, err = lfpm("convert", *files, "--to", "hf")
-    assert code == 0 and "no config.json" in err and "say heads and quick_gelu" in err and err.count("\n") == 1
+    assert (
+        code == 0
+        and "no config.json" in err
+        and "say heads and quick_gelu" in err
+        and err.count("\n") == 1
+    )
     assert [p.name for p in (tmp_path / "hf").iterdir()] == ["x.safetensors"]
-    with pytest.raises(ValueError, match="has width 64, layers 2, .*lfpm-lab has width 192, layers 4"): convert(tmp_path / "in.safetensors", tmp_path / "y.safetensors", "hf", model="lfpm-lab")
+    with pytest.raises(
+        ValueError, match="has width 64, layers 2, .*lfpm-lab has width 192, layers 4"
+    ):
+        convert(tmp_path / "in.safetensors", tmp_path / "y.safetensors", "hf", model="lfpm-lab")
 
 
 def test_the_models_name_says_what_the_file_does_not(tmp_path):
     import open_clip
-    state = {f"visual.{k}": v.half() for k, v in open_clip.create_model("ViT-B-32").visual.state_dict().items()}
+
+    state = {
+        f"visual.{k}": v.half()
+        for k, v in open_clip.create_model("ViT-B-32").visual.state_dict().items()
+    }
     save_state(tmp_path / "in.safetensors", state)
     for name, act in (("ViT-B-32", "gelu"), ("ViT-B-32-quickgelu", "quick_gelu")):
         convert(tmp_path / "in.safetensors", tmp_path / name / "x.safetensors", "hf", model=name)
-        assert (config(tmp_path / name)["num_attention_heads"], config(tmp_path / name)["hidden_act"]) == (12, act)
-    with pytest.raises(ValueError, match="says quick_gelu False, ViT-B-32-quickgelu says quick_gelu True"):
-        convert(tmp_path / "ViT-B-32" / "x.safetensors", tmp_path / "z.safetensors", "hf5", model="ViT-B-32-quickgelu")
+        assert (
+            config(tmp_path / name)["num_attention_heads"],
+            config(tmp_path / name)["hidden_act"],
+        ) == (12, act)
+    with pytest.raises(
+        ValueError, match="says quick_gelu False, ViT-B-32-quickgelu says quick_gelu True"
+    ):
+        convert(
+            tmp_path / "ViT-B-32" / "x.safetensors",
+            tmp_path / "z.safetensors",
+            "hf5",
+            model="ViT-B-32-quickgelu",
+        )
 
 
 def test_a_config_that_is_there_stays(lab, tmp_path):
@@ -279,8 +363,14 @@ def test_a_config_that_is_there_stays(lab, tmp_path):
     write_tower(tmp_path / "in.safetensors", Tower(lab.state(), {}, "visual"))
     hf = tmp_path / "hf"
     hf.mkdir()
-    (hf / "config.json").write_text(json.dumps(dict(num_attention_heads=4, hidden_size=192)), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"describes another model: .*num_attention_heads 4 \(here 3\).*folder of its own"): convert(tmp_path / "in.safetensors", hf / "x.safetensors", "hf")
+    (hf / "config.json").write_text(
+        json.dumps(dict(num_attention_heads=4, hidden_size=192)), encoding="utf-8"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"describes another model: .*num_attention_heads 4 \(here 3\).*folder of its own",
+    ):
+        convert(tmp_path / "in.safetensors", hf / "x.safetensors", "hf")
     assert [p.name for p in hf.iterdir()] == ["config.json"]
     convert(tmp_path / "in.safetensors", tmp_path / "ours" / "x.safetensors", "hf")
     theirs = json.dumps({k: v for k, v in config(tmp_path / "ours").items() if k != "lfpm_files"})
@@ -288,6 +378,9 @@ def test_a_config_that_is_there_stays(lab, tmp_path):
     convert(tmp_path / "in.safetensors", hf / "x.safetensors", "hf")
     assert (hf / "config.json").read_text(encoding="utf-8") == theirs
     save_state(tmp_path / "ours" / "stranger.safetensors", layout(lab.state(), {}, "hf")[0])
-    assert read_tower(tmp_path / "ours" / "stranger.safetensors").meta == {} and read_tower(hf / "x.safetensors").meta["heads"] == 3
+    assert (
+        read_tower(tmp_path / "ours" / "stranger.safetensors").meta == {}
+        and read_tower(hf / "x.safetensors").meta["heads"] == 3
+    )
     convert(tmp_path / "in.safetensors", tmp_path / "ours" / "y.safetensors", "hf5")
     assert all(read_tower(tmp_path / "ours" / f"{n}.safetensors").meta["heads"] == 3 for n in "xy")

@@ -400,38 +400,66 @@ def test_other_files_are_another_configuration(tmp_path):
     assert config_hash("purify", s) != one
 
 
-# --- never silently wrong: what merge refuses and says ------------------------------------------------------------------
+# --- never silently wrong: what merge refuses and says --------------------------------------------
 
 @pytest.fixture
 def family(lab, tmp_path):
     "`family(name, state, form, rest, **meta)` writes a file, returns its path; base, a and b are there: the lab's CLIP and two towers 7 % of its length away."
+
     def write(name, state, form="visual", rest=None, **meta):
         path = tmp_path / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_state(path, layout(state, rest or {}, form)[0], **meta)
         return path
-    write.base, write.a, write.b = write("base", lab.state()), write("a", near(lab, 1, .0035)), write("b", near(lab, 2, .0035))
+
+    write.base, write.a, write.b = (
+        write("base", lab.state()),
+        write("a", near(lab, 1, 0.0035)),
+        write("b", near(lab, 2, 0.0035)),
+    )
     return write
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int16, torch.complex64])
 def test_codes_are_not_merged_purified_or_walked(family, lab, lfpm, tmp_path, dtype):
     key, out = "transformer.resblocks.0.mlp.c_fc.weight", tmp_path / "out" / "x.safetensors"
-    odd = near(lab, 3, .0035)
+    odd = near(lab, 3, 0.0035)
     odd = str(family("odd", odd | {key: odd[key].to(dtype)}))
     a, base = str(family.a), str(family.base)
-    for args in (("merge", a, odd, "--base", base, "--out", str(out)), ("merge", a, str(family.b), "--base", odd, "--out", str(out)),
-                 ("purify", odd, "--base", base, "--model", "lfpm-lab", "--shadow", str(tmp_path), "--out", str(out)),
-                 ("path", a, odd, "--task", "signs", "--html", str(out)), ("explore", "--models", a, odd, "--html", str(out)),
-                 ("convert", odd, str(out), "--to", "open_clip")):
+    for args in (
+        ("merge", a, odd, "--base", base, "--out", str(out)),
+        ("merge", a, str(family.b), "--base", odd, "--out", str(out)),
+        (
+            "purify",
+            odd,
+            "--base",
+            base,
+            "--model",
+            "lfpm-lab",
+            "--shadow",
+            str(tmp_path),
+            "--out",
+            str(out),
+        ),
+        ("path", a, odd, "--task", "signs", "--html", str(out)),
+        ("explore", "--models", a, odd, "--html", str(out)),
+        ("convert", odd, str(out), "--to", "open_clip"),
+    ):
         code, printed, err = lfpm(*args)
-        assert (code, printed, err.count("\n")) == (2, "", 1) and f"odd.safetensors: {key} is {str(dtype)[6:]}; expected" in err, (args, err)
+        assert (code, printed, err.count("\n")) == (
+            2,
+            "",
+            1,
+        ) and f"odd.safetensors: {key} is {str(dtype)[6:]}; expected" in err, (args, err)
     assert not out.parent.exists()
 
 
 def test_whole_number_buffers_come_from_the_base(family, lab, tmp_path):
     key, out = "vision_model.embeddings.position_ids", tmp_path / "m.safetensors"
-    files = [family(n, near(lab, i, .0035), "hf", {key: torch.arange(17)[None] + shift}) for i, (n, shift) in enumerate((("base", 0), ("a", 5), ("b", 7)))]
+    files = [
+        family(n, near(lab, i, 0.0035), "hf", {key: torch.arange(17)[None] + shift})
+        for i, (n, shift) in enumerate((("base", 0), ("a", 5), ("b", 7)))
+    ]
     merge_files("SA", files[1:], files[0], out)
     assert torch.equal(load_state(out)[0][key], torch.arange(17)[None])
 
@@ -439,150 +467,317 @@ def test_whole_number_buffers_come_from_the_base(family, lab, tmp_path):
 def strangers(lab, seed: int) -> dict:
     "A tower of another ancestor: numbers of the same size, nothing in common."
     g = torch.Generator().manual_seed(seed)
-    return {k: v.std() * torch.randn(v.shape, generator=g) if v.numel() > 1 else v for k, v in lab.state().items()}
+    return {
+        k: v.std() * torch.randn(v.shape, generator=g) if v.numel() > 1 else v
+        for k, v in lab.state().items()
+    }
 
 
-def apart(a: dict, b: dict) -> float: return torch.cat([(v - b[k]).flatten().double() for k, v in a.items()]).norm().item()
+def apart(a: dict, b: dict) -> float:
+    return torch.cat([(v - b[k]).flatten().double() for k, v in a.items()]).norm().item()
 
 
 def test_another_ancestor_is_refused_with_the_figures(family, lab, lfpm, tmp_path):
     other, zero = strangers(lab, 0), {k: 0 * v for k, v in lab.state().items()}
     wrong, out = family("wrong", other), tmp_path / "out" / "m.safetensors"
     length, far = apart(lab.state(), zero), apart(lab.state(), other)
-    for files, base, long, away in (((family.a, wrong), family.base, length, far), ((family.a, family.b), wrong, apart(other, zero), apart(near(lab, 1, .0035), other))):
+    for files, base, long, away in (
+        ((family.a, wrong), family.base, length, far),
+        ((family.a, family.b), wrong, apart(other, zero), apart(near(lab, 1, 0.0035), other)),
+    ):
         args = ("merge", *map(str, files), "--base", str(base), "--out", str(out))
-        figures = f"whose length is {long:.3g}", f"{files[0] if base == wrong else wrong} lies {away:.3g} away, {away / long:.2f} times"
+        figures = (
+            f"whose length is {long:.3g}",
+            f"{files[0] if base == wrong else wrong} lies {away:.3g} away, {away / long:.2f} times",
+        )
         code, printed, err = lfpm(*args)
-        assert (code, printed, err.count("\n")) == (2, "", 1) and all(f in err for f in figures) and "--anyway" in err, err
+        assert (
+            (code, printed, err.count("\n")) == (2, "", 1)
+            and all(f in err for f in figures)
+            and "--anyway" in err
+        ), err
         assert not out.parent.exists()
     code, printed, err = lfpm(*args, "--anyway")
-    assert code == 0 and out.exists() and err.count("\n") == 1 and all(f in err for f in figures), err
+    assert (
+        code == 0 and out.exists() and err.count("\n") == 1 and all(f in err for f in figures)
+    ), err
 
 
 def test_half_the_bases_length_is_the_limit(family, lab, lfpm, tmp_path):
-    base, step = lab.state(), near(lab, 5, 1.)
+    base, step = lab.state(), near(lab, 5, 1.0)
     unit = apart(base, {k: 0 * v for k, v in base.items()}) / apart(base, step)
-    for share, code, lines in ((.24, 0, 0), (.26, 0, 1), (.49, 0, 1), (.51, 2, 1)):
+    for share, code, lines in ((0.24, 0, 0), (0.26, 0, 1), (0.49, 0, 1), (0.51, 2, 1)):
         file = family("far", {k: v + share * unit * (step[k] - v) for k, v in base.items()})
-        got, _, err = lfpm("merge", str(family.a), str(file), "--base", str(family.base), "--out", str(tmp_path / "m.safetensors"))
-        assert (got, err.count("\n")) == (code, lines) and (not lines or f"far.safetensors lies" in err and f"{share:.2f} times" in err), err
+        got, _, err = lfpm(
+            "merge",
+            str(family.a),
+            str(file),
+            "--base",
+            str(family.base),
+            "--out",
+            str(tmp_path / "m.safetensors"),
+        )
+        assert (got, err.count("\n")) == (code, lines) and (
+            not lines or f"far.safetensors lies" in err and f"{share:.2f} times" in err
+        ), err
 
 
 def test_lobams_amplified_contributors_pass(family, lfpm, tmp_path):
     """Every factor that LoBAM's rule tries, on the recorded lab's contributors: from the base, and the poisoned upload from its clean twin. LoBAM's own
-    adapters move less. The recorded upload trained all weights: amplified by 5 it is past the limit, which is said."""
+    adapters move less. The recorded upload trained all weights: amplified by 5 it is past the limit, which is said.
+    """
     from lfpm_nb.lobam import SWEEP, extrapolate
     from lfpm_nb.recorded import load_recorded
+
     rec = load_recorded(tiny=True)
     clean, mal, base = rec.contributor("letters"), rec.poisoned["letters"][0], family.base
-    files = [family(f"{n}{factor}", extrapolate(rec.base, rec.contributor(n), factor)) for n in rec.P.tasks for factor in SWEEP]
+    files = [
+        family(f"{n}{factor}", extrapolate(rec.base, rec.contributor(n), factor))
+        for n in rec.P.tasks
+        for factor in SWEEP
+    ]
     files += [family(f"twin{factor}", extrapolate(clean, mal, factor)) for factor in SWEEP[:-1]]
-    merge = lambda *files: lfpm("merge", *map(str, files), "--base", str(base), "--out", str(tmp_path / "m.safetensors"), "--method", "SA")
+    merge = lambda *files: lfpm(
+        "merge",
+        *map(str, files),
+        "--base",
+        str(base),
+        "--out",
+        str(tmp_path / "m.safetensors"),
+        "--method",
+        "SA",
+    )
     code, _, err = merge(*files)
-    assert code == 0 and err.count("\n") == 1 and all(f"{n}5.safetensors lies" in err for n in rec.P.tasks) and "2.safetensors" not in err, err
+    assert (
+        code == 0
+        and err.count("\n") == 1
+        and all(f"{n}5.safetensors lies" in err for n in rec.P.tasks)
+        and "2.safetensors" not in err
+    ), err
     far = extrapolate(clean, mal, 5)
     share = apart(rec.base, far) / apart(rec.base, {k: 0 * v for k, v in rec.base.items()})
     code, _, err = merge(files[0], family("twin5", far))
-    assert share > .5 and code == 2 and f"twin5.safetensors lies {apart(rec.base, far):.3g} away, {share:.2f} times" in err, err
+    assert (
+        share > 0.5
+        and code == 2
+        and f"twin5.safetensors lies {apart(rec.base, far):.3g} away, {share:.2f} times" in err
+    ), err
 
 
 def test_the_base_or_a_file_twice_is_said(family, lfpm, tmp_path):
     a, b, base, out = str(family.a), str(family.b), str(family.base), tmp_path / "m.safetensors"
-    for files, why in (((a, base), f"lfpm: {base} equals the base {base}: it adds nothing\n"), ((a, b, a), f"lfpm: {a} equals {a}: the same weights count twice\n"), ((a, b), "")):
+    for files, why in (
+        ((a, base), f"lfpm: {base} equals the base {base}: it adds nothing\n"),
+        ((a, b, a), f"lfpm: {a} equals {a}: the same weights count twice\n"),
+        ((a, b), ""),
+    ):
         code, _, err = lfpm("merge", *files, "--base", base, "--out", str(out))
         assert (code, err) == (0, why)
 
 
 def test_infinity_is_not_written(family, lab, lfpm, tmp_path):
     "65504 is float16's largest: the merge is finite in float32 and not in the file."
-    half = [family(n, {k: v.half() for k, v in near(lab, i, .0035).items()}) for i, n in enumerate(("h1", "h2"))]
+    half = [
+        family(n, {k: v.half() for k, v in near(lab, i, 0.0035).items()})
+        for i, n in enumerate(("h1", "h2"))
+    ]
     out = tmp_path / "out" / "m.safetensors"
-    merge = lambda scale, *files: lfpm("merge", *map(str, files), "--base", str(family.base), "--out", str(out), "-p", f"scale={scale}")
+    merge = lambda scale, *files: lfpm(
+        "merge",
+        *map(str, files),
+        "--base",
+        str(family.base),
+        "--out",
+        str(out),
+        "-p",
+        f"scale={scale}",
+    )
     code, printed, err = merge("1e9", *half)
-    assert (code, printed, err.count("\n")) == (2, "", 1) and f"{out} was not written: " in err and "infinity; float16 ends at 6.55e+04" in err and not out.exists(), err
-    assert merge("1e9", family.a, family.b)[0] == 0 and max(v.abs().max() for v in load_state(out)[0].values()) > 65504
-    assert merge("0.3", *half)[0] == 0 and all(v.isfinite().all() for v in load_state(out)[0].values())
+    assert (
+        (code, printed, err.count("\n")) == (2, "", 1)
+        and f"{out} was not written: " in err
+        and "infinity; float16 ends at 6.55e+04" in err
+        and not out.exists()
+    ), err
+    assert (
+        merge("1e9", family.a, family.b)[0] == 0
+        and max(v.abs().max() for v in load_state(out)[0].values()) > 65504
+    )
+    assert merge("0.3", *half)[0] == 0 and all(
+        v.isfinite().all() for v in load_state(out)[0].values()
+    )
 
 
 @pytest.mark.parametrize("value, kind", [(float("nan"), "NaN"), (float("inf"), "infinity")])
 def test_a_text_tower_is_looked_at_too(family, lab, lfpm, tmp_path, value, kind):
     text = {k: v.clone() for k, v in lab.model.state_dict().items() if not k.startswith("visual.")}
     text["token_embedding.weight"][3, 4] = value
-    bad, out = family("bad", near(lab, 4, .0035), "open_clip", text), tmp_path / "out" / "m.safetensors"
-    for args in (("merge", str(bad), str(family.a), "--base", str(family.base), "--out", str(out)), ("convert", str(bad), str(out), "--to", "open_clip")):
+    bad, out = (
+        family("bad", near(lab, 4, 0.0035), "open_clip", text),
+        tmp_path / "out" / "m.safetensors",
+    )
+    for args in (
+        ("merge", str(bad), str(family.a), "--base", str(family.base), "--out", str(out)),
+        ("convert", str(bad), str(out), "--to", "open_clip"),
+    ):
         code, printed, err = lfpm(*args)
-        assert (code, printed, err.count("\n")) == (2, "", 1) and f"first: token_embedding.weight, {kind}; float32" in err and not out.exists(), err
-    assert lfpm("convert", str(bad), str(out), "--to", "visual")[0] == 0, "what is not written does no harm"
+        assert (
+            (code, printed, err.count("\n")) == (2, "", 1)
+            and f"first: token_embedding.weight, {kind}; float32" in err
+            and not out.exists()
+        ), err
+    assert (
+        lfpm("convert", str(bad), str(out), "--to", "visual")[0] == 0
+    ), "what is not written does no harm"
 
 
 def test_a_bad_number_names_file_and_tensor(family, lab, lfpm, tmp_path):
-    odd = near(lab, 4, .0035)
+    odd = near(lab, 4, 0.0035)
     odd["ln_pre.bias"][2] = float("nan")
     odd, out = str(family("odd", odd)), tmp_path / "m.safetensors"
     code, _, err = lfpm("merge", str(family.a), odd, "--base", str(family.base), "--out", str(out))
-    assert code == 2 and f"{odd}: 1 tensors hold NaN or infinity (first: ln_pre.bias)" in err and not out.exists()
+    assert (
+        code == 2
+        and f"{odd}: 1 tensors hold NaN or infinity (first: ln_pre.bias)" in err
+        and not out.exists()
+    )
     code, _, err = lfpm("convert", odd, str(out), "--to", "open_clip")
-    assert code == 2 and f"{out} (from {odd}) was not written" in err and "first: visual.ln_pre.bias, NaN" in err and not out.exists()
+    assert (
+        code == 2
+        and f"{out} (from {odd}) was not written" in err
+        and "first: visual.ln_pre.bias, NaN" in err
+        and not out.exists()
+    )
 
 
-@pytest.mark.parametrize("one, two, says", [(dict(quick_gelu="True"), dict(quick_gelu="false"), ("quick_gelu True", "quick_gelu False")), (dict(heads="3"), dict(heads="4"), ("heads 3", "heads 4"))])
+@pytest.mark.parametrize(
+    "one, two, says",
+    [
+        (
+            dict(quick_gelu="True"),
+            dict(quick_gelu="false"),
+            ("quick_gelu True", "quick_gelu False"),
+        ),
+        (dict(heads="3"), dict(heads="4"), ("heads 3", "heads 4")),
+    ],
+)
 def test_files_that_say_different_things_are_not_mixed(family, lab, lfpm, tmp_path, one, two, says):
-    one, two = (str(family(n, near(lab, i, .0035), **meta)) for i, (n, meta) in enumerate((("one", one), ("two", two))))
+    one, two = (
+        str(family(n, near(lab, i, 0.0035), **meta))
+        for i, (n, meta) in enumerate((("one", one), ("two", two)))
+    )
     out = str(tmp_path / "out" / "m.safetensors")
-    for files, base in (((one, two), family.base), ((two, str(family.a), one), family.base), ((one, str(family.a)), two)):
+    for files, base in (
+        ((one, two), family.base),
+        ((two, str(family.a), one), family.base),
+        ((one, str(family.a)), two),
+    ):
         code, printed, err = lfpm("merge", *files, "--base", str(base), "--out", out)
-        assert (code, printed, err.count("\n")) == (2, "", 1) and f"{one} says {says[0]}" in err and f"{two} says {says[1]}" in err, err
-    whole = str(family("whole", near(lab, 6, .0035), "open_clip", {"logit_scale": torch.ones(())}, **{says[1].split()[0]: says[1].split()[1]}))
-    assert "says" in lfpm("convert", one, out, "--to", "open_clip", "--base", whole)[2] and not Path(out).parent.exists()
+        assert (
+            (code, printed, err.count("\n")) == (2, "", 1)
+            and f"{one} says {says[0]}" in err
+            and f"{two} says {says[1]}" in err
+        ), err
+    whole = str(
+        family(
+            "whole",
+            near(lab, 6, 0.0035),
+            "open_clip",
+            {"logit_scale": torch.ones(())},
+            **{says[1].split()[0]: says[1].split()[1]},
+        )
+    )
+    assert (
+        "says" in lfpm("convert", one, out, "--to", "open_clip", "--base", whole)[2]
+        and not Path(out).parent.exists()
+    )
 
 
 def test_what_one_file_says_stays_with_the_merge(family, lab, lfpm, tmp_path):
-    said, out = family("said", near(lab, 3, .0035), quick_gelu="true", heads="3"), tmp_path / "m.safetensors"
-    assert lfpm("merge", str(family.a), str(said), "--base", str(family.base), "--out", str(out))[0] == 0
+    said, out = (
+        family("said", near(lab, 3, 0.0035), quick_gelu="true", heads="3"),
+        tmp_path / "m.safetensors",
+    )
+    assert (
+        lfpm("merge", str(family.a), str(said), "--base", str(family.base), "--out", str(out))[0]
+        == 0
+    )
     meta = load_state(out)[1]
     assert (meta["quick_gelu"], meta["heads"]) == ("True", "3") and "poisoned" not in meta
-    with pytest.raises(ValueError, match="trained with QuickGELU, lfpm-lab computes GELU"): fitted(read_tower(out), lab)
-    assert fitted(read_tower(family("plain", near(lab, 3, .0035), quick_gelu="false")), lab)
+    with pytest.raises(ValueError, match="trained with QuickGELU, lfpm-lab computes GELU"):
+        fitted(read_tower(out), lab)
+    assert fitted(read_tower(family("plain", near(lab, 3, 0.0035), quick_gelu="false")), lab)
 
 
 @pytest.mark.parametrize("where", range(3))
 @pytest.mark.parametrize("mark", ["True", "true", "TRUE"])
 def test_the_mark_of_any_input_stays(lab, tmp_path, where, mark):
     files = [tmp_path / f"{n}.safetensors" for n in ("base", "a", "b")]
-    for i, f in enumerate(files): save_state(f, near(lab, i, .0035), poisoned=mark if i == where else "False")
+    for i, f in enumerate(files):
+        save_state(f, near(lab, i, 0.0035), poisoned=mark if i == where else "False")
     merge_files("SA", files[1:], files[0], tmp_path / "m.safetensors")
     assert load_state(tmp_path / "m.safetensors")[1]["poisoned"] == "True"
 
 
 def test_no_mark_where_no_input_has_one(lab, tmp_path):
     files = [tmp_path / f"{n}.safetensors" for n in ("base", "a", "b")]
-    for i, f in enumerate(files): save_state(f, near(lab, i, .0035), poisoned="false")
+    for i, f in enumerate(files):
+        save_state(f, near(lab, i, 0.0035), poisoned="false")
     merge_files("SA", files[1:], files[0], tmp_path / "m.safetensors")
     assert load_state(tmp_path / "m.safetensors")[1]["poisoned"].lower() == "false"
 
 
 def test_parents_of_one_name_are_all_kept(family, lab, tmp_path):
-    files = [family(f"{n}/model", near(lab, i, .0035)) for i, n in enumerate("ab")]
+    files = [family(f"{n}/model", near(lab, i, 0.0035)) for i, n in enumerate("ab")]
     parents = merge_files("SA", [*files, files[0]], family.base, tmp_path / "m.safetensors")
-    assert parents == {"a/model.safetensors": F.file_sha(files[0]), "b/model.safetensors": F.file_sha(files[1]), "a/model.safetensors (2)": F.file_sha(files[0])}
+    assert parents == {
+        "a/model.safetensors": F.file_sha(files[0]),
+        "b/model.safetensors": F.file_sha(files[1]),
+        "a/model.safetensors (2)": F.file_sha(files[0]),
+    }
     assert json.loads(load_state(tmp_path / "m.safetensors")[1]["made_from"]) == parents
 
 
 def test_a_merge_of_hugging_face_folders_is_one(family, lab, lfpm, tmp_path):
     for i, n in enumerate("ab"):
-        write_tower(tmp_path / n / "model.safetensors", Tower(near(lab, i, .0035), {}, "visual", dict(quick_gelu=True, heads=6)), "hf")
-        (tmp_path / n / "model.safetensors").write_bytes((tmp_path / n / "model.safetensors").read_bytes())
-    code, _, err = lfpm("merge", str(tmp_path / "a"), str(tmp_path / "b"), "--base", str(family.base), "--out", str(tmp_path / "m" / "model.safetensors"))
+        write_tower(
+            tmp_path / n / "model.safetensors",
+            Tower(near(lab, i, 0.0035), {}, "visual", dict(quick_gelu=True, heads=6)),
+            "hf",
+        )
+        (tmp_path / n / "model.safetensors").write_bytes(
+            (tmp_path / n / "model.safetensors").read_bytes()
+        )
+    code, _, err = lfpm(
+        "merge",
+        str(tmp_path / "a"),
+        str(tmp_path / "b"),
+        "--base",
+        str(family.base),
+        "--out",
+        str(tmp_path / "m" / "model.safetensors"),
+    )
     config = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
-    assert (code, err, config["num_attention_heads"], config["hidden_act"]) == (0, "", 6, "quick_gelu") and read_tower(tmp_path / "m").meta["heads"] == "6"
+    assert (code, err, config["num_attention_heads"], config["hidden_act"]) == (
+        0,
+        "",
+        6,
+        "quick_gelu",
+    ) and read_tower(tmp_path / "m").meta["heads"] == "6"
 
 
 def test_purify_as_a_hugging_face_folder(stranger, done, tmp_path):
     "The model's name gives heads and activation; another model's config.json is refused before the work."
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"hidden_size": 768}', encoding="utf-8")
-    with pytest.raises(ValueError, match="describes another model"): call(stranger, out=tmp_path / "other" / "model.safetensors", stages=Stages(tmp_path / "none"))
+    with pytest.raises(ValueError, match="describes another model"):
+        call(
+            stranger, out=tmp_path / "other" / "model.safetensors", stages=Stages(tmp_path / "none")
+        )
     assert not (tmp_path / "none").exists() and len(list((tmp_path / "other").iterdir())) == 1
     got = call(stranger, out=tmp_path / "p" / "model.safetensors")
     config = json.loads((tmp_path / "p" / "config.json").read_text(encoding="utf-8"))
-    assert (config["num_attention_heads"], config["hidden_act"]) == (3, "gelu") and "does not say" in got.card["activation"]
+    assert (config["num_attention_heads"], config["hidden_act"]) == (
+        3,
+        "gelu",
+    ) and "does not say" in got.card["activation"]
