@@ -165,6 +165,12 @@ def choose(name: str, options, kind: str) -> str:
     raise ValueError(f"unknown {kind} {short(name)}; {hint}")
 
 # %% ../nbs/00_core.ipynb #42a1af9e
+def _plain_function(t):
+    "What a cached or otherwise wrapped function wraps, where the wrapper itself has no code."
+    while not hasattr(t, "__code__") and hasattr(t, "__wrapped__"): t = t.__wrapped__
+    return t
+
+
 class Registry(dict):
     """Methods of one kind by short name. An entry keeps the function, a long name and what it needs
     (`images`: unlabelled images, `labels`, `training`, `heads`, `pretrained`)."""
@@ -250,12 +256,6 @@ def imported(source: str) -> tuple[str, ...]:
 
 # %% ../nbs/00_core.ipynb #146ee57e
 _INSTALLED = tuple(sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib"))
-
-
-def _plain_function(t):
-    "What a cached or otherwise wrapped function wraps, where the wrapper itself has no code."
-    while not hasattr(t, "__code__") and hasattr(t, "__wrapped__"): t = t.__wrapped__
-    return t
 
 
 def _home(t) -> tuple[str, str]:
