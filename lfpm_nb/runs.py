@@ -160,9 +160,11 @@ def table_of(folder: Path) -> Path | None:
 
 def trouble(folder: Path) -> str:
     "Why a run that says it is done cannot be trusted: its table, its parameters; '' if it can."
-    try:
-        if table_of(folder): json.loads((Path(folder) / "params.json").read_text(encoding="utf-8"))
+    try: table = table_of(folder)
     except (OSError, ValueError) as e: return str(e)
+    try: table and json.loads((Path(folder) / "params.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        return f"half-written: {type(e).__name__} while reading params.json"
     return ""
 
 

@@ -85,7 +85,7 @@ def test_record_then_open(tmp_path, rec, monkeypatch):
     folder = record(lab, tmp_path / "mine")
     mine = Recorded(folder, stages=lab.stages)
     theta, truth = mine.both["poisoned"], lab.merged("TA")[0]
-    assert all(torch.allclose(theta[k], truth[k], atol=1e-4) for k in theta) and mine.card["params"]["n_train"] == P["n_train"]
+    assert all(torch.allclose(theta[k], truth[k], atol=1e-4) for k in theta) and mine.card["params"]["n_train"] == P.n_train
     assert set(mine.recorded.method) >= {"TA", "LFPM"} and "seconds" not in set(mine.recorded.kind)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "mine"], "no temporary folder stays"
 
