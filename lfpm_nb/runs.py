@@ -20,7 +20,8 @@ from .core import as_it_runs, cache_dir, checked, choose, code_hash, content_has
 from .core import file_sha, imported, proj_path, runs_dir, short, versions, write_json, writing
 from .tasks import TASK_NAMES, own_data
 from .clip import weights_id
-from .settings import RUNS, Run, around, notebooks, plugin_hash, spellings
+from .settings import (Run, around, notebooks, parameters, plugin_hash, settings_class,
+                              spellings)
 
 # %% ../nbs/18b_runs.ipynb #84d2d896
 @dataclass
@@ -112,7 +113,7 @@ def settings_of(name: str, preset: str = "lab", given: dict | None = None,
     """All settings of an experiment, checked: defaults, its own, the preset's, then `given` (text or values).
     ValueError names an unknown setting or preset, and a value that does not fit."""
     e = experiments()[resolve(name)]
-    cls, sizes = RUNS[choose(e.notebook, RUNS, f"notebook with settings, for {name}")], presets(e)
+    cls, sizes = settings_class(e.notebook), presets(e)
     given = dict(given or {})
     if seed is not None:
         if "seed" in given:
@@ -162,7 +163,8 @@ def trouble(folder: Path) -> str:
     "Why a run that says it is done cannot be trusted: its table, its parameters; '' if it can."
     try: table = table_of(folder)
     except (OSError, ValueError) as e: return str(e)
-    try: table and json.loads((Path(folder) / "params.json").read_text(encoding="utf-8"))
+    params = Path(folder) / "params.json"
+    try: table and params.exists() and json.loads(params.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         return f"half-written: {type(e).__name__} while reading params.json"
     return ""
@@ -225,7 +227,8 @@ class Plan:
     def passed(self) -> dict:
         "What its notebook's parameters cell is told."
         about = dict(experiment=self.name, preset=self.preset, out_dir=str(self.out))
-        return asdict(self.settings) | about
+        every = asdict(self.settings) | about
+        return {k: every[k] for k in parameters(self.notebook)}
 
     def __str__(self):
         return (f"{self.name}, preset {self.preset}, seed {self.settings.seed}, "
@@ -441,7 +444,7 @@ def injected(ns: dict) -> set[str]:
 
 def here(notebook: str, ns: dict) -> Plan:
     "The plan of a run notebook that is executed with globals `ns`; ValueError as `settings_of`."
-    cls, about = RUNS[notebook], around(notebook)
+    cls, about = settings_class(notebook), around(notebook)
     plain, names = cls(), (*spellings(cls), *about)
     told = {choose(k, names, f"parameter of {notebook}"): ns[k] for k in injected(ns)}
     of_run = {k: told.pop(k, ns[k]) for k in about}

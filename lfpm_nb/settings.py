@@ -9,10 +9,10 @@ __all__ = ['Whole', 'Count', 'Points', 'Number', 'Positive', 'NotNegative', 'Sha
            'load_plugin', 'offered', 'plugin_hash', 'Run', 'Contributors', 'Attacker', 'Attacked', 'Merging',
            'every_method', 'Defending', 'MainParams', 'strengths', 'check_inputs', 'PurifyParams', 'recorded_labs',
            'OnRecorded', 'CtlParams', 'CurvatureParams', 'EfficiencyParams', 'PretrainParams', 'ReportParams',
-           'notebooks', 'around', 'parameters', 'parameter_cell']
+           'notebooks', 'around', 'parameters', 'settings_class', 'parameter_cell']
 
 # %% ../nbs/17a_settings.ipynb #3b31228a
-import contextlib, importlib.util, inspect, json, linecache, math, os, sys
+import ast, contextlib, importlib.util, inspect, json, linecache, math, os, sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -639,10 +639,38 @@ def around(notebook: str) -> dict[str, tuple]:
 
 def parameters(notebook: str) -> dict[str, tuple]:
     "{setting: (default, help)} of a run notebook, in the order of its cell."
-    cls = RUNS[choose(notebook, RUNS, "run")]
+    if notebook not in RUNS: return _of_cell(choose(notebook, notebooks(), "run"))
     own = {k: (f.get_default(call_default_factory=True), f.description)
-           for k, f in cls.__pydantic_fields__.items()}
+           for k, f in RUNS[notebook].__pydantic_fields__.items()}
     return own | around(notebook)
+
+
+def _of_cell(notebook: str) -> dict[str, tuple]:
+    "{setting: (default, help)} as a run notebook's own tagged cell has them."
+    cells = json.loads(notebooks()[notebook].read_text(encoding="utf-8"))["cells"]
+    cell = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    lines, out = cell.splitlines(), {}
+    for n in ast.parse(cell).body:
+        if not isinstance(n, (ast.Assign, ast.AnnAssign)): continue
+        target = n.target if isinstance(n, ast.AnnAssign) else n.targets[0]
+        text = lines[n.end_lineno - 1].partition("#")[2].strip()
+        out[target.id] = ast.literal_eval(n.value), text
+    return out
+
+
+def settings_class(notebook: str) -> type:
+    """The class of a run notebook's settings. For a notebook of one's own it is read off its
+    parameters cell: the types of the defaults, no ranges."""
+    if notebook in RUNS: return RUNS[notebook]
+    own = {k: about for k, about in parameters(notebook).items() if k not in around(notebook)}
+    kinds = {k: _OF_TYPE[type(default)] for k, (default, _) in own.items() if k != "seed"}
+    fields = {k: option(default, text) for k, (default, text) in own.items()}
+    return settings()(type(notebook, (Run,), {"__annotations__": kinds | {"seed": Whole}} | fields))
+
+
+_OF_TYPE = {int: Annotated[int, _number, "a whole number"], float: Number, bool: Flag, str: Text,
+            list: Annotated[list, BeforeValidator(_listed), "a list"],
+            dict: Annotated[dict, BeforeValidator(_table), "a table as JSON"]}
 
 
 def parameter_cell(notebook: str) -> str:
