@@ -56,7 +56,8 @@ class Strengths:
     points: int = 10
     epochs: int = 2
     batch: int = 64
-    lr: float = 5e-4
+    lr: float = 2.5e-4
+    prompted_weight: float = 0.2     # of the prompted term beside the clean one (the paper's sum: 1)
     weight_decay: float = 0.001
     lora: int = 0               # rank of the adapters; 0 trains every weight
     recompute: str = "nothing"  # or "towers", "blocks": less memory for one more forward pass (`tune.Lean`)
@@ -67,6 +68,8 @@ class Strengths:
 
     def __post_init__(self):
         self.semantic, self.interval = tuple(self.semantic), tuple(self.interval)
+        if self.prompted_weight < 0:
+            raise ValueError(f"prompted_weight is {self.prompted_weight}; expected 0 or more")
         a, b = self.interval
         if not 0 <= a <= b <= 1: raise ValueError(f"interval is {self.interval}; expected 0 <= a <= b <= 1")
         if self.start not in ("merged", "pretrained"): raise ValueError(f"start is {self.start!r}; expected 'merged' or 'pretrained'")
@@ -74,7 +77,8 @@ class Strengths:
 
 # %% ../nbs/13_antibackdoor.ipynb #04805f37
 def step_loss(mm, anti, x, y, W, p, s: Strengths) -> torch.Tensor:
-    """Clean plus adversarial path loss of one batch of normalised images (LFPM Eq 19, 20, 26). With C off the merged model takes no part."""
+    """Clean plus weighted adversarial path loss of a batch of normalised images (LFPM Eq 19, 20, 26).
+    With C off the merged model takes no part."""
     points = path_points(*s.interval, s.points) if s.C else [1.0]
     def loss(q):
         with amp():
@@ -82,7 +86,7 @@ def step_loss(mm, anti, x, y, W, p, s: Strengths) -> torch.Tensor:
             h_m = encode(mm, x, q) if s.C else h_a
         return path_loss(h_m.float(), h_a.float(), y, W, points)
     if s.B: p = worst_prompt(loss, p, s.rho, len(x))
-    return loss(None) + loss(p)
+    return loss(None) + s.prompted_weight * loss(p)
 
 # %% ../nbs/13_antibackdoor.ipynb #4cfbf3ad
 def accumulate(anti, mm, gamma: float) -> None:
@@ -122,9 +126,15 @@ def classify(clip: Clip, run, W: torch.Tensor, x: torch.Tensor, p: torch.Tensor 
     return logits(h, W)
 
 
-def terms(clip: Clip, run, W: torch.Tensor, x: torch.Tensor, y: torch.Tensor, inputs: tuple) -> torch.Tensor:
-    "Sum over `inputs` (prompts; None stands for the plain images) of the mean cross-entropy of `classify`."
-    return sum(F.cross_entropy(classify(clip, run, W, x, p), y) for p in inputs)
+def terms(clip: Clip, run, W: torch.Tensor, x: torch.Tensor, y: torch.Tensor, inputs: tuple,
+          prompted: float = 1.0) -> torch.Tensor:
+    """Sum over `inputs` (prompts; None stands for the plain images) of the mean cross-entropy of
+    `classify`; a prompt's counts `prompted` times."""
+    total = 0
+    for p in inputs:
+        loss = F.cross_entropy(classify(clip, run, W, x, p), y)
+        total = total + (loss if p is None else prompted * loss)
+    return total
 
 # %% ../nbs/13_antibackdoor.ipynb #ed22b066
 def train_anti(clip: Clip, theta_mm: dict, shadow: Shadow, prompts: torch.Tensor, s: Strengths, seed: int, name: str) -> tuple[dict, dict]:
@@ -143,16 +153,17 @@ def accuracy(clip: Clip, visual, shadow: Shadow, p: torch.Tensor | None = None) 
 
 
 def choose_rank(h: torch.Tensor, y: torch.Tensor, held_h: torch.Tensor, held_y: torch.Tensor, W: torch.Tensor, seed: int = 0) -> tuple[int, dict]:
-    """(r, {r: (accuracy of P_clean, of P_adv)}): the largest of d/32, d/16, d/8, d/4 whose P_clean alone keeps 98 % of the held-out
-    shadow accuracy; the smallest if none does."""
+    """(r, {r: (accuracy of P_clean, of P_adv)}): the largest r whose P_clean alone keeps 98 % of the
+    held-out shadow accuracy, of d/32, d/16, ... d/2, 3/4 d and 7/8 d; the smallest if none does."""
     d, tried = h.shape[1], {}
     right = lambda z: (logits(z, W).argmax(1).cpu() == held_y).float().mean().item()
     unit = F.normalize(held_h, dim=-1)
-    for r in (d // 32, d // 16, d // 8, d // 4):
+    for share in (1/32, 1/16, 1/8, 1/4, 1/2, 3/4, 7/8):
+        r = max(1, int(share * d))
         U, _ = learn_subspace(h, y, W, r, epochs=2, seed=seed)
         tried[r] = (right(p_clean(U, unit)), right(p_adv(U, unit)))
     keep = [r for r, (clean, _) in tried.items() if clean >= 0.98 * right(unit)]
-    return max(keep, default=d // 32), tried
+    return max(keep, default=min(tried)), tried
 
 # %% ../nbs/13_antibackdoor.ipynb #641ecce3
 def prompted_slope(clip: Clip, shadow: Shadow, p: torch.Tensor, batch: int = 64) -> torch.Tensor:

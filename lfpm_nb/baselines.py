@@ -56,7 +56,7 @@ def train_at(clip: Clip, merged: dict, shadow: Shadow, prompts: torch.Tensor, s:
     their gradients at w, of the whole batch. `inputs(p)`: the terms of the loss."""
     def loss(visual, x, y, p):
         w = {n: v for n, v in visual.named_parameters() if v.requires_grad}
-        at = lambda weights: terms(clip, partial(encode_at, visual, weights), shadow.W, x, y, inputs(p))
+        at = lambda weights: terms(clip, partial(encode_at, visual, weights), shadow.W, x, y, inputs(p), s.prompted_weight)
         move = offset([v.detach() for v in w.values()], lambda: everywhere(len(x), *torch.autograd.grad(at({}), list(w.values()))))
         return at({n: v + e for (n, v), e in zip(w.items(), move)})
     return train_on_shadow(clip, merged, shadow, prompts, s, seed, name, loss)
@@ -175,7 +175,8 @@ def sau(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
         z = model(visual, x)
         d = shared_examples(partial(model, visual), partial(model, frozen), x, y, z.argmax(1), own0)
         with torch.no_grad(): z0 = model(frozen, x + d)
-        return F.cross_entropy(z, y) + F.cross_entropy(model(visual, x, q), y) + shared_loss(model(visual, x + d), z0, y, own0)
+        prompted = s.prompted_weight * F.cross_entropy(model(visual, x, q), y)
+        return F.cross_entropy(z, y) + prompted + shared_loss(model(visual, x + d), z0, y, own0)
     both = replace(shadow, y=torch.stack([shadow.y, own], 1))               # the frozen model's predictions travel with the labels
     return train_on_shadow(clip, merged, both, p, replace(s, lr=s.lr * strength), seed, "SAU", loss, others=(frozen,))
 
@@ -211,7 +212,8 @@ def anp(merged, clip, shadow, p, s: Strengths, seed, strength: float = 0.1, eps:
     m = {k.removesuffix(".weight"): torch.ones(len(v), device=device(), requires_grad=True) for k, v in own.items() if k.endswith("mlp.c_fc.weight")}
     def loss(x, y, q):
         for v in m.values(): v.data.clamp_(0, 1)
-        at = lambda *noise: terms(clip, partial(encode_at, visual, masked_units(own, m, *noise)), shadow.W, x, y, (None, q))
+        run = lambda noise: partial(encode_at, visual, masked_units(own, m, *noise))
+        at = lambda *noise: terms(clip, run(noise), shadow.W, x, y, (None, q), s.prompted_weight)
         return alpha * at() + (1 - alpha) * at(*worst_noise(at, m, eps, len(x)))
     params = list(m.values())
     log = shadow_loop(visual, params, torch.optim.SGD(params, lr, momentum=0.9), shadow, p, s, seed, "ANP", loss)
@@ -244,7 +246,8 @@ def awm(merged, clip, shadow, p, s: Strengths, seed, strength: float = 0.1, lr: 
         up.step()
         delta.data *= (bound / delta.data.abs().mean()).clamp(max=1)
         worst = at(w, (x + delta.detach()).clamp(0, 1))
-        return (1 - strength) * (F.cross_entropy(plain, y) + F.cross_entropy(at(w, x, q), y)) + strength * F.cross_entropy(worst, y)
+        prompted = s.prompted_weight * F.cross_entropy(at(w, x, q), y)
+        return (1 - strength) * (F.cross_entropy(plain, y) + prompted) + strength * F.cross_entropy(worst, y)
     params = list(z.values())
     log = shadow_loop(visual, params, optimiser(params, lr, 0.0), shadow, p, s, seed, "AWM", loss)
     return {**merged, **{k: v.detach().cpu() for k, v in weights().items()}}, log

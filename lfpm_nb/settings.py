@@ -423,7 +423,7 @@ class Defending(Run):
     "The defender's settings: Stage I, Stage II, and the choice of λ (LFPM App. D)."
     shadow_n: Count = option(4000, "images the defender trains on, at most")
     held: Count = option(500, "more of them, only for choosing λ and for what it costs")
-    lam: WordOrNumber = option("knee", "place on the path: a rule (knee, level), or in [0, 1]")
+    lam: WordOrNumber = option("calm", "place on the path: a rule (calm, turn, level, knee), or in [0, 1]")
     strength: WordOrNumber = option("default", "of a defence: default, rule (tries three), or a number")
     lora: Whole = option(0, "rank of LoRA adapters, of whoever trains; 0 trains every weight")
     rank: RuleOrRank = option("rule", "r, dimension of the adversarial subspace: rule, or a number")
@@ -436,7 +436,8 @@ class Defending(Run):
     path_to: Share = option(1.0, "to here")
     anti_epochs: Count = option(2, "Stage II, and every defence that trains")
     anti_batch: Count = option(64, "their batch")
-    anti_lr: Positive = option(5e-4, "their learning rate")
+    anti_lr: Positive = option(2.5e-4, "their learning rate")
+    prompted_weight: NotNegative = option(0.2, "of the prompted term beside the clean one, for them all")
     recompute: Text = option("nothing", "towers, blocks: less memory for one more pass, same gradients")
     start: Text = option("merged", "theta_anti starts from the merged model, or pretrained")
     partition: Flag = option(False, "subspace partition (A; off: see notebook subspace)", also="A")
@@ -480,7 +481,8 @@ def strengths(self) -> Strengths:
     return Strengths(
         rank=P.rank, prompt_steps=P.prompt_steps, semantic=tuple(P.semantic),
         prompt_bound=P.prompt_bound, rho=P.rho, gamma=P.gamma, interval=(P.path_from, P.path_to),
-        epochs=P.anti_epochs, batch=P.anti_batch, lr=P.anti_lr * P.tune.lr / P.lr, start=P.start,
+        epochs=P.anti_epochs, batch=P.anti_batch, lr=P.anti_lr * P.tune.lr / P.lr,
+        prompted_weight=P.prompted_weight, start=P.start,
         recompute=P.recompute, lora=P.lora, A=P.partition, B=P.worst_prompt, C=P.path_loss)
 
 
@@ -517,7 +519,6 @@ class PurifyParams(Defending):
     labels: Text = option("", "file of file,label; none: pseudo-labels; empty: sub-folders, if any")
     vocabulary: Text = option("", "words for pseudo-labels, one a line, or a head; empty: built in")
     out: Text = option("purified.safetensors", "where the weights go; other files lie beside it")
-    lam: WordOrNumber = option("level", "place on the path: a rule (knee, level), or in [0, 1]")
     semantic: Weights = option([2.0, 1.0, 0.5], "Eq 16's semantic term: a weight for each prompt")
 
     reads: ClassVar[tuple] = ("merged", "base", "shadow", "labels", "vocabulary")

@@ -74,7 +74,8 @@ def test_accumulation_against_two_separate_passes(pico, step, prompt, fp32, gamm
     s, points = replace(S, B=False), path_points(*S.interval, S.points)
     want = []
     for model, other, order in ((anti, mm, lambda a, b: (b, a)), (mm, anti, lambda a, b: (a, b))):
-        loss = sum(path_loss(*order(encode(model, x, q), encode(other, x, q).detach()), y, W, points) for q in (None, prompt))
+        of = lambda q: path_loss(*order(encode(model, x, q), encode(other, x, q).detach()), y, W, points)
+        loss = of(None) + s.prompted_weight * of(prompt)
         want.append(torch.autograd.grad(loss, list(model.parameters())))
     step_loss(mm, anti, x, y, W, prompt, s).backward()
     accumulate(anti, mm, gamma)
@@ -88,9 +89,12 @@ def test_the_step_is_clean_plus_worst_prompt(pico, step, prompt, fp32):
     loss = lambda q: path_loss(encode(mm, x, q), encode(anti, x, q), y, W, points)
     bad = worst_prompt(loss, prompt, S.rho)
     for v in (mm, anti): v.zero_grad()
-    want = torch.autograd.grad(loss(None) + loss(bad), list(anti.parameters()))
+    both = loss(None) + S.prompted_weight * loss(bad)
+    want = torch.autograd.grad(both, list(anti.parameters()), retain_graph=True)
     got = step_loss(mm, anti, x, y, W, prompt, S)
-    assert got.item() == pytest.approx((loss(None) + loss(bad)).item(), rel=1e-5) and loss(bad) > loss(prompt)
+    assert got.item() == pytest.approx(both.item(), rel=1e-5) and loss(bad) > loss(prompt)
+    heavier = step_loss(mm, anti, x, y, W, prompt, replace(S, prompted_weight=3.))
+    assert heavier.item() == pytest.approx((loss(None) + 3 * loss(bad)).item(), rel=1e-5)
     got.backward()
     assert all(torch.allclose(p.grad, w, atol=1e-5, rtol=1e-4) for p, w in zip(anti.parameters(), want)), "the search for the prompt leaves no gradient behind"
 
@@ -245,7 +249,8 @@ def test_c_off_leaves_the_merged_model_out(pico, step, prompt, fp32, with_b):
     s = replace(S, C=False, B=with_b)
     got = step_loss(Absent(), anti, x, y, W, prompt, s)
     own = lambda q: F.cross_entropy(logits(encode(anti, x, q), W), y)
-    assert got.item() == pytest.approx((own(None) + own(worst_prompt(own, prompt, s.rho) if with_b else prompt)).item(), rel=1e-5)
+    worst = worst_prompt(own, prompt, s.rho) if with_b else prompt
+    assert got.item() == pytest.approx((own(None) + s.prompted_weight * own(worst)).item(), rel=1e-5)
 
 
 def test_c_off_ignores_gamma_interval_and_points(pico, theta, shadow, prompts):
@@ -264,7 +269,9 @@ def test_b_off_leaves_the_prompt(pico, step, prompt, fp32, monkeypatch):
     near_zero = step_loss(mm, anti, x, y, W, prompt, replace(S, rho=0.))
     monkeypatch.setattr(B, "worst_prompt", None)                       # calling it would fail
     got = step_loss(mm, anti, x, y, W, prompt, replace(S, B=False))
-    want = sum(path_loss(encode(mm, x, q), encode(anti, x, q), y, W, path_points(*S.interval, S.points)) for q in (None, prompt))
+    points = path_points(*S.interval, S.points)
+    plain, under = (path_loss(encode(mm, x, q), encode(anti, x, q), y, W, points) for q in (None, prompt))
+    want = plain + S.prompted_weight * under
     assert torch.equal(got, near_zero) and got.item() == pytest.approx(want.item(), rel=1e-5)
 
 

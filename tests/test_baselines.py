@@ -109,7 +109,7 @@ def test_train_at_is_perturb_backward_restore_step(pico, merged, shadow, prompts
     "Against the usual way to write SAM: change the weights, take the gradient, put them back. With SGD, as Adam turns rounding into whole steps."
     monkeypatch.setattr(B, "optimiser", lambda w, lr, _: torch.optim.SGD(w, 100 * lr))
     def by_hand(v, x, y, p):
-        w, run = list(v.parameters()), lambda: terms(pico, partial(encode, v), shadow.W, x, y, (None, p))
+        w, run = list(v.parameters()), lambda: terms(pico, partial(encode, v), shadow.W, x, y, (None, p), S.prompted_weight)
         move = sam_offset([q.detach() for q in w], torch.autograd.grad(run(), w), .3, adaptive)
         with torch.no_grad(): [q.add_(e) for q, e in zip(w, move)]
         grads = torch.autograd.grad(run(), w)
@@ -118,7 +118,7 @@ def test_train_at_is_perturb_backward_restore_step(pico, merged, shadow, prompts
     want, _ = train_on_shadow(pico, merged, shadow, prompts, S, 0, "x", by_hand)
     got, _ = train_at(pico, merged, shadow, prompts, S, 0, "x", lambda w, grad: sam_offset(w, grad(), .3, adaptive))
     apart = lambda a, b: norm(task_vector(a, b))
-    plain = train_on_shadow(pico, merged, shadow, prompts, S, 0, "x", lambda v, x, y, p: terms(pico, partial(encode, v), shadow.W, x, y, (None, p)))[0]
+    plain = train_on_shadow(pico, merged, shadow, prompts, S, 0, "x", lambda v, x, y, p: terms(pico, partial(encode, v), shadow.W, x, y, (None, p), S.prompted_weight))[0]
     assert apart(got, want) < 1e-3 * apart(merged, want) and apart(got, plain) > 0.1 * apart(merged, want)
 
 
@@ -130,7 +130,7 @@ def test_no_radius_is_fine_tuning_and_a_radius_is_not(train, fp32):
 
 def test_prompt_only_rows_never_see_a_plain_image(train, monkeypatch):
     seen, real = [], R.terms
-    monkeypatch.setattr(R, "terms", lambda clip, run, W, x, y, inputs: seen.append(inputs) or real(clip, run, W, x, y, inputs))
+    monkeypatch.setattr(R, "terms", lambda clip, run, W, x, y, inputs, *weight: seen.append(inputs) or real(clip, run, W, x, y, inputs, *weight))
     for method in ("SAM-prompt", "PAM-prompt"): train(method)
     assert seen and all(len(i) == 1 and i[0] is not None for i in seen)
     seen.clear()

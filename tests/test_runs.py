@@ -119,7 +119,7 @@ def refused(lfpm, dirs, monkeypatch):
 @pytest.mark.parametrize("args, message", [
     (("-p", "tasks=letters,signs,nosuchtask"), "unknown task 'nosuchtask'"), (("-p", "tasks=letters,signs,texture"), "did you mean 'textures'"),
     (("-p", "attack=badmergin"), "did you mean 'badmerging'"), (("-p", "merges=TAA"), "did you mean 'TA'"), (("-p", "defences=LFMP"), "did you mean 'LFPM'"),
-    (("-p", "lam=1.5"), "[0, 1]"), (("-p", "lam=often"), "expected a rule (knee, level) or a number in [0, 1]"), (("-p", "adversary=signs"), "two different tasks"),
+    (("-p", "lam=1.5"), "[0, 1]"), (("-p", "lam=often"), "expected a rule (knee, level, turn, calm) or a number in [0, 1]"), (("-p", "adversary=signs"), "two different tasks"),
     (("-p", "target_class=yeld"), "did you mean 'yield'"), (("-p", "target=handwritten", "-p", "target_class=eleventy"), "unknown class of handwritten 'eleventy'"),
     (("-p", "backbone=lfpm-lob"), "did you mean 'lfpm-lab'"), (("-p", "lamm=1"), "did you mean 'lam'"), (("-p", "lam"), "is not key=value"), (("-p", "seed=x"), "expected a whole number"),
     (("-p", "n_train=0"), "n_train"), (("-p", "side=33"), "side"), (("-p", "lam_n=1"), "lam_n"), (("-p", "held=0"), "held"),
