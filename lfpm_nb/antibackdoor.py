@@ -56,8 +56,8 @@ class Strengths:
     points: int = 10
     epochs: int = 2
     batch: int = 64
-    lr: float = 2.5e-4
-    prompted_weight: float = 0.2     # of the prompted term beside the clean one (the paper's sum: 1)
+    lr: float = 5e-4
+    prompted_weight: float = 1.0     # of the prompted term beside the clean one; the paper's sum: 1
     weight_decay: float = 0.001
     lora: int = 0               # rank of the adapters; 0 trains every weight
     recompute: str = "nothing"  # or "towers", "blocks": less memory for one more forward pass (`tune.Lean`)

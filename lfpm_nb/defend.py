@@ -39,8 +39,8 @@ def check_lam(lam) -> float | str:
 
 
 def rule_of(lam: float | str) -> str:
-    "The rule that judges candidates for a strength: `lam` if it is one, 'calm' beside a given number."
-    return lam if isinstance(lam, str) else "calm"
+    "The rule that judges candidates for a strength: `lam` if it is one, 'knee' beside a given number."
+    return lam if isinstance(lam, str) else "knee"
 
 # %% ../nbs/16_defend.ipynb #4f6eeed8
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def prefer(tried: list[dict], floor: float) -> dict:
     return min(keep, key=lambda t: t["prompted"]) if keep else max(tried, key=lambda t: t["accuracy"])
 
 
-def choose_strength(clip: Clip, merged: dict, ends: dict, shadow: Shadow, prompts: torch.Tensor, rule: str = "calm", loss: float = 0.02) -> dict:
+def choose_strength(clip: Clip, merged: dict, ends: dict, shadow: Shadow, prompts: torch.Tensor, rule: str = "knee", loss: float = 0.02) -> dict:
     """{'strength', 'floor', 'tried': [{strength, lam, accuracy, prompted}]} for candidates {strength: state dict at lam = 1}, each judged at the λ
     of `choose_lam` with the named rule by held-out shadow accuracy (a share) and held-out prompted loss (nats). `loss`: the accuracy that may be lost."""
     tried = []
@@ -134,7 +134,7 @@ def train_end(method: str, merged: dict, clip: Clip, shadow: Shadow, seed: int, 
     return end, dict(rank=used.rank, rho=used.rho, knob=knob and knob.name, strength=value, strength_rule=choice, **log)
 
 
-def defend(method: str, merged: dict, clip: Clip, shadow: Shadow, seed: int = 0, lam: float | str = "calm", strengths: Strengths = Strengths(),
+def defend(method: str, merged: dict, clip: Clip, shadow: Shadow, seed: int = 0, lam: float | str = "knee", strengths: Strengths = Strengths(),
            mined: tuple | None = None, strength: float | str = "default") -> tuple[dict, Defended]:
     """(purified state dict, Defended) of the registered defence on the state dict `merged`. `lam` is a rule of `lam_rules` or a number in [0, 1], `strength` "default",
     "rule" or a number for the defence's knob. `mined`: what `stage_one` returned, if it is at hand. Nothing here sees a trigger, a target or task data."""

@@ -126,6 +126,6 @@ def pick_lam(rule: str, curve: list[dict], pretrained: list[float]) -> dict:
     return dict(lam=lam_rules(rule, curve, pretrained), rule=lam_rules.find(rule), curve=curve, pretrained=pretrained)
 
 
-def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: torch.Tensor, rule: str = "calm", n: int = 21) -> dict:
+def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: torch.Tensor, rule: str = "knee", n: int = 21) -> dict:
     "`pick_lam` of `seen_along`."
     return pick_lam(rule, **seen_along(clip, theta_mm, end, shadow, prompts, n))

@@ -423,7 +423,7 @@ class Defending(Run):
     "The defender's settings: Stage I, Stage II, and the choice of λ (LFPM App. D)."
     shadow_n: Count = option(4000, "images the defender trains on, at most")
     held: Count = option(500, "more of them, only for choosing λ and for what it costs")
-    lam: WordOrNumber = option("calm", "place on the path: a rule (calm, turn, level, knee), or in [0, 1]")
+    lam: WordOrNumber = option("knee", "place on the path: a rule (knee, level, turn, calm), or in [0, 1]")
     strength: WordOrNumber = option("default", "of a defence: default, rule (tries three), or a number")
     lora: Whole = option(0, "rank of LoRA adapters, of whoever trains; 0 trains every weight")
     rank: RuleOrRank = option("rule", "r, dimension of the adversarial subspace: rule, or a number")
@@ -436,8 +436,8 @@ class Defending(Run):
     path_to: Share = option(1.0, "to here")
     anti_epochs: Count = option(2, "Stage II, and every defence that trains")
     anti_batch: Count = option(64, "their batch")
-    anti_lr: Positive = option(2.5e-4, "their learning rate")
-    prompted_weight: NotNegative = option(0.2, "of the prompted term beside the clean one, for them all")
+    anti_lr: Positive = option(5e-4, "their learning rate")
+    prompted_weight: NotNegative = option(1.0, "of the prompted term beside the clean one, for them all")
     recompute: Text = option("nothing", "towers, blocks: less memory for one more pass, same gradients")
     start: Text = option("merged", "theta_anti starts from the merged model, or pretrained")
     partition: Flag = option(False, "subspace partition (A; off: see notebook subspace)", also="A")
@@ -519,6 +519,8 @@ class PurifyParams(Defending):
     labels: Text = option("", "file of file,label; none: pseudo-labels; empty: sub-folders, if any")
     vocabulary: Text = option("", "words for pseudo-labels, one a line, or a head; empty: built in")
     out: Text = option("purified.safetensors", "where the weights go; other files lie beside it")
+    lam: WordOrNumber = option(
+        "level", "place on the path: a rule (knee, level, turn, calm), or in [0, 1]")
     semantic: Weights = option([2.0, 1.0, 0.5], "Eq 16's semantic term: a weight for each prompt")
 
     reads: ClassVar[tuple] = ("merged", "base", "shadow", "labels", "vocabulary")

@@ -36,7 +36,7 @@ def mined(pico, merged, shadow): return stage_one(pico, merged, shadow, S, 0)
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("method, lam", [("LFPM", lam) for lam in ("knee", "level", "turn", "calm", 0.3, 0, 1, "0.25")] + [(m, "calm") for m in sorted(defences) if m != "LFPM"])
+@pytest.mark.parametrize("method, lam", [("LFPM", lam) for lam in ("knee", "level", "turn", "calm", 0.3, 0, 1, "0.25")] + [(m, "knee") for m in sorted(defences) if m != "LFPM"])
 def test_the_model_lies_on_the_path_at_lam(pico, merged, shadow, mined, method, lam):
     before = {k: v.clone() for k, v in merged.items()}
     model, d = defend(method, merged, pico, shadow, lam=lam, strengths=S, mined=mined)
@@ -250,14 +250,14 @@ def test_lam_and_strengths_do_not_depend_on_the_evaluator(pico, merged, tmp_path
 def test_another_rule_for_lam_trains_nothing_unless_candidates_were_judged_by_it(pico, merged, tmp_path, monkeypatch, strength, trained):
     monkeypatch.setattr(E, "load_clip", lambda name: pico)
     got, stages = {}, Stages(tmp_path)
-    for lam in ("calm", "level", "0.5"):
+    for lam in ("knee", "level", "0.5"):
         lab, done = Lab(MainParams(**TINY, strength=strength, lam=lam), stages), len(stages.log)
         got[lam] = lab.defended("LFPM", merged)[1]
         anew = {n for n, _, reused in stages.log[done:] if not reused}
-        assert anew - {"lam"} == {"calm": {"stage1", "defend-LFPM"}, "level": trained, "0.5": set()}[lam] and ("lam" in anew) <= (lam != "0.5"), (lam, anew)
-    assert got["calm"].rule["rule"] == "calm" and got["level"].rule["rule"] == "level" and (got["0.5"].lam, got["0.5"].rule) == (.5, {})
-    for d in got.values(): assert d.log["rank"] == got["calm"].log["rank"] and d.strength is not None and d.log["seconds"] > 0
-    if strength == "default": assert same(got["calm"].end, got["level"].end) and got["calm"].rule["curve"] == got["level"].rule["curve"]
+        assert anew - {"lam"} == {"knee": {"stage1", "defend-LFPM"}, "level": trained, "0.5": set()}[lam] and ("lam" in anew) <= (lam != "0.5"), (lam, anew)
+    assert got["knee"].rule["rule"] == "knee" and got["level"].rule["rule"] == "level" and (got["0.5"].lam, got["0.5"].rule) == (.5, {})
+    for d in got.values(): assert d.log["rank"] == got["knee"].log["rank"] and d.strength is not None and d.log["seconds"] > 0
+    if strength == "default": assert same(got["knee"].end, got["level"].end) and got["knee"].rule["curve"] == got["level"].rule["curve"]
 
 
 def test_the_rule_sees_held_out_images_and_the_merged_model(pico, merged, shadow, mined):

@@ -359,7 +359,7 @@ def test_real_clip_is_not_trained_at_the_labs_rate(monkeypatch, lfpm):
     def stop(name, preset, given): seen.append((preset, settings_of(name, preset).anti_lr)); raise ValueError("seen")
     monkeypatch.setattr(F, "settings_of", stop)
     for model in ("lfpm-lab", "ViT-B-32-quickgelu"): assert lfpm("purify", "m", "--base", "b", "--model", model, "--shadow", "s")[0] == 2
-    assert seen == [("lab", 2.5e-4), ("paper", 1e-5)]
+    assert seen == [("lab", 5e-4), ("paper", 1e-5)]
 
 
 @pytest.mark.slow
