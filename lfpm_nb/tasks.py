@@ -8,7 +8,7 @@ __all__ = ['HANDWRITTEN_TRAIN', 'HANDWRITTEN_TEMPLATES', 'OWN_TEMPLATES', 'TASK_
            'pretrain_pool', 'prompt_corpus']
 
 # %% ../nbs/02_tasks.ipynb #8a082304
-import io, os, zipfile, zlib
+import contextlib, functools, io, os, re, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,21 +103,57 @@ _KEYS = ("images", "labels", "classes")
 def _bad(path, what: str, do: str) -> ValueError: return ValueError(f"{path}: {what}; {do}.")
 
 
+def _texts(a: np.ndarray, path, what: str) -> list[str]:
+    "An array's entries as text; bytes are read as UTF-8."
+    flat = a.reshape(-1).tolist()
+    try: return [c.decode("utf-8") if isinstance(c, bytes) else str(c) for c in flat]
+    except UnicodeDecodeError as e:
+        raise _bad(path, f"{what} are bytes that are no UTF-8 ({e})", "save them as text") from None
+
+
+def _numbered(path, labels: np.ndarray, classes: list[str]) -> np.ndarray:
+    "Labels (N,) that are text as row numbers of `classes`: names by name, whole numbers as such."
+    said = _texts(labels, path, "labels")
+    numbers = all(re.fullmatch("[0-9]+", s) for s in said)
+    if numbers and not any(re.fullmatch("[0-9]+", c) for c in classes):
+        return np.array([int(s) for s in said])
+    at = {c: i for i, c in enumerate(classes)}
+    if lost := sorted({s for s in said if s not in at}):
+        raise _bad(path, f"{len(lost)} labels are none of the classes ({', '.join(lost[:3])})",
+                   f"expected names from classes ({', '.join(classes[:3])}, …)")
+    return np.array([at[s] for s in said])
+
+# %% ../nbs/02_tasks.ipynb #2bd10003
+def _named(path, parts: dict) -> dict:
+    "The arrays of an .npz with class names as text, each once, and labels as row numbers of them."
+    words = "labels" in parts and parts["labels"].dtype.kind in "US"
+    if words and "classes" not in parts:
+        parts["classes"] = np.unique(_texts(parts["labels"], path, "labels"))
+        if all(c.isdigit() for c in parts["classes"]): del parts["classes"]   # numbers name nothing
+    if missing := [k for k in _KEYS if k not in parts]:
+        raise _bad(path, f"lacks {', '.join(missing)}", "it needs the keys images, labels and classes")
+    classes = _texts(parts["classes"], path, "classes")
+    odd = [c for c in classes if not c.strip() or classes.count(c) > 1]
+    if odd: raise _bad(path, f"classes has {odd[0]!r} {classes.count(odd[0])} times", "name every class once")
+    labels = parts["labels"].reshape(-1)
+    return parts | dict(classes=classes, labels=_numbered(path, labels, classes) if words else labels)
+
+
 def read_npz(path: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     "Images (N, 3, H, W) uint8, labels (N,) and class names of one file; ValueError says what is wrong with it."
     try:
         with open(path, "rb") as h, np.load(h, allow_pickle=False) as f: parts = {k: f[k] for k in _KEYS if k in f.files}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as e:
-        why = "it holds pickled objects, which could run code" if "pickle" in str(e) else e       # numpy's own message advises to allow that
+    except Exception as e:           # numpy and zipfile raise whatever a damaged header leads them to
+        why = "it holds pickled objects, which could run code" if "pickle" in str(e) else str(e) or type(e).__name__       # numpy's own message advises to allow that
         raise _bad(path, f"cannot be read ({why})", "save it again with np.savez, class names as plain strings") from e
-    if missing := [k for k in _KEYS if k not in parts]:
-        raise _bad(path, f"lacks {', '.join(missing)}", "it needs the keys images, labels and classes")
-    x, y, classes = parts["images"], parts["labels"].reshape(-1), [str(c) for c in parts["classes"].reshape(-1)]
+    parts = _named(path, parts)
+    x, y, classes = (parts[k] for k in _KEYS)
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)) or not x.size:
         raise _bad(path, f"images are {x.dtype} {x.shape}", "expected uint8 (N, H, W, 3) or (N, H, W) with at least one image")
     if len(x) != len(y): raise _bad(path, f"{len(x)} images but {len(y)} labels", "give one label per image")
     if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= len(classes):
-        raise _bad(path, f"labels are {y.dtype} from {y.min()} to {y.max()}", f"expected whole numbers from 0 to {len(classes) - 1}, one a class")
+        span = f" from {y.min()} to {y.max()}" if y.dtype.kind in "biuf" else ""
+        raise _bad(path, f"labels are {y.dtype}{span}", f"expected whole numbers from 0 to {len(classes) - 1}, one a class, or their names")
     x = torch.from_numpy(x if x.ndim == 4 else x[..., None]).permute(0, 3, 1, 2)
     return x.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(y.astype(np.int64)), classes
 
@@ -125,46 +161,161 @@ def read_npz(path: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
 def _stack(images: list[np.ndarray]) -> torch.Tensor: return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
+def _hidden(name: str) -> bool:
+    "Whether a file, or a folder that it lies in, is nobody's picture: .git, __MACOSX."
+    return any(p.startswith((".", "__")) for p in name.split("/"))
+
+
+def _fail(e: OSError): raise e
+
+
+def _below(path: Path) -> list[str]:
+    """Names below a directory, of folders with a slash at the end. Links are followed; ValueError where one leads to a
+    folder that is there already: its pictures would count twice, or without end."""
+    seen, out = {os.path.realpath(path): "the folder itself"}, []
+    for here, folders, files in os.walk(path, onerror=_fail, followlinks=True):
+        name = lambda n: (Path(here).relative_to(path) / n).as_posix()
+        folders[:] = sorted(d for d in folders if not _hidden(d))
+        for d in folders:
+            real = os.path.realpath(os.path.join(here, d))
+            if real in seen: raise _bad(path, f"{name(d)} leads to {seen[real]}", "remove one of them, or its pictures count twice")
+            seen[real] = name(d)
+        out += [name(d) + "/" for d in folders]
+        # a link to nothing stays in the list: opened, it will be missed by name
+        out += [name(f) for f in files if os.path.isfile(p := os.path.join(here, f)) or not os.path.exists(p)]
+    return out
+
+
 def _listing(path: Path) -> list[str]:
-    "Names of all files below a directory or in a zip, with forward slashes."
-    if path.is_dir(): return [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
+    "Names below a directory or in a zip, with forward slashes, of folders with one at the end; hidden ones left out."
+    if path.is_dir(): return [n for n in _below(path) if not _hidden(n)]
+    if not path.is_file(): raise _bad(path, "is no file", "give a folder, a zip or an .npz")
     try:
-        with zipfile.ZipFile(path) as z: return [n for n in z.namelist() if not n.endswith("/")]
-    except (OSError, zipfile.BadZipFile) as e: raise _bad(path, f"is no readable zip ({e})", "pack it again, one folder per class") from e
+        with zipfile.ZipFile(path) as z: return [n for n in z.namelist() if not _hidden(n)]
+    except Exception as e: raise _bad(path, f"is no readable zip ({e})", "pack it again, one folder per class") from e
+
+# %% ../nbs/02_tasks.ipynb #2bd10012
+def _lead(names: list[list[str]]) -> tuple[int, bool]:
+    "(how many folders lie around everything, whether train/ and test/ come next)."
+    k = 0
+    while min(map(len, names)) - k > 2 and len({n[k] for n in names}) == 1: k += 1
+    return k, {"train", "test"} <= {n[k] for n in names} <= {"train", "test", "val"}
 
 
 def _class_rows(path: Path, names: list[list[str]]) -> list[tuple[str, str]]:
     "(split, class) of each name: a folder around everything is skipped, then train/ and test/, then comes the class."
-    while min(map(len, names)) > 2 and len({n[0] for n in names}) == 1: names = [n[1:] for n in names]
-    halves = {"train", "test"} <= {n[0] for n in names} <= {"train", "test", "val"}
-    rows = [(n[0] if halves else "", n[1:] if halves else n) for n in names]
+    k, halves = _lead(names)
+    rows = [(n[k] if halves else "", n[k + halves:]) for n in names]
     loose = next((n for _, n in rows if len(n) < 2), None)
     if loose: raise _bad(path, f"{loose[-1]} lies outside a class folder", "put every image in the folder of its class")
     return [(s, n[0].replace("_", " ")) for s, n in rows]
 
+
+def _check_classes(path: Path, names: list[list[str]], others: list[list[str]]) -> None:
+    "ValueError if a class folder, known from the `others` in it or from its own name, holds none of the pictures `names`."
+    k, halves = _lead(names)
+    deep, around = k + halves + 1, names[0][:k]
+    full = {tuple(n[:deep]) for n in names}
+    folders = sorted({tuple(n[:deep]) for n in others if len(n) > deep and n[:k] == around})
+    if halves: folders = [f for f in folders if f[k] in ("train", "test", "val")]
+    if empty := ["/".join(f) for f in folders if f not in full]:
+        raise _bad(path, f"{len(empty)} of {len(full | set(folders))} class folders hold no readable picture ({', '.join(empty[:3])})",
+                   "fill them, or move what is no class elsewhere")
+
 # %% ../nbs/02_tasks.ipynb #acf22774
+@functools.cache
+def _formats() -> tuple:
+    "Pillow's formats, but for those that start another program and those that are no pictures."
+    Image.init()
+    return tuple(f for f in Image.ID if f not in ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"))
+
+
+def _white(img: Image.Image) -> tuple[float | None, bool]:
+    "(the value that is white, None where the file does not say; whether it says so of its own pixels)."
+    if img.mode != "F" and img.format in ("PNG", "PPM", "JPEG2000"):
+        # of a PGM with another maximum than 65535 Pillow has made that
+        return 65535, img.tile[0].codec_name == "ppm" and img.tile[0].args[-1] != 65535
+    if img.format != "TIFF": return None, False
+    tag = lambda *names: next((set(np.ravel(img.tag_v2[t]).tolist()) for t in names if t in img.tag_v2), set())
+    most, least, bits, kind = tag(341, 281), tag(340, 280), tag(258), tag(339)     # SMax-, SMinSampleValue; SampleFormat
+    top = min(most, default=0)
+    if most: return (top if len(most) == 1 and least <= {0} and top in (1, *(2 ** k - 1 for k in range(8, 32))) else None), True
+    return (2 ** max(bits) - 1, bits == {12}) if bits in ({12}, {16}) and kind <= {1} else (None, False)
+
+# %% ../nbs/02_tasks.ipynb #2bd10020
+def _scale(img: Image.Image) -> tuple | None:
+    "(white, said?, is zero white?) of a picture with more than 8 bits, not yet loaded; None for all others."
+    tile = img.tile[0].args if img.tile else ""
+    deep = re.search(r"\b(L|LA|RGB|RGBA|RGBX);16", str(tile)) or (img.format == "PPM" and "65535" in str(tile))
+    if img.mode[0] not in "IF" and not deep: return None
+    return *_white(img), img.format == "TIFF" and img.mode[0] in "IF" and img.tag_v2.get(262) == 0
+
+
+def _eight_bits(img: Image.Image, white: float | None, said: bool, turned: bool) -> Image.Image:
+    "A picture of more than 8 bits with 8; ValueError where it is not known which value is white."
+    if img.mode[0] not in "IF":                      # colour: Pillow has kept the upper 8 of 16 bits
+        top = 256 * max(hi for band, (_, hi) in zip(img.getbands(), img.getextrema()) if band != "A")
+        if white != 65535 or (not said and 0 < top < 2 ** 14):
+            raise ValueError(f"its 16 bits end at {white if said else top + 255}, which leaves 8 bits next to nothing")
+        return img
+    a = np.asarray(img)
+    lo, hi = a.min(), a.max()
+    guess = white is None or (not said and 0 < hi < 2 ** 14)
+    if guess or not (0 <= lo and hi <= white):       # NaN too
+        says = "does not say which one is white" if guess else f"says that {white:g} is white"
+        raise ValueError(f"its values run from {lo:g} to {hi:g}, and the file {says}: "
+                         "save it with 8 bits, or give the TIFF tag MaxSampleValue 1 or 2^bits - 1")
+    a = white - a.astype(np.float64) if turned else a.astype(np.float64)
+    return Image.fromarray((a * 255 // white).astype(np.uint8))
+
+# %% ../nbs/02_tasks.ipynb #2bd10021
 def _image(file, path: Path, name: str, size: int) -> np.ndarray:
     "One image of any mode as RGB (size, size, 3); ValueError names a damaged one."
     try:
-        with Image.open(file) as img:
+        with Image.open(file, formats=_formats()) as img:
+            scale = _scale(img)
             img = ImageOps.exif_transpose(img)
-            if img.mode.startswith("I"): img = Image.fromarray((np.asarray(img).clip(0, 65535) // 257).astype(np.uint8))
+            if scale: img = _eight_bits(img, *scale)
             if "A" in img.getbands() or "transparency" in img.info:
                 img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img.convert("RGBA"))
             return np.asarray(ImageOps.fit(img.convert("RGB"), (size, size), Image.LANCZOS))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise _bad(path, f"{name} is no readable image ({e})", "replace or remove it") from e
+    except Exception as e:               # Pillow's readers raise whatever a damaged file leads them to
+        raise _bad(path, f"{name} is no readable image ({e or type(e).__name__})", "replace or remove it") from e
 
 
 def _member(path: Path, z: zipfile.ZipFile, name: str) -> io.BytesIO:
     "One file of a zip."
     try: return io.BytesIO(z.read(name))
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as e:
+    except Exception as e:
         raise _bad(path, f"{name} cannot be unpacked ({e})", "pack it again, without a password") from e
 
 # %% ../nbs/02_tasks.ipynb #3549be99
-_IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+@functools.cache
+def _endings() -> frozenset:
+    "Endings of picture files: all that Pillow opens, and some that it cannot."
+    others = ("BUFR", "GRIB", "HDF5", "MPEG", "PDF", "PALM")
+    _formats()
+    known = {e for e, f in Image.registered_extensions().items() if f not in others}
+    return frozenset(known | {".heic", ".heif", ".jxl", ".svg", ".exr", ".dng", ".cr2", ".nef", ".arw"})
 
+
+def _begins_as_picture(head: bytes) -> bool:
+    "Whether the first 16 bytes are those of a common picture format that cannot be mistaken."
+    return any(Image.OPEN[f][1](head) for f in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "JPEG2000", "AVIF"))
+
+
+def _pictures(path: Path, names: list[str]) -> list[str]:
+    "Those of a listing's names that are pictures, sorted."
+    def head(name: str) -> bytes:
+        try:
+            with (open(path / name, "rb") if z is None else z.open(name)) as f: return f.read(16)
+        except Exception: return b""                 # a link to nothing, a locked or damaged member
+    named = [n for n in names if Path(n).suffix.lower() in _endings() and not n.endswith("/")]
+    rest = [n for n in names if not n.endswith("/") and Path(n).suffix.lower() not in _endings()]
+    with contextlib.nullcontext() if path.is_dir() else zipfile.ZipFile(path) as z:
+        return sorted(named + [n for n in rest if _begins_as_picture(head(n))])
+
+# %% ../nbs/02_tasks.ipynb #2bd10031
 @dataclass
 class Folder:
     "Images by class folder, in a directory or a zip: `names` relative to it, label `y` of each, `split` of each (train, test or empty)."
@@ -177,10 +328,11 @@ class Folder:
     @classmethod
     def of(cls, path: Path) -> "Folder":
         "List what lies at `path`; ValueError for empty folders and images outside a class folder."
-        hidden = lambda n: any(p.startswith((".", "__")) for p in n.split("/"))
-        names = sorted(n for n in _listing(path) if Path(n).suffix.lower() in _IMAGES and not hidden(n))
-        if not names: raise _bad(path, "holds no images", f"put them in one folder per class ({', '.join(sorted(_IMAGES))})")
+        every = _listing(path)
+        names = _pictures(path, every)
+        if not names: raise _bad(path, "holds no images", "put them in one folder per class (png, jpg, tif, or what else Pillow reads)")
         rows = _class_rows(path, [n.split("/") for n in names])
+        _check_classes(path, [n.split("/") for n in names], [n.split("/") for n in set(every) - set(names)])
         classes = sorted({c for _, c in rows})
         return cls(path, names, torch.tensor([classes.index(c) for _, c in rows]), [s for s, _ in rows], classes)
 
@@ -212,16 +364,26 @@ def _source(path: Path) -> tuple:
     return f.y, f.split, f.classes, f.open
 
 # %% ../nbs/02_tasks.ipynb #1938a602
+def _check_all(path: Path, y: torch.Tensor, classes: list[str], half: str) -> None:
+    "ValueError if a class has no picture in this half, or if there is but one class."
+    if len(classes) < 2: raise _bad(path, f"holds one class, {classes[0]!r}", "give at least two: among one every answer is right")
+    lost = [c for c, n in zip(classes, y.bincount(minlength=len(classes)).tolist()) if not n]
+    if lost: raise _bad(path, f"{len(lost)} of {len(classes)} classes have no picture in {half} ({', '.join(lost[:3])})", "give every class one, in train and in test")
+
+
 def _halves(path: Path, seed, share: float) -> tuple[list[str], dict]:
     "Class names and, for train and test, (labels, rows, reader): as given by two files or two folders, else split by seed."
     parts = {s: _source(p) for s, p in _parts(path).items()}
     y, split, classes, read = next(iter(parts.values()))
     if len(parts) == 2:
         if parts["train"][2] != parts["test"][2]: raise _bad(path, "train and test name different classes", "use one list of classes in both")
+        for s, p in parts.items(): _check_all(path, p[0], classes, s)
         return classes, {s: (p[0], torch.arange(len(p[0])), p[3]) for s, p in parts.items()}
     if "train" in split:
+        for s in ("train", "test"): _check_all(path, y[[t == s for t in split]], classes, s)
         return classes, {s: (y, torch.tensor([i for i, t in enumerate(split) if t == s]), read) for s in ("train", "test")}
     count = y.bincount(minlength=len(classes))
+    if len(classes) < 2: _check_all(path, y, classes, "it")
     few = int(count.argmin())
     if count[few] < 2:
         raise _bad(path, f"class {classes[few]!r} has {count[few]} image{'s' * (count[few] != 1)}",
