@@ -166,7 +166,7 @@ def choose(name: str, options, kind: str) -> str:
 
 # %% ../nbs/00_core.ipynb #2bd00002
 def printable(text) -> str:
-    r"Text with control and formatting characters, line breaks and undecodable bytes spelt out, as in \x1b."
+    r"Text with control characters, line breaks and undecodable bytes spelt out, as in \x1b."
     plain = lambda c: unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")
     return "".join(c if plain(c) else c.encode("unicode_escape").decode() for c in str(text))
 

@@ -206,7 +206,8 @@ def _stamp(task: str) -> list:
     if task in TASK_NAMES: return []
     path = own_data().get(task, Path(task))
     # as the task reads them: through links too
-    files = sorted(path / n for n in _below(path) if not n.endswith("/")) if path.is_dir() else [path]
+    inside = _below(path) if path.is_dir() else []
+    files = sorted(path / n for n in inside if not n.endswith("/")) if path.is_dir() else [path]
     # the folder that a picture lies in may be its label
     where = lambda f: f.relative_to(path).as_posix() if path.is_dir() else f.name
     return [(where(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
