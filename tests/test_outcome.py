@@ -142,14 +142,16 @@ def test_another_results_card_is_not_overwritten(files, tmp_path):
 # --- names are text ------------------------------------------------------------------------------
 
 def test_control_characters_of_a_file_are_spelt_out(lab, lfpm, tmp_path):
-    bad = lab.state() | {"evil\x1b[2J\nlfpm: all is well\u202e": torch.ones(2)}
-    save_state(tmp_path / "bad.safetensors", layout(bad, {}, "visual")[0])
-    save_state(tmp_path / "base.safetensors", layout(lab.state(), {}, "visual")[0])
-    bad, base, out = (str(tmp_path / n) for n in ("bad.safetensors", "base.safetensors", "m.safetensors"))
-    for args in (("merge", bad, base, "--base", base, "--out", out), ("convert", bad, out, "--to", "hf")):
+    evil = {"evil\x1b[2J\nlfpm: all is well\u202e": torch.ones(2)}
+    write = lambda name, *state: save_state(tmp_path / name, layout(*state)[0])
+    write("odd.safetensors", lab.state() | evil, {}, "visual")
+    write("whole.safetensors", lab.state(), evil, "open_clip")
+    write("base.safetensors", lab.state(), {}, "visual")
+    odd, whole, base, out = (str(tmp_path / f"{n}.safetensors") for n in ("odd", "whole", "base", "m"))
+    for args in (("merge", odd, base, "--base", base, "--out", out), ("convert", whole, out, "--to", "visual")):
         _, printed, err = lfpm(*args)
-        assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", printed + err) and "lfpm: all is well\n" not in printed + err
-        assert r"evil\x1b[2J\nlfpm" in printed + err, (printed, err)
+        assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", printed + err) and (printed + err).count("\n") == 1
+        assert r"evil\x1b[2J\nlfpm: all is well\u202e" in printed + err, (printed, err)
 
 
 def test_a_page_has_a_place_before_the_work(files, lfpm, tmp_path, monkeypatch):
