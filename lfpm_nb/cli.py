@@ -138,7 +138,7 @@ def methods():
 # %% ../nbs/25_cli.ipynb #6ebcbf94
 from .core import Diverged, writing
 from .formats import FORMS, convert, note
-from .purify import BESIDE, PURIFIED, merge_files, open_walk, purify, walk, walk_figure
+from .purify import BESIDE, KINDS, PURIFIED, merge_files, open_walk, purify, walk, walk_figure
 
 # %% ../nbs/25_cli.ipynb #01253a30
 def _options(p: list[str]) -> dict:
@@ -231,6 +231,13 @@ def purify_(merged: str = typer.Argument(..., help="merged vision tower: open_cl
     if end["state"] != PURIFIED: raise typer.Exit(3)
 
 # %% ../nbs/25_cli.ipynb #4d67ff29
+def _not_purified(folder) -> str:
+    "What a card of purify in a results folder says instead of purified; '' if it does not."
+    try: card = json.loads((Path(folder) / "card.json").read_text(encoding="utf-8"))
+    except OSError: return ""
+    return card["outcome"]["state"] if card.get("kind") == KINDS[0] else ""
+
+
 @app.command()
 def run(name: str = typer.Argument(None, help="an experiment, e.g. main; see --list"),
         every: bool = typer.Option(False, "--list", help="print all experiments with minutes and what they reproduce, run nothing"),
@@ -255,6 +262,7 @@ def run(name: str = typer.Argument(None, help="an experiment, e.g. main; see --l
     try: out = run_notebook(name, preset, given, seed, force)
     except KeyboardInterrupt: raise typer.Exit(_say("stopped; finished stages are kept, so the same command continues", 130)) from None
     print(f"results in {out}")
+    if state := _not_purified(out): raise typer.Exit(_say(f"nothing was purified ({state}); card.md there says why", 3))
 
 # %% ../nbs/25_cli.ipynb #1056077f
 @app.command("table")

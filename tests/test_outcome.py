@@ -72,6 +72,15 @@ def test_a_moved_model_is_purified_and_few_pictures_are_said(files, lfpm, tmp_pa
     assert "0 of one colour" in text
 
 
+@pytest.mark.parametrize("card, code", [(None, 0), (dict(kind=KINDS[1], outcome=dict(state="purified")), 0),
+                                        (dict(kind=KINDS[0], outcome=dict(state="unchanged")), 3)])
+def test_a_run_notebook_that_purified_nothing(lfpm, tmp_path, monkeypatch, card, code):
+    if card: (tmp_path / "card.json").write_text(json.dumps(card), encoding="utf-8")
+    monkeypatch.setattr(cli, "run_notebook", lambda *a: tmp_path)
+    got, printed, err = lfpm("run", "purify")
+    assert got == code and printed == f"results in {tmp_path}\n" and err == ("" if not code else "lfpm: nothing was purified (unchanged); card.md there says why\n")
+
+
 def test_nothing_found_is_said(files, lfpm, tmp_path, monkeypatch):
     "The mark that a method leaves in its log reaches terminal, card and page."
     import lfpm_nb.experiment as X
