@@ -198,6 +198,33 @@ def test_voila(page, serve, tmp_path):
     assert page.errors == []
 
 
+def test_explore_lets_nobody_else_in(serve, tmp_path):
+    "No kernel without the token; another host's name, as a rebound page has it, is refused everywhere."
+    import http.client
+    port = free_port()
+    serve([str(Path(sys.executable).with_name("lfpm")), "explore", f"--port={port}"], f"http://127.0.0.1:{port}/login")
+    token = address(tmp_path).split("token=")[1]
+    socket_path = "/api/kernels/12345678-1234-1234-1234-123456789012/channels"
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+
+    def ask(path: str, host: str = f"127.0.0.1:{port}", **headers) -> tuple[int, str]:
+        c = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        c.request("GET", path, headers={"Host": host} | headers)
+        r = c.getresponse()
+        return r.status, r.getheader("Location") or ""
+
+    for path in ("/", "/?token=guessed"):
+        status, to = ask(path)
+        assert status == 302 and to.startswith("/login")
+    assert ask(socket_path, **upgrade)[0] == 403
+    for path in ("/", "/login", f"/?token={token}"): assert ask(path, "rebound.example")[0] == 403
+    assert ask(f"{socket_path}?token={token}", "rebound.example", Origin="http://rebound.example", **upgrade)[0] == 403
+    servers = [p for p in psutil.process_iter(["cmdline"]) if f"--port={port}" in (p.info["cmdline"] or ())]
+    started = [" ".join(c.cmdline()) for p in servers for c in p.children(recursive=True)]
+    kernels = [c for c in started if "ipykernel_launcher" in c]
+    assert servers and kernels == [], "nobody was given a kernel"
+
+
 @pytest.mark.parametrize("name, drawn", [("merge", ".bartext"), ("subspace", ".trace.scatter .point[style*='rgb(0, 0, 0)']")])
 def test_voila_draws_what_the_words_say(page, serve, tmp_path, monkeypatch, name, drawn):
     "What a figure is given before its page is there to see it would be lost: the first view must have its numbers from birth."

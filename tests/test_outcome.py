@@ -178,3 +178,28 @@ def test_a_page_has_a_place_before_the_work(files, lfpm, tmp_path, monkeypatch):
         code, printed, err = lfpm("report", "--out", str(place))
         assert (code, printed, err.count("\n")) == (2, "", 1) and why in err, err
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "report.html"]
+
+
+def test_explore_is_guarded(tmp_path, monkeypatch):
+    "Token, Host check and an end for idle kernels are what Voilà is told; a port that is taken is refused before it."
+    import socket
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "/elsewhere")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port {port} cannot be had .*; give another --port"): cli._guard(str(tmp_path), port, "t")
+    env = cli._guard(str(tmp_path), port, "t")
+    said = json.loads((tmp_path / "voila.json").read_text(encoding="utf-8"))
+    assert env == dict(JUPYTER_TOKEN="t", JUPYTER_CONFIG_PATH=f"{tmp_path}:/elsewhere")
+    assert said["Voila"] == dict(auto_token=True, port_retries=0, tornado_settings=dict(allow_remote_access=False))
+    assert 0 < said["MappingKernelManager"]["cull_idle_timeout"] <= 300
+
+
+def test_the_title_of_a_served_page_is_text(tmp_path):
+    "A folder's name in Markdown: no tag, no link, no picture of it is made."
+    from nbconvert.filters import markdown2html
+    from lfpm_nb.explore import page_of
+    name = "<img src=x onerror=alert(1)> [a](javascript:b) ![c](d) `e` *f* \x1b"
+    page = json.loads(page_of("None", f"Run {name}", tmp_path).read_text(encoding="utf-8"))
+    html = markdown2html("".join(page["cells"][0]["source"])).split("</h1>")[0]
+    assert not re.search("<(img|a |em|code|strong)", html.split(">", 1)[1].replace('<a class="anchor-link"', "")) and r"\x1b" in html, html
