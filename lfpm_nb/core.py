@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['proj_path', 'runs_dir', 'cache_dir', 'device', 'precision', 'amp', 'resident', 'rows', 'libraries', 'versions',
            'cpu_name', 'team', 'first', 'agreed', 'share', 'everywhere', 'stable_seed', 'generator', 'short', 'choose',
-           'Registry', 'method', 'content_hash', 'as_it_runs', 'imported', 'code_hash', 'writing', 'write_json',
-           'save_state', 'load_state', 'file_sha', 'checked', 'save_sealed', 'damage', 'check_same', 'Progress', 'Peak',
-           'Diverged', 'Stages']
+           'printable', 'Registry', 'method', 'content_hash', 'as_it_runs', 'imported', 'code_hash', 'writing',
+           'write_json', 'save_state', 'load_state', 'file_sha', 'checked', 'save_sealed', 'damage', 'check_same',
+           'Progress', 'Peak', 'Diverged', 'Stages']
 
 # %% ../nbs/00_core.ipynb #03d8054d
 import ast, contextlib, difflib, functools, hashlib, inspect, json, mmap, os, platform, re, reprlib
-import sys, sysconfig, tempfile, textwrap, time, tokenize, types
+import sys, sysconfig, tempfile, textwrap, time, tokenize, types, unicodedata
 from dataclasses import is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -163,6 +163,12 @@ def choose(name: str, options, kind: str) -> str:
     near = difflib.get_close_matches(name.lower(), low, 1, 0.5) if len(name) < 160 else []
     hint = f"did you mean {low[near[0]]!r}?" if near else f"known: {', '.join(map(str, options))}."
     raise ValueError(f"unknown {kind} {short(name)}; {hint}")
+
+# %% ../nbs/00_core.ipynb #2bd00002
+def printable(text) -> str:
+    r"Text with control characters, line breaks and undecodable bytes spelt out, as in \x1b."
+    plain = lambda c: unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")
+    return "".join(c if plain(c) else c.encode("unicode_escape").decode() for c in str(text))
 
 # %% ../nbs/00_core.ipynb #42a1af9e
 def _plain_function(t):

@@ -9,14 +9,14 @@ __all__ = ['KEEP', 'PAGE', 'CODE', 'TWO', 'grid_of', 'read_grid', 'same_origin',
            'voila_template', 'page_of']
 
 # %% ../nbs/20_explore.ipynb #676c1c20
-import base64, html, io, json, os, threading
+import base64, html, io, json, os, re, threading
 from dataclasses import replace
 from pathlib import Path as File
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from .core import Stages, check_same, choose, device, method, writing
+from .core import Stages, check_same, choose, device, method, printable, writing
 from .clip import Clip, features, logits
 from .measure import Suite, average, measure
 from .path import Path, integrate, measure_path
@@ -447,13 +447,13 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 <p><label for="lam">λ (lambda)</label> <input id="lam" type="range" min="0" max="1" step="0.005" value="0" aria-describedby="words">
 <input id="box" type="number" min="0" max="1" step="0.005" value="0" aria-label="λ as a number"> <button data-l="0">0: start</button>%(rule)s<button data-l="1">1: end</button></p>
 <p id="words" role="status"></p><div id="fig"></div><div id="sheet"></div>
-<script>const D=%(data)s, fig=document.getElementById("fig"), lam=document.getElementById("lam"), box=document.getElementById("box"), k=D.moving;
+<script>const D=%(data)s, fig=document.getElementById("fig"), lam=document.getElementById("lam"), box=document.getElementById("box"), bold=document.createElement("b"), k=D.moving;
 function at(v,l){let i=D.lam.findIndex(x=>x>=l-1e-9);if(i<=0)return v[0];let t=(l-D.lam[i-1])/(D.lam[i]-D.lam[i-1]);return v[i-1]+t*(v[i]-v[i-1])}
 function go(){const l=+lam.value;if(document.activeElement!==box)box.value=l;const on=D.lam.some(x=>Math.abs(x-l)<1e-6),ca=at(D.CA,l),t=at(D.ASR_T,l),n=at(D.ASR_N,l);
 let j=0;D.looks.forEach((x,i)=>{if(Math.abs(x.lam-l)<Math.abs(D.looks[j].lam-l))j=i});const s=D.looks[j];
 Plotly.restyle(fig,{x:[[l],[l,l],s.px,s.tx],y:[[ca],[t,n],s.py,s.ty]},[k+1,k+2,k+3,k+4]);
 document.getElementById("sheet").innerHTML=D.sheets[j].replace(/src='#(\\d+)'/g,(m,i)=>"src='"+D.pngs[+i]+"'");
-document.getElementById("words").innerHTML="<b>"+D.name+", λ = "+l.toFixed(3)+"</b> · "+(on?"recorded":"interpolated")+": CA "+ca.toFixed(1)+" %%, ASR(T) "+t.toFixed(1)+" %%, ASR(N) "+n.toFixed(1)+" %% · pictures and map: exact at λ = "+s.lam.toFixed(2)+", n = "+D.n}
+bold.textContent=D.name+", λ = "+l.toFixed(3);document.getElementById("words").replaceChildren(bold," · "+(on?"recorded":"interpolated")+": CA "+ca.toFixed(1)+" %%, ASR(T) "+t.toFixed(1)+" %%, ASR(N) "+n.toFixed(1)+" %% · pictures and map: exact at λ = "+s.lam.toFixed(2)+", n = "+D.n)}
 Plotly.newPlot(fig,D.fig.data,D.fig.layout,{responsive:true}).then(go);lam.addEventListener("input",go);box.addEventListener("input",()=>{if(box.value){lam.value=box.value;go()}});
 document.querySelectorAll("button").forEach(b=>b.addEventListener("click",()=>{lam.value=b.dataset.l;go()}));</script></html>"""
 
@@ -484,13 +484,13 @@ def save_html(self, path, cdn: bool = False) -> File:
     data = dict(fig=json.loads(fig.to_json()), moving=fig.layout.meta["moving"], name=c.name, n=c.n, looks=looks, sheets=sheets, pngs=c.pngs,
                 **{k: [round(float(x), 4) for x in c.grids[c.name][k]] for k in ("lam", *KEEP)})
     rule = f'<button data-l="{c.chosen[c.name]}">the rule\'s λ</button>' if c.chosen else ""
-    with writing(path) as tmp: tmp.write_text(PAGE % dict(plotly=plotly, rule=rule, data=json.dumps(data).replace("</", "<\\/")), encoding="utf-8")
+    with writing(path) as tmp: tmp.write_text(PAGE % dict(plotly=plotly, rule=rule, data=json.dumps(data).replace("<", "\\u003c")), encoding="utf-8")
     return File(path)
 
 # %% ../nbs/20_explore.ipynb #cc3b3e67
 def voila_template(folder) -> dict:
     "Write Voilà's own page template without outside addresses under `folder`; the environment that makes Voilà find it as `lfpm`."
-    import re, shutil
+    import shutil
     from jupyter_core.paths import jupyter_path
     source = next(File(p) for p in jupyter_path("voila", "templates", "lab") if File(p).is_dir())
     mine = File(folder) / "voila" / "templates" / "lfpm"
@@ -513,7 +513,9 @@ TWO = "between(lab := load_recorded(), *(fitted(read_tower(f), lab.clip) for f i
 def page_of(core: str, words: str, folder) -> File:
     "Write a notebook with one explorer on `core`, an expression that makes a `PathCore`, under a title of `words`: what Voilà serves for a run or for two files."
     import nbformat.v4 as v
-    nb = v.new_notebook(cells=[v.new_markdown_cell(f"# {words}\n\n> λ = 0 is the start, λ = 1 the end. Drag the slider, type a number, or use the arrow keys once the slider has the focus."),
+    # a file's name is text: no tag, no link, no emphasis
+    plain = lambda s: re.sub(r"([\\`*_{}\[\]()#!|~$])", r"\\\1", html.escape(printable(s), quote=False))
+    nb = v.new_notebook(cells=[v.new_markdown_cell(f"# {plain(words)}\n\n> λ = 0 is the start, λ = 1 the end. Drag the slider, type a number, or use the arrow keys once the slider has the focus."),
                                v.new_code_cell(CODE.format(core=core))], metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")))
     out = File(folder) / "explorer.ipynb"
     out.write_text(json.dumps(nb), encoding="utf-8")

@@ -13,7 +13,7 @@ import functools, json, math, re, sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
-from .core import check_same, choose, device, load_state, save_state, write_json
+from .core import check_same, choose, device, load_state, printable, save_state, write_json
 from .clip import Clip, data_card, data_cards, file_sha, load_clip, plain_models, untrained
 
 # %% ../nbs/21_formats.ipynb #90c6cdc9
@@ -249,7 +249,7 @@ def _config(path: Path) -> dict:
 # %% ../nbs/21_formats.ipynb #d1a7c042
 def note(text: str) -> None:
     "One line on stderr."
-    print(f"lfpm: {text}", file=sys.stderr)
+    print(f"lfpm: {printable(text)}", file=sys.stderr)
 
 
 def _described(config: dict, quick_gelu: bool) -> tuple[dict, dict]:

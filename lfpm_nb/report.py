@@ -21,7 +21,7 @@ import pandas as pd
 from .core import choose, method, proj_path, runs_dir, writing
 from .settings import notebooks
 from .results import DASHES, MARKS, draw_path, plot_path, styles, versus
-from .runs import find_runs
+from .runs import check_writable, find_runs
 
 # %% ../nbs/23_report.ipynb #cb9ad549
 ROW = ["paper", "table", "attack", "finetuning", "sequence", "backbone", "method", "metric"]       # what one row and one column of a printed table share
@@ -901,7 +901,9 @@ def section(self, r: Results, drawn: dict) -> str:
     "One experiment: what it repeats, its table beside the paper's, figures, how it was made."
     paper, number = SOURCES[r.name]
     n = r.df[(r.df.metric == "ASR_T") & (r.df.task == "average")].n if "lo" in r.df else pd.Series(dtype=int)
-    made = (f"configuration {r.config}, seeds {', '.join(map(str, r.seeds))}, {r.seconds / 60:.0f} minutes, {html.escape(', '.join([*(f'{k} {v}' for k, v in r.versions.items()), *r.notes]))}"
+    versions = ", ".join([*(f"{k} {v}" for k, v in r.versions.items()), *r.notes])
+    seeds = ", ".join(map(str, r.seeds))
+    made = (html.escape(f"configuration {r.config}, seeds {seeds}, {r.seconds / 60:.0f} minutes, {versions}")
             + (f"; ASR(T) counts {', '.join(map(str, sorted({int(x) for x in n})))} pictures a seed" if len(n) else ""))
     figs = "".join(f"<figure>{plotly_div(fig)}<figcaption>{html.escape(caption)}</figcaption></figure>" for _, fig, caption in drawn.values())
     table = html_table(beside(r, self.printed.get(r.name)), "ours: mean ± std over seeds")
@@ -959,7 +961,7 @@ def markdown(self, drawn: dict) -> str:
     for name, r in self.found.items():
         t = beside(r, self.printed.get(name))
         heads = [" ".join(filter(None, c)) for c in t.columns]
-        out += [f"## {name}", "", f"{SOURCES[name][0]} {f'Table {SOURCES[name][1]}' if SOURCES[name][1] else 'Fig 5'}; configuration {r.config}, seeds {', '.join(map(str, r.seeds))}{''.join(f'; {n}' for n in r.notes)}.", "",
+        out += [f"## {name}", "", f"{SOURCES[name][0]} {f'Table {SOURCES[name][1]}' if SOURCES[name][1] else 'Fig 5'}; configuration {html.escape(r.config)}, seeds {', '.join(map(str, r.seeds))}{''.join(f'; {n}' for n in r.notes)}.", "",
                 "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|", *("| " + " | ".join([e(k), *map(e, row)]) + " |" for k, row in zip(t.index, t.itertuples(index=False))), ""]
         out += [line for k, (_, _, caption) in drawn[name].items() for line in (f"![{name}: {caption}]({k}.png)", "")]
     return "\n".join(out)
@@ -984,10 +986,14 @@ def write_gallery(report: Report, folder: Path, drawn: dict) -> Path:
 def write(self, folder, gallery=None) -> Path:
     "Write `report.html` to `folder`, and the small gallery to the folder `gallery` if given; the page's path. ValueError if there is not a single finished run."
     if not self.found:
-        left = "".join(f"\n  {k}: {why}" for k, why in self.left.items())
+        left = "".join(f"; {k}: {why}" for k, why in self.left.items())
         raise ValueError(f"no finished run of any experiment with preset {self.preset}; make one: lfpm run main --preset {self.preset}{left}")
-    drawn = {k: figures(r, self.printed.get(k)) for k, r in self.found.items()}
     out = Path(folder) / "report.html"
+    if out.is_dir(): raise ValueError(f"{out} is a folder; give another --out")
+    # minutes of drawing must not end at a place where nothing can be written
+    check_writable(out.parent)
+    if gallery: check_writable(Path(gallery).parent)
+    drawn = {k: figures(r, self.printed.get(k)) for k, r in self.found.items()}
     with writing(out) as tmp: tmp.write_text(self.page(drawn), encoding="utf-8")
     if gallery: write_gallery(self, Path(gallery), drawn)
     return out

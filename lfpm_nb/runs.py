@@ -18,7 +18,7 @@ from filelock import FileLock
 from IPython.core.inputtransformer2 import TransformerManager
 from .core import as_it_runs, cache_dir, checked, choose, code_hash, content_hash
 from .core import file_sha, imported, proj_path, runs_dir, short, versions, write_json, writing
-from .tasks import TASK_NAMES, own_data
+from .tasks import TASK_NAMES, _below, own_data
 from .clip import weights_id
 from .settings import (Run, around, notebooks, parameters, plugin_hash, settings_class,
                               spellings)
@@ -205,7 +205,9 @@ def _stamp(task: str) -> list:
     "Name, size and time of the files of a user's own data set, so that other pictures are another configuration; [] for ours."
     if task in TASK_NAMES: return []
     path = own_data().get(task, Path(task))
-    files = [f for f in sorted(path.rglob("*")) if f.is_file()] if path.is_dir() else [path]
+    # as the task reads them: through links too
+    inside = _below(path) if path.is_dir() else []
+    files = sorted(path / n for n in inside if not n.endswith("/")) if path.is_dir() else [path]
     # the folder that a picture lies in may be its label
     where = lambda f: f.relative_to(path).as_posix() if path.is_dir() else f.name
     return [(where(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]

@@ -1,4 +1,5 @@
 """The explorer as a reader sees it: JupyterLab, Voilà and the saved page in a real browser, without a network."""
+import json
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -142,13 +144,85 @@ def saved(tmp_path):
     return path
 
 
-def test_voila(page, serve):
+MARK = """<img src=x onerror="document.title='ran'"><script>document.title='ran'</script>"""
+
+
+def test_names_in_pages_are_text(page, tmp_path, monkeypatch):
+    "A harmless marker as a method, a class, a configuration and a note: it is read, it does not run."
+    from lfpm_nb.explore import PathCore, PathExplorer
+    from lfpm_nb.purify import KINDS, path_page
+    from lfpm_nb.defend import Defended
+    from lfpm_nb.recorded import load_recorded
+    from lfpm_nb.report import write_report
+    from test_report import ideal, made_up
+    rec = load_recorded(tiny=True)
+    end = PathCore.of(rec, ["LFPM"], n=8).ends["LFPM"]
+    suite = replace(rec.suite, tasks=[replace(t, classes=[MARK] * len(t.classes)) for t in rec.suite.tasks])
+    core = PathCore(rec.clip, rec.both["poisoned"], {MARK: end}, suite, rec.recorded.replace({"method": {"LFPM": MARK}}), {MARK: 0.5}, {}, n=8)
+    saved = PathExplorer(core).save_html(tmp_path / "saved.html")
+    df = ideal((0,))["main"]
+    run = made_up(tmp_path / "runs", df=df.replace({"method": {"LFPM": MARK}}))
+    status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+    (run / "status.json").write_text(json.dumps(status | dict(config=MARK)), encoding="utf-8")
+    report = write_report(tmp_path / "out", roots=[tmp_path / "runs"])
+    rows = [dict(lam=lam, accuracy=50.0, changed=0.0, n=9) for lam in (0.0, 1.0)]
+    card = dict(model=MARK, path=rows, outcome=dict(state="purified", found=True, notes=[MARK]), kind=KINDS[1])
+    (tmp_path / "path.html").write_text(path_page(MARK, Defended({}, 1.0), card), encoding="utf-8")
+    (tmp_path / "probe.html").write_text(f"<title>p</title>{MARK}", encoding="utf-8")
+    page.goto(f"file://{tmp_path / 'probe.html'}")
+    page.wait_for_function("document.title == 'ran'")                # the marker does run where it is no text
+    page.errors.clear()
+    shown = ((saved, "#fig .main-svg", ("#words", "#sheet")), (report, "h2", ("details.made summary", "td")),
+             (tmp_path / "path.html", ".main-svg", ("h1", "p", "li")))
+    for file, drawn, where in shown:
+        page.goto(f"file://{file}")
+        page.wait_for_selector(drawn, state="attached")
+        if file == saved: page.get_by_role("button", name="1: end").click()
+        page.wait_for_timeout(500)
+        for at in where: assert any(MARK in t for t in page.locator(at).all_inner_texts()), (file, at)
+        assert page.title() != "ran" and page.locator("img[src=x]").count() == 0, file
+    assert page.errors == []
+
+
+def address(tmp_path) -> str:
+    "What `lfpm explore` printed: the address with this start's token."
+    return re.search(r"http://127\.0\.0\.1:\d+/\?token=\S+", (tmp_path / "server.log").read_text(encoding="utf-8"))[0]
+
+
+def test_voila(page, serve, tmp_path):
     port = free_port()
-    serve([str(Path(sys.executable).with_name("lfpm")), "explore", f"--port={port}"], f"http://127.0.0.1:{port}/")
-    page.goto(f"http://127.0.0.1:{port}/", timeout=120_000)
+    serve([str(Path(sys.executable).with_name("lfpm")), "explore", f"--port={port}"], f"http://127.0.0.1:{port}/login")
+    page.goto(address(tmp_path), timeout=120_000)
     drive(page)
     shot(page, "voila")
     assert page.errors == []
+
+
+def test_explore_lets_nobody_else_in(serve, tmp_path):
+    "No kernel without the token; another host's name, as a rebound page has it, is refused everywhere."
+    import http.client
+    port = free_port()
+    serve([str(Path(sys.executable).with_name("lfpm")), "explore", f"--port={port}"], f"http://127.0.0.1:{port}/login")
+    token = address(tmp_path).split("token=")[1]
+    socket_path = "/api/kernels/12345678-1234-1234-1234-123456789012/channels"
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+
+    def ask(path: str, host: str = f"127.0.0.1:{port}", **headers) -> tuple[int, str]:
+        c = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        c.request("GET", path, headers={"Host": host} | headers)
+        r = c.getresponse()
+        return r.status, r.getheader("Location") or ""
+
+    for path in ("/", "/?token=guessed"):
+        status, to = ask(path)
+        assert status == 302 and to.startswith("/login")
+    assert ask(socket_path, **upgrade)[0] == 403
+    for path in ("/", "/login", f"/?token={token}"): assert ask(path, "rebound.example")[0] == 403
+    assert ask(f"{socket_path}?token={token}", "rebound.example", Origin="http://rebound.example", **upgrade)[0] == 403
+    servers = [p for p in psutil.process_iter(["cmdline"]) if f"--port={port}" in (p.info["cmdline"] or ())]
+    started = [" ".join(c.cmdline()) for p in servers for c in p.children(recursive=True)]
+    kernels = [c for c in started if "ipykernel_launcher" in c]
+    assert servers and kernels == [], "nobody was given a kernel"
 
 
 @pytest.mark.parametrize("name, drawn", [("merge", ".bartext"), ("subspace", ".trace.scatter .point[style*='rgb(0, 0, 0)']")])

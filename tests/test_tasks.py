@@ -155,7 +155,8 @@ def test_modes_become_rgb(tmp_path, mode):
         for k in range(2):
             (root / c).mkdir(parents=True, exist_ok=True)
             img = Image.fromarray(np.full((5, 9), 257 * 255, np.uint16)) if mode == "I;16" else Image.new("I", (9, 5), 65535) if mode == "I" else picture(255, mode, (9, 5))
-            img.save(root / c / f"{k}.tif", compression=None)
+            # 32 bits in a TIFF may mean anything; a PGM of them has 16 and says so
+            img.save(root / c / f"{k}.{'pgm' if mode == 'I' else 'tif'}", compression=None)
     t = load_task(str(root), size=6)
     assert t.train_x.shape == (2, 3, 6, 6) and (t.train_x == 255).all()
 
