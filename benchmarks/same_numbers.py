@@ -4,9 +4,9 @@
                                       [--rounds 1] [--alias]
 
 Jobs: every experiment of the sweep all-tiny that both commits know (`lfpm run NAME --preset tiny`;
-`--only` takes fewer), with `--lab` also the main run, or those named, at lab scale, and merge, convert
-and purify on files that this script makes. Each commit has a checkout of its own, first on the path, results and
-caches of its own, this interpreter and one thread; the two take turns.
+`--only` takes fewer), with `--lab` also the main run, or those named, at lab scale, and merge,
+convert and purify on files that this script makes. Each commit has a checkout of its own, first on
+the path, results and caches of its own, this interpreter and one thread; the two take turns.
 
 Every number of metrics.parquet (all but seconds and memory) and of purify's card, and every written
 weight, is compared bit for bit. A row that only one commit has is a difference; a column that only
@@ -326,13 +326,14 @@ def say(row: dict) -> None:
 
 
 def say_sum(rows: list[dict]) -> None:
-    "Print the CPU seconds of all these jobs together, for each side, and their ratio over the rounds."
+    "Print the CPU seconds of all these jobs together, old and new, and their ratio over the rounds."
     if not rows: return
     rounds = list(zip(*(row["took"] for row in rows)))
     sums = [tuple(sum(side) for side in zip(*jobs)) for jobs in rounds]
     a, b = sums[-1]
     ratio = statistics.median(new / old for old, new in sums)
-    print(f"{' + '.join(row['job'].name for row in rows)}: CPU s {a:.1f} old, {b:.1f} new, new / old {ratio:.2f}")
+    names = " + ".join(row["job"].name for row in rows)
+    print(f"{names}: CPU s {a:.1f} old, {b:.1f} new, new / old {ratio:.2f}")
 
 
 HEAD = "| job | numbers | weights | different | largest | CPU s old | CPU s new | new / old |"

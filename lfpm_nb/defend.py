@@ -110,7 +110,8 @@ def prefer(tried: list[dict], floor: float) -> dict:
 def choose_strength(clip: Clip, merged: dict, ends: dict, shadow: Shadow, prompts: torch.Tensor, rule: str = "knee", loss: float = 0.02,
                     lookout: Lookout | None = None) -> dict:
     """{'strength', 'floor', 'tried': [{strength, lam, accuracy, prompted}]} for candidates {strength: state dict at lam = 1}, each judged at the λ
-    that the named rule chooses by held-out shadow accuracy (a share) and held-out prompted loss (nats). `loss`: the accuracy that may be lost. `lookout`: this merge's, if it is at hand."""
+    that the named rule chooses by held-out shadow accuracy (a share) and held-out prompted loss (nats). `loss`: the accuracy that may be lost.
+    `lookout`: this merge's, if it is at hand."""
     lookout, tried = lookout or Lookout(clip, merged, shadow, prompts), []
     for strength, end in ends.items():
         chosen = lookout.choose(end, rule)

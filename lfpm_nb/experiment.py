@@ -128,7 +128,7 @@ def lookout(self, theta: dict) -> Lookout:
 
 @method(Lab)
 def along(self, theta: dict, end: dict, by: str) -> dict:
-    "What the rule `by` chooses on the path from a merged model to a λ = 1 model: `Lookout.choose`."
+    "`Lookout.choose` by the rule `by`, on the path from a merged model to a λ = 1 model."
     p, code = self.mined(theta)[0]["p"], code_hash("path", lam_rules[by]["f"])
     key = (code, self._pre, theta, end, self.shadow, p, by)
     return self.stages("lam", key, lambda: ({}, self.lookout(theta).choose(end, by)))[1]
@@ -136,19 +136,23 @@ def along(self, theta: dict, end: dict, by: str) -> dict:
 
 @method(Lab)
 def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
-    "(purified state dict, record) of a registered defence on a merged model; seconds include Stage I and the choice of λ, peak memory is the training's, Stage I's stands beside it."
+    """(purified state dict, record) of a registered defence on a merged model. Its seconds include
+    Stage I and the choice of λ; its peak memory is the training's alone, `stage1_peak_mb` Stage I's."""
     P, (mined, first), by = self.P, self.mined(theta), rule_of(self.P.lam)
     # only candidates for a strength are judged by a rule: else another λ trains nothing
     judged = dict(by=by, code=code_hash(lam_rules[by]["f"])) if P.strength == "rule" else {}
     key = (code_hash(defences[name]["f"]), self._pre, theta, self.shadow, mined, P.strengths, P.strength, P.seed, judged)
-    end, r = self.stages(f"defend-{name}", key, lambda: train_end(name, theta, self.clip, self.shadow, P.seed, by, P.strengths, (mined, first), P.strength, self.lookout(theta)))
+    own = (by, P.strengths, (mined, first), P.strength, self.lookout(theta))
+    compute = lambda: train_end(name, theta, self.clip, self.shadow, P.seed, *own)
+    end, r = self.stages(f"defend-{name}", key, compute)
     took, rule = [first, r], {}
     if isinstance(P.lam, str):
         took.append(self.along(theta, end, by))
         rule = {k: took[-1][k] for k in ("lam", "rule", "curve", "pretrained")}
     lam = rule.get("lam", P.lam)
     total = {k: sum(x[k] for x in took) for k in ("seconds", "cpu_seconds")}
-    log = {k: v for k, v in {**first, **r, **total, "stage1_peak_mb": first["peak_mb"]}.items() if k != "strength"}
+    both = {**first, **r, **total, "stage1_peak_mb": first["peak_mb"]}
+    log = {k: v for k, v in both.items() if k != "strength"}
     return lerp(theta, end, lam), Defended(end, lam, rule, log, r["strength"])
 
 # %% ../nbs/18_experiment.ipynb #3177a67d

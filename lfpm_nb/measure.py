@@ -66,7 +66,8 @@ def close_calls(z: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     return margin(z, W) < CLOSE
 
 
-def answer(clip: Clip, visual, x: torch.Tensor, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def answer(clip: Clip, visual, x: torch.Tensor,
+           W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(predicted class, its `margin`), each (N,), of uint8 images under head W, on the CPU.
     What bfloat16 finds a close call is computed again in float32, so that the answer is float32's:
     on 9,000 pictures of 24 models and tasks 23 differed before, none after."""

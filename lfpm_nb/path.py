@@ -103,7 +103,7 @@ class Answers:
         self.said[i + 1:j, sure] = self.said[i, sure]
 
     def fall(self, i: int, m: int, j: int) -> float:
-        "How far a margin at m lies below the line from i to j, where both take it for one class; at most."
+        "How far margins at m lie below the line from i to j, at most, where these two agree."
         a, b, c = self.margin[[i, m, j]]
         t, b = (m - i) / (j - i), torch.where(self.said[m] == self.said[i], b, -b)
         below = ((1 - t) * a + t * c - b)[self.said[i] == self.said[j]]
@@ -179,7 +179,8 @@ class Lookout:
         x, y = self.shadow.check
         h, *hs = (features(self.clip, visual, x, q) for q in (None, *self.prompts))
         loss = lambda h: F.cross_entropy(logits(h, self.shadow.W).cpu(), y).item()
-        return dict(clean=loss(h), prompted=sum(map(loss, hs)) / len(hs), shift=[shift(h, q) for q in hs])
+        prompted, turned = sum(map(loss, hs)) / len(hs), [shift(h, q) for q in hs]
+        return dict(clean=loss(h), prompted=prompted, shift=turned)
 
     @cached_property
     def start(self) -> dict: return self.look(self.clip.with_state(self.theta_mm))
@@ -196,9 +197,11 @@ class Lookout:
         seen = self.along(end, n)
         lam = lam_rules(rule, seen, self.pretrained)
         if lam in seen.lams: seen[seen.lams.index(lam)]          # a record shows what was chosen
-        return dict(lam=lam, rule=lam_rules.find(rule), curve=seen.points, pretrained=self.pretrained)
+        about = dict(lam=lam, rule=lam_rules.find(rule))
+        return about | dict(curve=seen.points, pretrained=self.pretrained)
 
 
-def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: torch.Tensor, rule: str = "knee", n: int = 21) -> dict:
+def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: torch.Tensor,
+               rule: str = "knee", n: int = 21) -> dict:
     "`Lookout.choose` for a single path."
     return Lookout(clip, theta_mm, shadow, prompts).choose(end, rule, n)
