@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from lfpm_nb.clip import features, logits
 from lfpm_nb.ctl import ctl_curve, linearity, sums
-from lfpm_nb.path import Path, grid, lam_rules, seen_along
+from lfpm_nb.path import Lookout, Path, grid, lam_rules
 from lfpm_nb.recorded import load_recorded
 from lfpm_nb.subspace import learn_subspace, p_adv
 
@@ -60,10 +60,10 @@ def in_both(f) -> list:
 
 
 def along(lab, theta: dict, end: dict) -> tuple[list, dict]:
-    "(curve of `seen_along`, {rule: λ})."
-    seen = seen_along(lab.clip, theta, end, lab.shadow, lab.mined(theta)[0]["p"])
-    curve, pretrained = seen["curve"], seen["pretrained"]
-    return curve, {rule: lam_rules(rule, curve, pretrained) for rule in lam_rules}
+    "(the whole curve that rules read, {rule: λ})."
+    lookout = Lookout(lab.clip, theta, lab.shadow, lab.mined(theta)[0]["p"])
+    curve = list(lookout.along(end))
+    return curve, {rule: lam_rules(rule, curve, lookout.pretrained) for rule in lam_rules}
 
 
 def gap(pair) -> float:

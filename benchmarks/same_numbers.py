@@ -1,16 +1,18 @@
 """Do two commits give the same numbers? Both do the same jobs, side by side on this machine.
 
-    python benchmarks/same_numbers.py OLD NEW [--only main rivals] [--lab] [--rounds 1] [--alias]
+    python benchmarks/same_numbers.py OLD NEW [--only main rivals] [--lab [main rivals]]
+                                      [--rounds 1] [--alias]
 
 Jobs: every experiment of the sweep all-tiny that both commits know (`lfpm run NAME --preset tiny`;
-`--only` takes fewer), with `--lab` also the main run at lab scale, and merge, convert and purify on
-files that this script makes. Each commit has a checkout of its own, first on the path, results and
-caches of its own, this interpreter and one thread; the two take turns.
+`--only` takes fewer), with `--lab` also the main run, or those named, at lab scale, and merge,
+convert and purify on files that this script makes. Each commit has a checkout of its own, first on
+the path, results and caches of its own, this interpreter and one thread; the two take turns.
 
 Every number of metrics.parquet (all but seconds and memory) and of purify's card, and every written
 weight, is compared bit for bit. A row that only one commit has is a difference; a column that only
 one has is named. CPU seconds are those of the whole command; with `--rounds` above 1 everything is
-done again from the start, and the ratio is the median.
+done again from the start, and the ratio is the median. Jobs of one side share a cache, as all runs
+do; the last line adds up the jobs at lab scale.
 
 Exit code 1 if anything differs. If nothing does, `--alias` writes to data/results/aliases.yaml that
 the shipped folders whose hash is OLD's stand for NEW's hash too (notebook 18b_runs says what that
@@ -224,7 +226,8 @@ def of_cards(old: Path, new: Path) -> Difference:
     "Two cards of purify compared, in the fields that both have: a new parameter is no other number."
     a, b = (leaves(json.loads(p.read_text(encoding="utf-8"))) for p in (old, new))
     out = of_numbers({k: v for k, v in a.items() if k in b}, {k: v for k, v in b.items() if k in a})
-    out.notes = {f"card's {'.'.join(map(str, k))} in one only" for k in a.keys() ^ b.keys()}
+    fields = {".".join(part for part in k if isinstance(part, str)) for k in a.keys() ^ b.keys()}
+    out.notes = {f"card's {field} in one only" for field in fields}
     return out
 
 
@@ -323,6 +326,17 @@ def say(row: dict) -> None:
           f"| {f.largest:9.3g} | {a:7.1f} | {b:7.1f} | {ratio:5.2f} |{notes}", flush=True)
 
 
+def say_sum(rows: list[dict]) -> None:
+    "Print the CPU seconds of all these jobs together, old and new, and their ratio over the rounds."
+    if not rows: return
+    rounds = list(zip(*(row["took"] for row in rows)))
+    sums = [tuple(sum(side) for side in zip(*jobs)) for jobs in rounds]
+    a, b = sums[-1]
+    ratio = statistics.median(new / old for old, new in sums)
+    names = " + ".join(row["job"].name for row in rows)
+    print(f"{names}: CPU s {a:.1f} old, {b:.1f} new, new / old {ratio:.2f}")
+
+
 HEAD = "| job | numbers | weights | different | largest | CPU s old | CPU s new | new / old |"
 
 
@@ -381,7 +395,8 @@ def main() -> int:
     parser.add_argument("old", help="the commit whose numbers are known")
     parser.add_argument("new", help="the commit that shall give the same")
     parser.add_argument("--only", nargs="+", help="these experiments instead of all of the sweep all-tiny")
-    parser.add_argument("--lab", action="store_true", help="also the main run at lab scale (minutes)")
+    parser.add_argument("--lab", nargs="*", metavar="NAME",
+                        help="also these, alone the main run, at lab scale (minutes to hours)")
     parser.add_argument("--rounds", type=int, default=1, help="times everything is done, for the ratio of CPU seconds")
     parser.add_argument("--alias", action="store_true", help="write aliases for the shipped results if nothing differs")
     args = parser.parse_args()
@@ -390,13 +405,14 @@ def main() -> int:
         alone = set() if args.only else set(in_sweep(old)) ^ set(in_sweep(new))
         for n in sorted(alone): print(f"only one commit has {n}: not compared")
         jobs = [run_job(n) for n in names] + file_jobs(make_files(work / "files"))
-        if args.lab: jobs.append(run_job("main", "lab"))
+        if args.lab is not None: jobs += [run_job(n, "lab") for n in args.lab or ["main"]]
         where = f"{cpu_name()}, torch {torch.__version__}, one thread"
         print(f"{old.commit[:8]} and {new.commit[:8]}, {where}\n{HEAD}\n{'|---' * 8}|", flush=True)
         rows = do(jobs, old, new, work, args.rounds)
         total = sum((row["found"] for row in rows), Difference())
         print(f"\ncompared: {total.numbers:,} numbers, {total.weights:,} weights; different: {total.different:,}; "
               f"largest difference: {total.largest:g}")
+        say_sum([row for row in rows if "lab" in row["job"].args])
         if total.different: return 1
         if not args.alias: return 0
         fixed = dict(old=old.commit, new=new.commit, compared=[row["job"].name for row in rows],

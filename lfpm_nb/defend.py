@@ -15,13 +15,13 @@ import torch
 from .core import Registry, check_same
 from .antibackdoor import Strengths, accuracy, stage_one, terms, train_anti, train_on_shadow
 from .clip import Clip, encode
-from .path import Path, choose_lam, lam_rules, lerp
+from .path import Lookout, Path, lam_rules, lerp
 from .subspace import Shadow
 
 # %% ../nbs/16_defend.ipynb #744cd453
 @dataclass
 class Defended:
-    """`end`: the defence's state dict at lam = 1; `lam` used; `rule`: the curve λ was chosen on (empty for a given number); `log`: knob, loss,
+    """`end`: the defence's state dict at lam = 1; `lam` used; `rule`: what λ was chosen on (empty for a given number); `log`: knob, loss,
     image passes and, under `strength_rule`, what the rule tried; `strength` used (None for a defence without a knob)."""
     end: dict
     lam: float
@@ -107,12 +107,14 @@ def prefer(tried: list[dict], floor: float) -> dict:
     return min(keep, key=lambda t: t["prompted"]) if keep else max(tried, key=lambda t: t["accuracy"])
 
 
-def choose_strength(clip: Clip, merged: dict, ends: dict, shadow: Shadow, prompts: torch.Tensor, rule: str = "knee", loss: float = 0.02) -> dict:
+def choose_strength(clip: Clip, merged: dict, ends: dict, shadow: Shadow, prompts: torch.Tensor, rule: str = "knee", loss: float = 0.02,
+                    lookout: Lookout | None = None) -> dict:
     """{'strength', 'floor', 'tried': [{strength, lam, accuracy, prompted}]} for candidates {strength: state dict at lam = 1}, each judged at the λ
-    of `choose_lam` with the named rule by held-out shadow accuracy (a share) and held-out prompted loss (nats). `loss`: the accuracy that may be lost."""
-    tried = []
+    that the named rule chooses by held-out shadow accuracy (a share) and held-out prompted loss (nats). `loss`: the accuracy that may be lost.
+    `lookout`: this merge's, if it is at hand."""
+    lookout, tried = lookout or Lookout(clip, merged, shadow, prompts), []
     for strength, end in ends.items():
-        chosen = choose_lam(clip, merged, end, shadow, prompts, rule)
+        chosen = lookout.choose(end, rule)
         at = next(point for point in chosen["curve"] if point["lam"] == chosen["lam"])
         right = accuracy(clip, Path(clip, merged, end).at(at["lam"]), shadow)
         tried.append(dict(strength=strength, lam=at["lam"], accuracy=right, prompted=at["prompted"]))
@@ -120,14 +122,15 @@ def choose_strength(clip: Clip, merged: dict, ends: dict, shadow: Shadow, prompt
     return dict(strength=prefer(tried, floor)["strength"], floor=floor, tried=tried)
 
 # %% ../nbs/16_defend.ipynb #d96f34b0
-def train_end(method: str, merged: dict, clip: Clip, shadow: Shadow, seed: int, rule: str, strengths: Strengths, mined: tuple, strength) -> tuple[dict, dict]:
+def train_end(method: str, merged: dict, clip: Clip, shadow: Shadow, seed: int, rule: str, strengths: Strengths, mined: tuple, strength,
+              lookout: Lookout | None = None) -> tuple[dict, dict]:
     "(state dict at lam = 1, log with the `strength` used) of a defence, after `stage_one`; with strength \"rule\" the half-trained candidates are judged by the named rule for λ."
     value, knob, choice, (found, first) = check_strength(method, strength), knobs.get(method), {}, mined
     used, p = replace(strengths, rank=first["rank"], rho=first["rho"]), found["p"]
     train = partial(train_defence, method, merged, clip, shadow, p, used, seed)
     if value == "rule":
         half = {v: train(v, half=True) for v in knob.grid}
-        choice = choose_strength(clip, merged, {v: end for v, (end, _) in half.items()}, shadow, p, rule)
+        choice = choose_strength(clip, merged, {v: end for v, (end, _) in half.items()}, shadow, p, rule, lookout=lookout)
         value = choice["strength"]
         choice |= dict(rule="choose_strength", epochs=halved(used).epochs, passes=[log["passes"] for _, log in half.values()])
     end, log = train(value)
@@ -142,8 +145,9 @@ def defend(method: str, merged: dict, clip: Clip, shadow: Shadow, seed: int = 0,
     check_strength(method, strength)
     check_same(clip.visual.state_dict(), merged, "this backbone and the merged model")
     mined, by = mined or stage_one(clip, merged, shadow, strengths, seed), rule_of(lam)
-    end, log = train_end(method, merged, clip, shadow, seed, by, strengths, mined, strength)
-    rule = choose_lam(clip, merged, end, shadow, mined[0]["p"], by) if isinstance(lam, str) else {}
+    lookout = Lookout(clip, merged, shadow, mined[0]["p"])
+    end, log = train_end(method, merged, clip, shadow, seed, by, strengths, mined, strength, lookout)
+    rule = lookout.choose(end, by) if isinstance(lam, str) else {}
     lam, value = rule.get("lam", lam), log.pop("strength")
     return lerp(merged, end, lam), Defended(end, lam, rule, log, value)
 

@@ -168,6 +168,14 @@ def test_a_card_is_compared_where_both_know_a_field(compare, tmp_path):
     assert compare.of_cards(card("a"), card("c", path=[dict(CA=71.)])).largest == 1
 
 
+def test_jobs_at_lab_scale_are_added_up(compare, capsys):
+    rows = [dict(job=compare.run_job(n, "lab"), took=took) for n, took in (("main", [(10., 9.), (8., 4.)]), ("rivals", [(30., 11.), (32., 6.)]))]
+    compare.say_sum(rows)
+    assert capsys.readouterr().out == ("run main --preset lab + run rivals --preset lab: CPU s 40.0 old, 10.0 new, new / old 0.38\n")
+    compare.say_sum([])
+    assert capsys.readouterr().out == ""
+
+
 @pytest.fixture
 def shipped(compare, tmp_path, monkeypatch):
     "Shipped folders of our own making, and their alias file."

@@ -125,7 +125,7 @@ def test_saved_files(tiny_lab, tmp_path):
     p = json.loads((tmp_path / "out" / "params.json").read_text(encoding="utf-8"))
     assert p["params"] == json.loads(json.dumps(asdict(tiny_lab.P))) and {"torch", "python", "lfpm_nb", "device", "threads"} <= p["versions"].keys()
     assert p["backbone"] == "0" * 64 and p["cpu"] and {"config", "time"} <= p.keys()
-    assert {"lam", "lam_rule", "strength", "knob", "passes", "seconds", "peak_mb"} <= p["defences"]["LFPM"].keys()
+    assert {"lam", "lam_rule", "strength", "knob", "passes", "seconds", "peak_mb", "stage1_peak_mb"} <= p["defences"]["LFPM"].keys()
     assert {s["name"] for s in p["stages"]} >= TRAINED and all(s["seconds"] >= 0 for s in p["stages"])
     html = (tmp_path / "out" / "path.html").read_text(encoding="utf-8")
     assert "LFPM" in html and "TA (clean), same trigger" in html and not any(f'src="http{s}:' in html for s in ("", "s")), "it needs no network"

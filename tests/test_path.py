@@ -1,4 +1,7 @@
 """Everything between two models: exact ends, the integral, and rows along the path."""
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,10 @@ from hypothesis import given, strategies as st
 from conftest import near, pixels, small_task
 from lfpm_nb.attack import Trigger
 from lfpm_nb.clip import encode
-from lfpm_nb.measure import Goal, Suite, measure
-from lfpm_nb.path import Path, choose_lam, curve, grid, integrate, lam_rules, lerp, lerp_, measure_path, seen_along
+from lfpm_nb.measure import CLOSE, Goal, Suite, measure
+from lfpm_nb import path as P
+from lfpm_nb.path import Answers, Curve, Lookout, Path, choose_lam, curve, grid, halves, integrate, lam_rules, lerp, lerp_
+from lfpm_nb.path import measure_path
 from lfpm_nb.subspace import Shadow, shift
 
 floats = st.lists(st.floats(-2. ** 99, 2. ** 99, width=32), min_size=3, max_size=3)
@@ -116,6 +121,96 @@ def test_rows_along_a_path(pico):
     assert lams == [0, .5, 1] and ca == [next(r["value"] for r in rows if r["lam"] == l and r["task"] == "average" and r["metric"] == "CA") for l in lams]
 
 
+@pytest.fixture
+def bent(pico):
+    "A path on which answers change, and pictures of two tasks."
+    tasks = [small_task("signs"), small_task("textures")]
+    trigger = Trigger(torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(1)))
+    return near(pico, 1, .2), near(pico, 2, .2), Suite.of(pico, tasks, {"signs": Goal(1, trigger)})
+
+
+def counted(monkeypatch) -> list:
+    "How many pictures each call of `answer` gets."
+    seen, real = [], P.answer
+    monkeypatch.setattr(P, "answer", lambda clip, v, x, W: seen.append(len(x)) or real(clip, v, x, W))
+    return seen
+
+
+def test_a_path_is_asked_less_than_everything_and_its_ends_and_middle_whole(pico, bent, monkeypatch):
+    a, b, suite = bent
+    seen = counted(monkeypatch)
+    whole = measure_path(pico, a, b, suite, n=9, bend=torch.inf)
+    full, pictures = sum(seen), 2 * sum(len(t.test_x) for t in suite.tasks)
+    assert full == 9 * pictures, "every picture, plain and triggered, at every point"
+    seen.clear()
+    rows = measure_path(pico, a, b, suite, n=9)
+    assert 3 * pictures <= sum(seen) < full and len(rows) == len(whole)
+    assert all(r == w for r, w in zip(rows, whole) if r["lam"] in (0, .5, 1))
+
+
+def test_a_path_that_goes_nowhere_is_asked_at_three_points(pico, bent, monkeypatch):
+    a, _, suite = bent
+    monkeypatch.setattr(P, "CLOSE", -1.)                              # then no margin is too small
+    seen = counted(monkeypatch)
+    rows = measure_path(pico, a, a, suite, n=9, bend=0.)
+    assert sum(seen) == 3 * 2 * sum(len(t.test_x) for t in suite.tasks)
+    assert all(len(set(curve(rows, m)[1])) == 1 for m in ("CA", "ASR_T"))
+
+
+# three classes whose cosines are parabolas in λ: values at both ends, and the fall in the middle
+cosines = st.tuples(st.floats(-1, 1), st.floats(-1, 1), st.floats(-.12, .12))
+
+
+class Nothing(Trigger):
+    def __call__(self, x): return x
+
+
+@given(st.lists(st.tuples(cosines, cosines, cosines), min_size=1, max_size=9))
+def test_nothing_is_missed_where_margins_bend_no_more_than_reckoned(pictures):
+    "Differences of two such cosines bend by at most 0.24, and BEND is more."
+    lams, asked = grid(21), []
+    z = torch.tensor([[[(1 - l) * a + l * b - 4 * f * l * (1 - l) for a, b, f in p] for p in pictures] for l in lams])
+    task = small_task("signs")
+    task = replace(task, test_x=torch.arange(len(pictures), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2), test_y=torch.zeros(len(pictures), dtype=torch.long))
+    def answer(clip, k, x, W):
+        best = z[k][x[:, 0, 0, 0].long()].topk(2)
+        asked.append(len(x))
+        return best.indices[:, 0], best.values[:, 0] - best.values[:, 1]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(P, "answer", answer)
+        m.setattr(P, "Path", lambda *_: SimpleNamespace(at=lambda lam: lams.index(lam)))
+        rows = measure_path(None, {}, {}, Suite([task], {"signs": torch.eye(3)}, {"signs": Goal(1, Nothing(torch.zeros(3, 1, 1)))}), n=21)
+    want = [(row == 0).double().mean().item() * 100 for row in z.argmax(-1)]
+    assert curve(rows, "CA")[1] == pytest.approx(want) and sum(asked) <= 2 * 21 * len(pictures)
+
+
+@given(st.integers(2, 40))
+def test_halves_reach_every_point_after_its_neighbours(n):
+    known = {0, n - 1}
+    for i, m, j in halves(n):
+        assert {i, j} <= known and m not in known and i < m < j
+        known.add(m)
+    assert known == set(range(n))
+
+
+# classes at five points (None: its margin is small), and which points must be asked
+@pytest.mark.parametrize("row, asked", [
+    ([0, 0, 0, 0, 0], [0, 4]), ([0, 0, 0, 1, 1], [0, 2, 3, 4]), ([0, 1, 1, 1, 1], [0, 1, 2, 4]), ([0, 0, 1, 0, 0], [0, 4])])
+def test_only_what_may_have_changed_is_asked(pico, monkeypatch, row, asked):
+    at = []
+    monkeypatch.setattr(P, "answer", lambda clip, k, x, W: at.append(k) or (torch.tensor([row[k]]), torch.tensor([1.])))
+    q = Answers(torch.zeros(1, 3, 2, 2), torch.eye(2), None, 5)
+    for k in (0, 4): q.ask(pico, k, k)
+    for i, m, j in halves(5): q.settle(i, j, .5); q.ask(pico, m, m)
+    assert sorted(at) == asked
+    if row != [0, 0, 1, 0, 0]: assert q.said[:, 0].tolist() == row        # there and back between two sure ends is not seen
+    close = Answers(torch.zeros(1, 3, 2, 2), torch.eye(2), None, 5)
+    at.clear()
+    for k in (0, 4): close.ask(pico, k, k)
+    for i, m, j in halves(5): close.settle(i, j, 1.5); close.ask(pico, m, m)
+    assert sorted(at) == [0, 1, 2, 3, 4] and close.said[:, 0].tolist() == row, "no margin is that large: all are asked"
+
+
 # --- choosing λ ------------------------------------------------------------------------------------------------------------
 
 values = st.floats(0, 2, width=16)
@@ -155,11 +250,24 @@ def test_level_is_the_first_healthy_model_else_the_knee(points, pretrained):
     assert lam_rules("level", curve, list(pretrained)) == (healthy[0] if healthy else lam_rules("knee", curve, []))
 
 
+@given(st.lists(st.tuples(values, values), min_size=2, max_size=21), values, st.sampled_from(["knee", "level"]))
+def test_a_rule_reads_no_further_than_it_must_and_chooses_the_same(points, pretrained, rule):
+    at = lambda lam: dict(shift=[points[round(lam * (len(points) - 1))][0]], prompted=points[round(lam * (len(points) - 1))][1])
+    lazy = Curve(len(points), at)
+    lam = lam_rules(rule, lazy, [pretrained])
+    read = [p["lam"] for p in lazy.points]
+    assert lam == lam_rules(rule, list(lazy), [pretrained]), "the whole curve as a list"
+    where = grid(len(points)).index(lam)
+    fell_back = rule == "level" and points[where][0] > pretrained
+    assert read == grid(len(points))[:len(points) if fell_back else min(where + 1 + (rule == "knee"), len(points))]
+
+
 def test_what_is_seen_along_a_path(pico):
     "Against the models themselves, one at a time; the training images take no part."
     a, b, shadow = near(pico, 1), near(pico, 2, .3), Shadow.of(pico, 8, 24, seed=0)
     prompts = torch.randn(2, 3, pico.visual.conv1.out_channels, generator=torch.Generator().manual_seed(0))
-    seen = seen_along(pico, a, b, shadow, prompts, n=3)
+    lookout = Lookout(pico, a, shadow, prompts)
+    seen = dict(curve=list(lookout.along(b, n=3)), pretrained=lookout.pretrained)
     x, y = shadow.check
     def of(visual, p=None):
         with torch.no_grad(): return torch.cat([encode(visual, pico.normalise(x[i:i + 1]), p) for i in range(len(x))])
@@ -167,9 +275,31 @@ def test_what_is_seen_along_a_path(pico):
         visual = pico.with_state(state)
         assert point["shift"] == pytest.approx([shift(of(visual), of(visual, p)) for p in prompts], rel=.03) and len(set(point["shift"])) == 2
     assert seen["pretrained"] == pytest.approx([shift(of(pico.visual), of(pico.visual, p)) for p in prompts], rel=.03)
-    flat = choose_lam(pico, a, pico.state(), shadow, prompts, "level", n=3)              # the path ends in the pretrained model itself
-    assert flat["curve"][-1]["shift"] == flat["pretrained"] and (flat["lam"], flat["rule"]) == (lam_rules("level", flat["curve"], flat["pretrained"]), "level")
-    assert choose_lam(pico, a, b, shadow, prompts, "Knee of the prompted loss", n=3) == dict(lam=lam_rules("knee", **seen), rule="knee", **seen)
+    flat = list(lookout.along(pico.state(), n=3))                                          # the path ends in the pretrained model itself
+    assert flat[-1]["shift"] == lookout.pretrained and flat[0] == seen["curve"][0]
+    for rule, name in (("Knee of the prompted loss", "knee"), ("level", "level")):
+        got = choose_lam(pico, a, b, shadow, prompts, rule, n=3)
+        assert (got["lam"], got["rule"], got["pretrained"]) == (lam_rules(name, **seen), name, seen["pretrained"])
+        assert got["curve"] == seen["curve"][:len(got["curve"])] and got["lam"] in [p["lam"] for p in got["curve"]]
+
+
+def test_the_merged_and_the_pretrained_model_are_looked_at_once(pico, monkeypatch):
+    shadow = Shadow.of(pico, 8, 24, seed=0)
+    prompts = torch.randn(1, 3, pico.visual.conv1.out_channels, generator=torch.Generator().manual_seed(0))
+    looks, real = [], Lookout.look
+    monkeypatch.setattr(Lookout, "look", lambda self, v: looks.append(v) or real(self, v))
+    a, lookout = near(pico, 1), Lookout(pico, near(pico, 1), shadow, prompts)
+    read = [len(lookout.choose(near(pico, s, .3), n=5)["curve"]) for s in (2, 3)]
+    assert len(looks) == 2 + sum(k - 1 for k in read) and pico.visual in looks
+    lookout.choose(a, n=5)
+    assert len(looks) == 3 + sum(k - 1 for k in read), "a flat path: one step, which buys nothing"
+
+
+def test_a_record_holds_the_chosen_point_even_if_the_rule_did_not_read_it(pico, monkeypatch):
+    shadow, prompts = Shadow.of(pico, 8, 24, seed=0), torch.zeros(1, 3, pico.visual.conv1.out_channels)
+    monkeypatch.setitem(lam_rules, "half", dict(f=lambda curve, pretrained: .5, long="Half", needs=(), source=""))
+    got = choose_lam(pico, near(pico, 1), near(pico, 2), shadow, prompts, "half", n=5)
+    assert [p["lam"] for p in got["curve"]] == [got["lam"]] == [.5]
 
 
 def test_an_unknown_rule_is_refused(pico):

@@ -132,7 +132,8 @@ def test_the_rule_chooses_lam_when_asked(stranger, done, tmp_path, rule):
     c, level = got.card["rule"]["curve"], got.card["rule"]["pretrained"]
     knee = next((a["lam"] for a, b in zip(c, c[1:]) if a["prompted"] - b["prompted"] < 0.5 * (b["lam"] - a["lam"])), 1.0)
     healed = next((p["lam"] for p in c if all(s <= l for s, l in zip(p["shift"], level))), knee)
-    assert len(c) == 21 and got.card["lam"] == dict(knee=knee, level=healed)[rule] and f"the rule `{rule}` (path.lam_rules), without knowledge of an attack" in text()
+    assert [p["lam"] for p in c] == [i / 20 for i in range(len(c))] and c[-1]["lam"] >= got.card["lam"], "the points that the rule read"
+    assert got.card["lam"] == dict(knee=knee, level=healed)[rule] and f"the rule `{rule}` (path.lam_rules), without knowledge of an attack" in text()
     assert all(f"{s:.2g}" in text() for s in (*level, *next(p["shift"] for p in c if p["lam"] == got.card["lam"])))
     page = (tmp_path / "path.html").read_text(encoding="utf-8")
     assert "prompt 1, pretrained model" in page and "under mined prompts" in page and f"by the rule {rule}" in page

@@ -1,12 +1,14 @@
 """The shipped lab: what is read equals what was recorded, the rest is computed, and a broken folder is refused."""
 import json
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 
 from conftest import near
+from lfpm_nb import path as P
 from lfpm_nb import recorded as R
 from lfpm_nb.core import Stages, proj_path, save_state
 from lfpm_nb.experiment import Lab
@@ -75,6 +77,18 @@ def test_the_table_holds_every_recorded_method(rec):
     at = lambda m, lam: path[(path.method == m) & (path.lam == lam)].value.item()
     model = df[(df.kind == "model") & (df.task == "average") & (df.metric == "ASR_T")].set_index("method").value
     assert at("LFPM", 0) == model["TA"] > 80 > 5 > model["TA (clean)"], "the path starts at the merge"
+
+
+@pytest.mark.parametrize("name", ["LFPM", "PAM"])
+def test_a_recorded_path_asked_where_it_bends_is_the_full_grid(rec, name, monkeypatch):
+    asked, real = [], P.answer
+    monkeypatch.setattr(P, "answer", lambda clip, v, x, W: asked.append(len(x)) or real(clip, v, x, W))
+    theta, few = rec.both["poisoned"], rec.suite.first(16)
+    few = replace(few, tasks=[replace(t, test_x=t.test_x[:64], test_y=t.test_y[:64]) for t in few.tasks])
+    walk = lambda **given: (P.measure_path(rec.clip, theta, rec.defended(name, theta)[1].end, few, **given), sum(asked))
+    whole, full = walk(bend=torch.inf)
+    rows, both = walk()
+    assert rows == whole and both - full < .5 * full, "the same table for less than half of the questions"
 
 
 def test_record_then_open(tmp_path, rec, monkeypatch):
