@@ -552,6 +552,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lfpm_nb.formats.join_qkv': ('formats.html#join_qkv', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats.key_errors': ('formats.html#key_errors', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats.layout': ('formats.html#layout', 'lfpm_nb/formats.py'),
+                                 'lfpm_nb.formats.misshapen': ('formats.html#misshapen', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats.of_model': ('formats.html#of_model', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats.read_tower': ('formats.html#read_tower', 'lfpm_nb/formats.py'),
                                  'lfpm_nb.formats.said_by_sizes': ('formats.html#said_by_sizes', 'lfpm_nb/formats.py'),

@@ -23,7 +23,7 @@ HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")      # th
 
 @dataclass
 class Adapter:
-    """A LoRA adapter: {module: (A, B)} in `pairs`, tensors saved `whole` by name, `base` weights that lie in
+    """A LoRA adapter: {module: (A, B, how many times it is added)} in `pairs`, tensors saved `whole` by name, `base` weights that lie in
     the file as well, and peft's `config`. Names are the model's, without peft's own parts."""
     pairs: dict
     whole: dict
@@ -77,9 +77,13 @@ def factor(config: dict, module: str) -> tuple[float, int]:
 def sort_out(state: dict, config: dict) -> Adapter:
     "The Adapter in a peft file's tensors; ValueError on what is neither A nor B nor a weight saved whole."
     found = Adapter({}, {}, {}, config)
-    thin = {}
+    thin, twice = {}, set()
     for k, v in state.items():
         name = k.removeprefix("base_model.model.").replace(".base_layer", "")
+        inner = ".base_layer.out_proj.lora_" in k
+        unused = ".out_proj.lora_" in k and not inner
+        if unused and k.replace(".out_proj.", ".base_layer.out_proj.") in state: continue
+        twice |= {name.split(".lora_")[0]} if inner else set()
         m = re.fullmatch(r"(.+)\.lora_([AB])(\.default)?\.weight", name)
         if m: into, key = thin, (m[1], m[2])
         elif "lora_" in name: raise ValueError(f"{k} is no plain LoRA matrix. Fold it with peft: merge_and_unload()")
@@ -92,7 +96,7 @@ def sort_out(state: dict, config: dict) -> Adapter:
         if A is None or B is None: raise ValueError(f"{module} has only one of lora_A and lora_B; fetch the file again")
         if A.dim() < 2 or A.dim() != B.dim() or not len(A) == B.shape[1] == r:
             raise ValueError(f"{module} has matrices {tuple(A.shape)} and {tuple(B.shape)}; expected rank {r}, as adapter_config.json says")
-        found.pairs[module] = A, B
+        found.pairs[module] = A, B, 2 if module in twice else 1
     return found
 
 # %% ../nbs/20b_adapters.ipynb #ab10618c
@@ -103,7 +107,7 @@ def weight_of(module: str, weights: dict) -> str | None:
 
 def misfit(adapter: Adapter, weights: dict, names=lambda module: module) -> str:
     "'' if every tensor of an adapter has its place in `weights`; else the first that has none. `names`: other spelling."
-    for module, (A, B) in adapter.pairs.items():
+    for module, (A, B, _) in adapter.pairs.items():
         key = weight_of(names(module), weights)
         if key is None: return f"{module} is no module of it"
         need = (B.shape[0], *A.shape[1:])
@@ -124,10 +128,10 @@ def fold(adapter: Adapter, weights: dict, names=lambda module: module) -> dict:
         if (mine.float() - v.float()).abs().max() > 0.01 * mine.float().abs().max():
             raise ValueError(f"its own copy of {key} is another than the base's: it was trained over another base")
     out |= {names(k): v.to(weights[names(k)].dtype) for k, v in adapter.whole.items()}
-    for module, (A, B) in adapter.pairs.items():
+    for module, (A, B, times) in adapter.pairs.items():
         s, _ = factor(adapter.config, module)
         key = weight_of(names(module), weights)
-        change = s * (B.float().flatten(1) @ A.float().flatten(1))
+        change = s * times * (B.float().flatten(1) @ A.float().flatten(1))
         if adapter.config.get("fan_in_fan_out"): change = change.t()
         out[key] = (out[key].float() + change.reshape(out[key].shape)).to(out[key].dtype)
     return out

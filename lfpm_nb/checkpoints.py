@@ -337,7 +337,7 @@ def _children(x, script: bool) -> dict | None:
     if not isinstance(x, Shell): return None
     state = x.state if isinstance(x.state, dict) else {}
     if "_parameters" in state:
-        passing = state.get("_non_persistent_buffers_set") or []
+        passing = {k for k in state.get("_non_persistent_buffers_set") or [] if isinstance(k, str)}
         buffers = {k: v for k, v in (state.get("_buffers") or {}).items() if k not in passing}
         return (state["_parameters"] or {}) | buffers | (state.get("_modules") or {})
     if script: return {k: v for k, v in state.items() if k != "attn_mask"}         # no weight, and infinite
@@ -445,17 +445,20 @@ def _tensors(path: Path, found: dict, names: list, archive) -> dict:
     "{name: tensor} of these names."
     if archive is None: return {n: found[n] for n in names}
     out, data = {}, {}
-    for n in names:
+    if odd := [n for n in names if isinstance(found[n], Shell)]:
+        raise ValueError(f"{path}: {_printable(odd[0])} is made by {_printable(found[odd[0]].name)}, no plain tensor; save the model's weights as float tensors")
+    # many names for one storage would make a large machine's work of a small file
+    asked = sum(math.prod(found[n].size) * found[n].dtype.itemsize for n in names)
+    if asked > 2 * path.stat().st_size + 2 ** 20: raise ValueError(f"{path} asks for {asked:,} bytes of tensors, more than twice its own size; save the model again")
+    for n in sorted(names, key=lambda n: found[n].storage[0]):
         kept = found[n]
-        if isinstance(kept, Shell):
-            raise ValueError(f"{path}: {_printable(n)} is made by {_printable(kept.name)}, no plain tensor; save the model's weights as float tensors")
         key, dtype, count = kept.storage
         try:
             if key not in data: data = {key: archive.storage(key, count * dtype.itemsize)}      # one at a time
             out[n] = cut(kept, data[key])
         except _Other as e: raise ValueError(f"{path} is {e}") from None
         except Exception as e: raise ValueError(f"{path} is damaged at {_printable(n)} ({type(e).__name__}: {_printable(e)}); fetch or save it again") from None
-    return out
+    return {n: out[n] for n in names}
 
 
 def _shards(index: Path) -> list[Path]:

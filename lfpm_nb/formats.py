@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FORMS', 'HF', 'WORDS', 'WEIGHTS', 'BUFFERS', 'SCALARS', 'DIMENSIONS', 'PROJECTIONS', 'SAYS', 'HF_DEFAULTS', 'detect',
            'spell', 'join_qkv', 'split_qkv', 'Tower', 'check_weights', 'take', 'layout', 'sizes', 'key_errors',
-           'agreed', 'fitted', 'heads', 'of_model', 'said_by_sizes', 'in_common', 'hf_config', 'config_for',
-           'check_finite', 'folded', 'read_tower', 'write_tower', 'with_base', 'called', 'convert', 'backbone']
+           'misshapen', 'agreed', 'fitted', 'heads', 'of_model', 'said_by_sizes', 'in_common', 'hf_config',
+           'config_for', 'check_finite', 'folded', 'read_tower', 'write_tower', 'with_base', 'called', 'convert',
+           'backbone']
 
 # %% ../nbs/21_formats.ipynb #a8a4223b
 import functools, json, math, re
@@ -182,6 +183,26 @@ def key_errors(have, need) -> str:
     "'' if the keys agree, else how many are missing and unexpected, with the first three of each."
     say = lambda what, ks: f"{len(ks)} {what} ({', '.join(sorted(ks)[:3])}{', …' if len(ks) > 3 else ''})" if ks else ""
     return "; ".join(filter(None, (say("missing", set(need) - set(have)), say("unexpected", set(have) - set(need)))))
+
+# %% ../nbs/21_formats.ipynb #ac710008
+def misshapen(visual: dict) -> str:
+    "'' if a vision tower has all its tensors in shapes that fit one another; else what is wrong."
+    need = {"conv1.weight", "class_embedding", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight"}
+    if bad := key_errors(visual.keys() & need, need): return bad
+    (w, _, patch, _), m = visual["conv1.weight"].shape, len(visual["transformer.resblocks.0.mlp.c_fc.weight"])
+    tokens = visual["positional_embedding"].shape[0]
+    shapes = {"conv1.weight": (w, 3, patch, patch), "class_embedding": (w,), "positional_embedding": (math.isqrt(max(tokens - 1, 1)) ** 2 + 1, w), "ln_post.weight": (w,), "ln_post.bias": (w,)}
+    block = {"ln_1.weight": (w,), "ln_1.bias": (w,), "ln_2.weight": (w,), "ln_2.bias": (w,), "attn.in_proj_weight": (3 * w, w), "attn.in_proj_bias": (3 * w,), "attn.out_proj.weight": (w, w),
+             "attn.out_proj.bias": (w,), "mlp.c_fc.weight": (m, w), "mlp.c_fc.bias": (m,), "mlp.c_proj.weight": (w, m), "mlp.c_proj.bias": (w,)}
+    layers = {k.split(".")[2] for k in visual if k.startswith("transformer.resblocks.")}
+    shapes |= {f"transformer.resblocks.{i}.{k}": s for i in range(len(layers)) for k, s in block.items()}
+    # not every model has these
+    optional = {"ln_pre.weight": (w,), "ln_pre.bias": (w,)} | {f"transformer.resblocks.{i}.{ls}.gamma": (w,) for i in layers for ls in ("ls_1", "ls_2")}
+    if "proj" in visual: optional["proj"] = (w, visual["proj"].shape[-1])
+    if bad := key_errors(visual.keys() - optional.keys(), shapes): return bad
+    shapes |= optional
+    wrong = next((k for k, v in visual.items() if tuple(v.shape) != shapes[k]), None)
+    return f"{wrong} has shape {tuple(visual[wrong].shape)}, expected {shapes[wrong]}" if wrong else ""
 
 # %% ../nbs/21_formats.ipynb #d1a7c032
 def _yes(value) -> bool:
@@ -442,6 +463,7 @@ def read_tower(path, base: Tower | None = None) -> Tower:
     if is_adapter(w.state): return replace(folded(path, w.state, base), path=str(path), sha256=w.sha256, meta=base.meta | said)
     try: tower = take(w.state)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
+    if why := misshapen(tower.visual): raise ValueError(f"{path} is no whole vision tower: {why}. Fetch or save it again")
     if tower.form == "openai": said = {"quick_gelu": True} | said
     elif tower.form.startswith("hf"): said = _config(path) | said
     else: said = _open_clip_config(path) | said
