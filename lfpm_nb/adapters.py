@@ -33,7 +33,7 @@ class Adapter:
 
 def is_adapter(names) -> bool:
     "Whether these are the names of a peft adapter, and not of a model that carries one."
-    return any(".lora_" in n for n in names) and not any(n.endswith((".class_embedding", ".ln_pre.weight")) for n in names)
+    return any(".lora_" in n for n in names) and not any(n.split(".")[-1] == "class_embedding" for n in names)
 
 
 def read_config(path) -> dict:

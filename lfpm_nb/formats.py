@@ -437,17 +437,17 @@ def folded(path, state: dict, base: Tower | None) -> Tower:
 
 
 def _spellings(adapter, base: Tower) -> tuple[list, str]:
-    "([(form, spelling of the adapter's names, base's weights)] that fit, why the most likely one does not)."
-    out, whys = [], []
+    """([(form, spelling of the adapter's names, base's weights)] that fit, why the base's own does not). As little as
+    possible is taken off the names: `visual.` before `transformer` is no stranger's word."""
+    laid = {}
     for form in FORMS:
-        try: weights, _ = layout(base.visual, base.rest, form)
-        except ValueError: continue                     # no projection
-        for n in range(4):                              # what the model was called, in front
-            names = functools.partial(_without, n)
-            why = misfit(adapter, weights, names)
-            whys += [why] if form == base.form and not n else []
-            if not why: out.append((form, names, weights))
-    return out, (whys or ["no name is known"])[0]
+        try: laid[form], _ = layout(base.visual, base.rest, form)
+        except ValueError: pass                         # no projection
+    for n in range(4):                                  # what the model was called, in front
+        names = functools.partial(_without, n)
+        fit = [(form, names, weights) for form, weights in laid.items() if not misfit(adapter, weights, names)]
+        if fit: return fit, ""
+    return [], misfit(adapter, laid.get(base.form, base.visual))
 
 
 def _without(n: int, name: str) -> str:
