@@ -284,7 +284,7 @@ class Weights:
         yield state("adapters inside", self.a | {"transformer.resblocks.0.attn.lora_A.weight": torch.ones(2, 2)})
         yield state("ResNet", {"visual.conv1.weight": torch.ones(2, 3, 3, 3), "visual.layer1.0.conv1.weight": torch.ones(2, 2, 1, 1), "visual.attnpool.positional_embedding": torch.ones(2, 2)})
         for name, obj in dict(number=3, text="x", none=None, list=[self.a], tuple=(1, 2), tensor=torch.ones(3), nothing={}, ints={i: v for i, v in enumerate(self.a.values())}, nonekey={None: torch.ones(2)},
-                              tuplekey={(1, 2): torch.ones(2)}, deep=nested(2000), mixed=self.a | {3: torch.ones(2)}, shared=many_paths(40), quantised=self.a | {"proj": torch.quantize_per_tensor(self.a["proj"], .1, 0, torch.qint8)},
+                              tuplekey={(1, 2): torch.ones(2)}, deep=nested(200), mixed=self.a | {3: torch.ones(2)}, shared=many_paths(25), quantised=self.a | {"proj": torch.quantize_per_tensor(self.a["proj"], .1, 0, torch.qint8)},
                               sparse=self.a | {"proj": self.a["proj"].to_sparse()}, expanded=self.a | {"conv1.weight": torch.ones(1).expand(2 ** 20, 3, 1, 1)}).items():
             yield state(f"a pickled {name}", obj, "either" if name == "mixed" else "refused", ".pt", "pickle")
         for name, data in programs(w).items(): yield Case("pickle", name, write_zip(at(".pt"), data), "refused", w / "ran-program")

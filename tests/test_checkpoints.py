@@ -108,9 +108,9 @@ def test_the_bytes_decide_not_the_suffix(state, tmp_path):
     assert same(load_weights(tmp_path / "x.bin").state, state) and same(load_weights(tmp_path / "x.safetensors").state, state)
 
 
-@pytest.mark.parametrize("mark", [b"\x80", b"<", b"P", b"G", b"v"])
+@pytest.mark.parametrize("mark", [b"\x80", b"P"])
 def test_a_safetensors_header_may_begin_like_something_else(tmp_path, mark):
-    "Its length is its first byte: 128 is the mark of a pickle, 60 that of a web page."
+    "Its length is its first byte: 128 is the mark of a pickle, 80 the first letter of a zip."
     for n in range(300):
         save_state(tmp_path / "x.safetensors", {"conv1.weight": torch.ones(2)}, pad="x" * n)
         if (tmp_path / "x.safetensors").read_bytes()[:1] == mark: break
