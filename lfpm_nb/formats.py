@@ -272,6 +272,7 @@ def _read_json(path: Path) -> dict:
     if not isinstance(c, dict): raise ValueError(f"{path} holds a {type(c).__name__}; expected a JSON object. Restore or remove it")
     for k in ("vision_config", "text_config", "model_cfg"):
         if not isinstance(c.get(k) or {}, dict): raise ValueError(f"{path} says {k} is a {type(c[k]).__name__}; expected a JSON object. Restore or remove it")
+    if not isinstance(c.get("lfpm_files", []), list): raise ValueError(f"{path} says lfpm_files is a {type(c['lfpm_files']).__name__}; expected a list. Restore or remove it")
     return c
 
 

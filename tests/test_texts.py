@@ -4,7 +4,7 @@ import torch
 from conftest import near, pixels
 from lfpm_nb.clip import build_clip, lab_config, new_card
 from lfpm_nb.core import load_state
-from lfpm_nb.formats import Tower, write_tower
+from lfpm_nb.formats import Tower, backbone, write_tower
 from lfpm_nb.merge import merges
 from lfpm_nb.purify import merge_files, open_walk, twin
 
@@ -62,16 +62,16 @@ def test_path_refuses_the_wrong_activation(tmp_path, monkeypatch):
     "One picture, shown often, that one activation names rightly and the other does not."
     from lfpm_nb import purify as P
     small = lab_config(width=64, layers=2, embed=32, text_width=64, text_layers=1)
-    gelu, quick = (build_clip(new_card(f"walk{end}", small, ["a red square"]) | dict(quick_gelu=bool(end))) for end in ("", "-quickgelu"))
+    for end in ("", "-quickgelu"): clip = build_clip(new_card(f"walk{end}", small | dict(quick_gelu=bool(end)), ["a red square"]) | dict(quick_gelu=bool(end)))
+    x, state = pixels(1).repeat(40, 1, 1, 1), clip.state()
+    gelu, quick = (backbone(f"walk{end}", Tower(state, {}, "visual", path="x")) for end in ("", "-quickgelu"))
     assert twin(gelu).card["name"] == "walk-quickgelu" and twin(quick).card["quick_gelu"] is False
-    x = pixels(1).repeat(40, 1, 1, 1)
-    state = quick.state()
     means = torch.stack([P.features(c, c.with_state(state), x, dtype=torch.float32)[0] for c in (quick, gelu)])
     W = 100 * torch.nn.functional.normalize(means, dim=1)
     data = type("Task", (), dict(test_x=x, test_y=torch.zeros(40, dtype=torch.long), classes=["a", "b"], templates=["{}"], name="t"))
     monkeypatch.setattr(P, "load_task", lambda *a, **kw: data)
     monkeypatch.setattr(P.Vocabulary, "head", lambda self, clip: W)
-    for n in "ab": write_tower(tmp_path / f"{n}.safetensors", Tower(state, {k: v for k, v in quick.model.state_dict().items() if not k.startswith("visual.")}, "open_clip"))
+    for n in "ab": write_tower(tmp_path / f"{n}.safetensors", Tower(state, {k: v for k, v in clip.model.state_dict().items() if not k.startswith("visual.")}, "open_clip"))
     files = [tmp_path / f"{n}.safetensors" for n in "ab"]
-    with pytest.raises(ValueError, match="walk is the wrong activation for these weights: 0.0 % .* 100.0 % .* with walk-quickgelu"): open_walk(*files, "walk", None, "t")
+    with pytest.raises(ValueError, match="walk is the wrong activation for these weights: 0.0 % are named rightly with walk, 100.0 % with walk-quickgelu"): open_walk(*files, "walk", None, "t")
     assert open_walk(*files, "walk-quickgelu", None, "t") and open_walk(*files, "walk", None, "t", anyway=True)
