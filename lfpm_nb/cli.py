@@ -152,10 +152,10 @@ def _options(p: list[str]) -> dict:
 
 
 @app.command("convert")
-def convert_(file: str = typer.Argument(..., help="checkpoint to read: safetensors, or a .pt of plain tensors; its format is seen from its names"),
+def convert_(file: str = typer.Argument(..., help="checkpoint to read, of any kind that README lists: its format is seen from its bytes and names"),
              out: str = typer.Argument(..., help="safetensors file to write"),
              to: str = typer.Option(..., help=f"format to write: {', '.join(FORMS)}"),
-             base: str = typer.Option(None, help="lends what the file lacks: Hugging Face's CLIPVisionModel has no projection, a tower no text"),
+             base: str = typer.Option(None, help="lends what the file lacks: Hugging Face's CLIPVisionModel has no projection, a tower no text, an adapter no weights"),
              model: str = typer.Option("", help="a shipped backbone or open_clip's name: says heads and activation for config.json where the files do not")):
     "Rewrite a CLIP vision tower under another library's names. No bit of its weights changes."
     left = convert(file, out, to, base, model)
@@ -176,14 +176,15 @@ def _try_page(page: str, *inputs) -> None:
 
 # %% ../nbs/25_cli.ipynb #4c8dbb6d
 @app.command("merge")
-def merge_(files: list[str] = typer.Argument(..., help="fine-tuned towers, two or more; formats may differ"),
+def merge_(files: list[str] = typer.Argument(..., help="fine-tuned towers or LoRA adapters, two or more; formats may differ"),
            base: str = typer.Option(..., help="the pretrained model they all started from"),
            method: str = typer.Option("TA", help="merging method (lfpm methods lists them)"),
            out: str = typer.Option("merged.safetensors", help="where the merge goes, in the first file's format and dtypes"),
            p: list[str] = typer.Option([], "-p", help="option=value of the method, repeatable, e.g. -p scale=0.4"),
+           model: str = typer.Option("", help="a shipped backbone or open_clip's name: says heads and activation where no file does"),
            anyway: bool = typer.Option(False, "--anyway", help="merge also what lies too far from the base to come from it")):
     "Merge checkpoints by a method that looks at weights only."
-    print(f"written: {out} (from {', '.join(merge_files(method, files, base, out, _options(p), anyway))})")
+    print(f"written: {out} (from {', '.join(merge_files(method, files, base, out, _options(p), anyway, model))})")
 
 # %% ../nbs/25_cli.ipynb #d782cb40
 @app.command("path")
@@ -191,11 +192,12 @@ def path_(a: str = typer.Argument(..., help="tower at λ = 0, e.g. the merged mo
           b: str = typer.Argument(..., help="tower at λ = 1, e.g. another merge"),
           task: str = typer.Option(..., help="a LabWorld name, a data set under $LFPM_DATA, or a folder, zip or .npz of yours"),
           model: str = typer.Option("lfpm-lab", help="a shipped backbone or open_clip's model name"),
-          base: str = typer.Option(None, help="whole CLIP file that reads the class names (default: A)"),
+          base: str = typer.Option(None, help="whole CLIP file that reads the class names (default: A); what an adapter changes"),
           n: int = typer.Option(21, min=2, help="points"), n_test: int = typer.Option(1000, min=1, help="test pictures, at most"),
+          anyway: bool = typer.Option(False, "--anyway", help="take the model's activation even if the pictures speak against it"),
           html: str = typer.Option("path.html", help="where the figure goes")):
     "Clean accuracy on one task at every point between two towers."
-    start, end, clip, data = open_walk(a, b, model, base, task, n_test)
+    start, end, clip, data = open_walk(a, b, model, base, task, n_test, anyway)
     _try_page(html, a, b, base)
     rows = walk(clip, start, end, data, n)
     print("| λ | CA % | 95 % interval |\n|---|---|---|\n" + "\n".join(f"| {r['lam']:.2f} | {r['value']:.1f} | {r['lo']:.1f} to {r['hi']:.1f} |" for r in rows))
@@ -213,14 +215,15 @@ def purify_(merged: str = typer.Argument(..., help="merged vision tower: open_cl
             out: str = typer.Option("purified.safetensors", help="where the purified weights go; vector, card and path.html lie beside them"),
             preset: str = typer.Option("", help="settings: tiny (a look), lab (default of shipped backbones), paper (default of open_clip's models)"),
             seed: int = typer.Option(0, help="which pictures are held out, prompts' starts, order of training"),
-            p: list[str] = typer.Option([], "-p", help="key=value, repeatable; lfpm run purify --dry-run lists all keys")):
+            anyway: bool = typer.Option(False, "--anyway", help="take the model's activation even if the pictures speak against it"),
+           p: list[str] = typer.Option([], "-p", help="key=value, repeatable; lfpm run purify --dry-run lists all keys")):
     "Train the backdoor out of a merged model of yours, by LFPM. Which it is, and whether there is one, nobody needs to know."
     if not first(): warnings.simplefilter("ignore")       # of several processes one speaks
     files = dict(merged=merged, base=base, model=model, shadow=shadow, labels=labels, out=out)
     given = _options(p)
-    if both := sorted(given.keys() & {*files, "preset", "vocabulary", "seed"}):
+    if both := sorted(given.keys() & {*files, "preset", "vocabulary", "seed", "anyway"}):
         raise ValueError(f"-p {both[0]} has an option of its own here: --{both[0]}")
-    try: got = purify(**files, preset=preset, vocabulary=vocabulary, seed=seed, **given)
+    try: got = purify(**files, preset=preset, vocabulary=vocabulary, seed=seed, anyway=anyway, **given)
     except KeyboardInterrupt: raise typer.Exit(_say("stopped; finished stages are kept, so the same command continues", 130)) from None
     except Diverged as e: raise RuntimeError(str(e)) from None
     c, end = got.card["cost"], got.card["outcome"]

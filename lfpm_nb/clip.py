@@ -15,7 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from .core import (Progress, amp, check_same, choose, device, file_sha, generator, load_state, method, proj_path, save_state, write_json, writing)
+from .core import (Progress, amp, check_same, choose, device, generator, load_state, method, proj_path, save_state, write_json, writing)
+from .checkpoints import INTS, load_weights, weights_sha
 from .realdata import imagenet
 
 # %% ../nbs/03_clip.ipynb #c525ee6b
@@ -235,20 +236,22 @@ def _openai(name: str, quick_gelu: bool) -> Path:
 def _published(name: str, path=None) -> Clip:
     clip = untrained(name)
     path = Path(path or _openai(name, clip.card["quick_gelu"]))
-    state, meta = load_state(path)
+    w = load_weights(path)
+    state = {k: v for k, v in w.state.items() if k not in INTS}
+    meta = ({"quick_gelu": "True"} if INTS[0] in w.state else {}) | w.meta         # OpenAI's own file
     if meta.get("quick_gelu", str(clip.card["quick_gelu"])) != str(clip.card["quick_gelu"]):
         raise ValueError(f"{path} was trained with quick_gelu={meta['quick_gelu']}, {name} has {clip.card['quick_gelu']}; features would be silently wrong")
     try: check_same(clip.model.state_dict(), {k: v.float() for k, v in state.items()}, f"{name} and {path.name}")
     except ValueError as e: raise ValueError(f"{e} Expected open_clip's names, both towers; other files: lfpm convert {path} OUT.safetensors --to open_clip") from None
     clip.model.load_state_dict(state)
     clip.model.to(device()).requires_grad_(False)
-    clip.card |= dict(sha256=file_sha(path), open_domain=dict(name="imagenet", classes=list(imagenet().classes), templates=list(imagenet().templates)))
+    clip.card |= dict(sha256=w.sha256, open_domain=dict(name="imagenet", classes=list(imagenet().classes), templates=list(imagenet().templates)))
     return clip
 
 # %% ../nbs/03_clip.ipynb #08799967
 def load_clip(name: str = "lfpm-lab", path=None) -> Clip:
     """A backbone by name: a shipped one (weights from `path`, default `data/<name>.safetensors`; their sha256 must be the card's), or one of open_clip's with
-    OpenAI's weights or those in a file (`NAME:FILE`, or `path`). Missing, damaged, pickled, foreign files and the wrong activation are refused with the reason."""
+    OpenAI's weights or those in a file (`NAME:FILE`, or `path`). Missing, damaged, foreign files and the wrong activation are refused with the reason."""
     name, _, file = str(name).partition(":")
     if name not in data_cards() and name in plain_models(): return _published(name, path or file)
     return _shipped(name, path or file)
@@ -258,7 +261,7 @@ def weights_id(name: str) -> str:
     "What tells a backbone's weights from others: its card's sha256, its file's, or `openai`; nothing is loaded."
     name, _, file = str(name).partition(":")
     if name in data_cards() or name not in plain_models(): return data_card(name)["sha256"]
-    return file_sha(file) if file else "openai"
+    return weights_sha(file) if file else "openai"
 
 # %% ../nbs/03_clip.ipynb #75904246
 def encode(visual: torch.nn.Module, x: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:

@@ -391,7 +391,8 @@ def write_json(path, obj) -> None:
 # %% ../nbs/00_core.ipynb #b048aba0
 def _save(path, state: dict, meta: dict) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    save_file(tensors, path, {k: str(v) for k, v in meta.items()})
+    try: save_file(tensors, path, {k: str(v) for k, v in meta.items()})
+    except SafetensorError as e: raise OSError(f"the weights could not be written to {path.parent} ({e})") from None
 
 
 def save_state(path, state: dict, **meta) -> None:
@@ -400,25 +401,14 @@ def save_state(path, state: dict, **meta) -> None:
 
 
 def load_state(path) -> tuple[dict, dict]:
-    "(state dict, metadata) from a safetensors file, or from a `.pt` holding plain tensors. Never unpickles objects."
+    "(state dict, metadata) from a safetensors file. Other people's files: notebook checkpoints."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .safetensors (or tensors-only .pt) file")
-    if path.suffix != ".safetensors": return _load_pt(path), {}
+    if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .safetensors file")
     try:
         with safe_open(path, "pt") as f: meta = f.metadata() or {}
         return load_file(path), meta
     except SafetensorError as e:
         raise ValueError(f"{path} is damaged or not a safetensors file ({e}); fetch or write it again") from None
-
-# %% ../nbs/00_core.ipynb #929c111f
-def _load_pt(path: Path) -> dict:
-    try: obj = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise ValueError(f"{path} is damaged or holds pickled objects, which could run code when loaded, so it was not opened "
-                         f"({type(e).__name__}). Save its state_dict() as safetensors in an environment you can throw away.") from None
-    if not isinstance(obj, dict) or not all(isinstance(v, torch.Tensor) for v in obj.values()):
-        raise ValueError(f"{path} holds a {type(obj).__name__}, expected a flat state dict of tensors")
-    return obj
 
 # %% ../nbs/00_core.ipynb #c9efeea6
 _DAMAGED = "is damaged: its bytes have another hash than the one they were written with"
@@ -427,6 +417,7 @@ _DAMAGED = "is damaged: its bytes have another hash than the one they were writt
 def file_sha(path) -> str:
     "sha256 of a file, read in pieces."
     h = hashlib.sha256()
+    if not Path(path).is_file(): raise FileNotFoundError(f"no file {path}; a pipe or a folder has no hash")
     with open(path, "rb") as f:
         for piece in iter(lambda: f.read(2 ** 20), b""): h.update(piece)
     return h.hexdigest()

@@ -88,13 +88,27 @@ def test_pt_state_dicts_and_data_parallel(whole, tmp_path):
 
 # --- refused ----------------------------------------------------------------------------------------------------------
 
-def test_pickled_module_is_refused_with_the_way_out_and_never_run(tmp_path):
-    class Bomb:
-        def __reduce__(self): return (open, (str(tmp_path / "ran"), "w"))
-    for name, thing in (("module", torch.nn.Linear(2, 2)), ("bomb", Bomb())):
-        torch.save(thing, tmp_path / f"{name}.pt")
-        with pytest.raises(ValueError, match=r"pickled objects.*Save its state_dict\(\) as safetensors"): read_tower(tmp_path / f"{name}.pt")
-    assert not (tmp_path / "ran").exists()
+def test_rounded_position_numbers_are_made_again(whole, tmp_path):
+    "bfloat16 holds no 257; a file in half precision has floats where whole numbers belong."
+    key = "vision_model.embeddings.position_ids"
+    for ids in (torch.arange(17)[None].bfloat16(), (torch.arange(17)[None] * 1.5).half(), torch.arange(17)[None] + 1):
+        back = take(layout(whole.visual, {}, "hf")[0] | {key: ids}).rest[key]
+        assert back.dtype == torch.int64 and torch.equal(back, torch.arange(17)[None])
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"x"', "null", '{"vision_config": [1]}', "[" * 100_000])
+def test_a_config_that_is_no_object(whole, tmp_path, text):
+    write_tower(tmp_path / "model.safetensors", replace(whole, meta=dict(heads=1, quick_gelu=False)), "hf")
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="config.json (holds a|says|is no JSON)") as e: read_tower(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("change, why", [(dict(class_embedding=None), "1 missing .class_embedding"), (dict(class_embedding=torch.ones(65)), "class_embedding has shape .65,., expected .64,."),
+                                         ({"transformer.resblocks.1.ln_2.bias": None}, "1 missing"), (dict(odd=torch.ones(2)), "1 unexpected .odd"), (dict(positional_embedding=torch.ones(16, 64)), "positional_embedding has shape")])
+def test_a_tower_that_lost_something(whole, tmp_path, change, why):
+    save_state(tmp_path / "x.safetensors", {k: v for k, v in (whole.visual | change).items() if v is not None})
+    with pytest.raises(ValueError, match=f"x.safetensors is no whole vision tower: .*{why}"): convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "hf")
 
 
 @pytest.mark.parametrize("size", [0, 5, 500, -100])
