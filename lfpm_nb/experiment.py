@@ -117,21 +117,21 @@ def lookouts(self) -> dict:
 
 
 @method(Lab)
-def lookout(self, theta: dict) -> Lookout:
-    "What the defender can see of models on paths that begin at a merged model."
-    key = content_hash(theta)
+def lookout(self, theta: dict, prompts: torch.Tensor) -> Lookout:
+    "What the defender can see, under prompts, of models on paths that begin at a merged model."
+    key = content_hash(theta, prompts)
     if key not in self.lookouts:
         self.lookouts.clear()
-        self.lookouts[key] = Lookout(self.clip, theta, self.shadow, self.mined(theta)[0]["p"])
+        self.lookouts[key] = Lookout(self.clip, theta, self.shadow, prompts)
     return self.lookouts[key]
 
 
 @method(Lab)
-def along(self, theta: dict, end: dict, by: str) -> dict:
+def along(self, theta: dict, end: dict, by: str, prompts: torch.Tensor) -> dict:
     "`Lookout.choose` by the rule `by`, on the path from a merged model to a λ = 1 model."
-    p, code = self.mined(theta)[0]["p"], code_hash("path", lam_rules[by]["f"])
-    key = (code, self._pre, theta, end, self.shadow, p, by)
-    return self.stages("lam", key, lambda: ({}, self.lookout(theta).choose(end, by)))[1]
+    code = code_hash("path", lam_rules[by]["f"])
+    key = (code, self._pre, theta, end, self.shadow, prompts, by)
+    return self.stages("lam", key, lambda: ({}, self.lookout(theta, prompts).choose(end, by)))[1]
 
 
 @method(Lab)
@@ -142,12 +142,12 @@ def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
     # only candidates for a strength are judged by a rule: else another λ trains nothing
     judged = dict(by=by, code=code_hash(lam_rules[by]["f"])) if P.strength == "rule" else {}
     key = (code_hash(defences[name]["f"]), self._pre, theta, self.shadow, mined, P.strengths, P.strength, P.seed, judged)
-    own = (by, P.strengths, (mined, first), P.strength, self.lookout(theta))
+    own = (by, P.strengths, (mined, first), P.strength, self.lookout(theta, mined["p"]))
     compute = lambda: train_end(name, theta, self.clip, self.shadow, P.seed, *own)
     end, r = self.stages(f"defend-{name}", key, compute)
     took, rule = [first, r], {}
     if isinstance(P.lam, str):
-        took.append(self.along(theta, end, by))
+        took.append(self.along(theta, end, by, mined["p"]))
         rule = {k: took[-1][k] for k in ("lam", "rule", "curve", "pretrained")}
     lam = rule.get("lam", P.lam)
     total = {k: sum(x[k] for x in took) for k in ("seconds", "cpu_seconds")}

@@ -32,7 +32,7 @@ from .defend import Defended
 from .settings import MainParams, PurifyParams, method_option
 from .experiment import Lab
 from .runs import check_writable, settings_of
-from .formats import BUFFERS, Tower, agreed, backbone, called, config_for, file_sha, fitted, heads, key_errors, note, read_tower, said_by_sizes, with_base, write_tower
+from .formats import BUFFERS, Tower, agreed, backbone, called, check_finite, config_for, file_sha, fitted, heads, key_errors, note, read_tower, said_by_sizes, with_base, write_tower
 
 # %% ../nbs/21a_purify.ipynb #3ed3556c
 LEAST = 100
@@ -689,6 +689,11 @@ def merged_text(name: str, towers: list[Tower], base: Tower, options: dict) -> d
     out = dict(towers[0].rest)
     weights = [k for k, v in out.items() if v.is_floating_point() and not k.endswith(BUFFERS)]
     out |= {k: v.to(out[k].dtype) for k, v in base.rest.items() if k in out and k.endswith(BUFFERS)}
+
+    # before any comparison: NaN differs from itself
+    for t in towers:
+        mine = {k: t.rest[k] for k in weights if k in t.rest}
+        check_finite(f"the merge (text tower of {t.path})", mine)
 
     def differ(t, other):
         "Names of weights in which two files differ by more than their own rounding."

@@ -123,7 +123,8 @@ def _write(lab: Lab, folder: Path, names: list[str]) -> None:
         for d in chosen:
             _, x = lab.defended(d, theta)
             save_vector(folder / f"{d}-{kind}.safetensors", x.end, theta)
-            whole = dict(curve=list(lab.lookout(theta).along(x.end)))      # a lesson looks further than a rule
+            seen = lab.lookout(theta, mined["p"]).along(x.end)
+            whole = dict(curve=list(seen))           # a lesson looks further than a rule
             about = dict(lam=x.lam, rule=x.rule and x.rule | whole, log=x.log, strength=x.strength)
             card["defences"][f"{d}-{kind}"] = about
     write_json(folder / "card.json", card)
