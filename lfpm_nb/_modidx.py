@@ -299,6 +299,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lfpm_nb.core.Peak.__exit__': ('core.html#peak.__exit__', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.Peak._reset': ('core.html#peak._reset', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.Peak._resident': ('core.html#peak._resident', 'lfpm_nb/core.py'),
+                              'lfpm_nb.core.Peak._trim': ('core.html#peak._trim', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.Progress': ('core.html#progress', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.Progress.__init__': ('core.html#progress.__init__', 'lfpm_nb/core.py'),
                               'lfpm_nb.core.Progress.__iter__': ('core.html#progress.__iter__', 'lfpm_nb/core.py'),

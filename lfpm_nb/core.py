@@ -10,7 +10,7 @@ __all__ = ['proj_path', 'runs_dir', 'cache_dir', 'device', 'precision', 'amp', '
            'Progress', 'Peak', 'Diverged', 'Stages']
 
 # %% ../nbs/00_core.ipynb #03d8054d
-import ast, contextlib, difflib, functools, hashlib, inspect, json, mmap, os, platform, re, reprlib
+import ast, contextlib, ctypes, difflib, functools, gc, hashlib, inspect, json, mmap, os, platform, re, reprlib
 import sys, sysconfig, tempfile, textwrap, time, tokenize, types, unicodedata
 from dataclasses import is_dataclass
 from importlib import metadata
@@ -496,15 +496,23 @@ class Progress:
 # %% ../nbs/00_core.ipynb #f5588553
 class Peak:
     """`with Peak() as peak: …`, then `peak.mb`: the most memory held inside above what was held before, in MB. On a GPU the allocator's
-    count, on Linux the process's resident memory (granularity: pages), None elsewhere."""
+    count, on Linux the process's resident memory (granularity: pages), None elsewhere. What was freed before goes back to the system first:
+    kept for reuse it would count for nothing, and the second of two equal trainings would need no memory."""
     def __enter__(self):
         self.cuda, self.mb = device().type == "cuda", None
         if self.cuda: torch.cuda.reset_peak_memory_stats(); self.start = torch.cuda.memory_allocated()
-        elif sys.platform == "linux": self.start = self._resident("VmRSS"); self._reset()
+        elif sys.platform == "linux":
+            self._trim()
+            self.start = self._resident("VmRSS")
+            self._reset()
         return self
 
     def _resident(self, what: str) -> int:
         return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
+
+    def _trim(self):
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)      # glibc's
 
     def _reset(self):
         try: Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")            # the kernel forgets its high-water mark

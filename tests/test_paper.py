@@ -12,7 +12,7 @@ import lfpm_nb.attack as A
 import lfpm_nb.clip as C
 from lfpm_nb import realdata as R
 from lfpm_nb.clip import load_clip, untrained, weights_id
-from lfpm_nb.core import Stages, save_state
+from lfpm_nb.core import Stages, file_sha, save_state
 from lfpm_nb.experiment import Lab
 from lfpm_nb.runs import config_hash, experiments, presets, settings_of
 from test_experiment import everything
@@ -70,7 +70,7 @@ def test_a_published_backbone_from_a_file(weights, tmp_path):
 def test_openais_weights_come_through_open_clip(weights, monkeypatch):
     asked = []
     monkeypatch.setattr(open_clip, "download_pretrained", lambda cfg: asked.append(cfg) or str(weights))
-    assert load_clip("ViT-B-32-quickgelu").card["sha256"] == C.file_sha(weights) and asked[0]["quick_gelu"] is True
+    assert load_clip("ViT-B-32-quickgelu").card["sha256"] == file_sha(weights) and asked[0]["quick_gelu"] is True
     def fails(cfg): raise OSError("no route to host")
     monkeypatch.setattr(open_clip, "download_pretrained", fails)
     with pytest.raises(RuntimeError, match="could not be fetched .*no route to host.*ViT-B-32-quickgelu:FILE"): load_clip("ViT-B-32-quickgelu")

@@ -255,7 +255,7 @@ def test_a_table_is_read_only_as_it_was_written(runs, lfpm):
     assert set(df.seed) == {0} and list(info["left"]) == ["main/s1", "main/s2", "main/s3", "main/s4"]
     code, out, err = lfpm("table", "main")
     assert code == 0 and "| TA | 0.0 |" in out
-    for name, why in (("s1", "is damaged"), ("s2", "No such file"), ("s3", "no hash of metrics.parquet"), ("s4", "half-written")):
+    for name, why in (("s1", "is damaged"), ("s2", "no file"), ("s3", "no hash of metrics.parquet"), ("s4", "half-written")):
         assert len([l for l in err.splitlines() if f"main/{name}" in l and why in l]) == 1, err
     (folders[0] / "status.json").unlink()
     code, out, err = lfpm("table", "main")
