@@ -10,7 +10,7 @@ __all__ = ['proj_path', 'runs_dir', 'cache_dir', 'device', 'precision', 'amp', '
            'Progress', 'Peak', 'Diverged', 'Stages']
 
 # %% ../nbs/00_core.ipynb #03d8054d
-import ast, contextlib, ctypes, difflib, functools, gc, hashlib, inspect, json, mmap, os, platform, re, reprlib
+import ast, contextlib, ctypes, difflib, functools, hashlib, inspect, json, mmap, os, platform, re, reprlib
 import sys, sysconfig, tempfile, textwrap, time, tokenize, types, unicodedata
 from dataclasses import is_dataclass
 from importlib import metadata
@@ -511,7 +511,6 @@ class Peak:
         return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 
     def _trim(self):
-        gc.collect()
         with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)      # glibc's
 
     def _reset(self):
