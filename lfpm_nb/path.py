@@ -88,13 +88,25 @@ class Answers:
         self.x, self.W, self.trigger = x, W, trigger
         self.said, self.margin = torch.full((n, len(x)), -1), torch.full((n, len(x)), torch.nan)
 
+    def _answer(self, clip: Clip, visual, which: torch.Tensor) -> tuple:
+        "A tower's classes and margins for some of the images."
+        x = self.x[which]
+        return answer(clip, visual, self.trigger(x) if self.trigger else x, self.W)
+
     def ask(self, clip: Clip, visual, k: int) -> None:
         "Ask point k's tower about every image that is open there."
         left = self.said[k] < 0
-        if not left.any(): return
-        x = self.x[left]
-        x = self.trigger(x) if self.trigger else x
-        self.said[k, left], self.margin[k, left] = answer(clip, visual, x, self.W)
+        if left.any(): self.said[k, left], self.margin[k, left] = self._answer(clip, visual, left)
+
+    def unasked(self, k: int) -> torch.Tensor:
+        "Which images (N,) were settled at point k without a question."
+        return (self.said[k] >= 0) & self.margin[k].isnan()
+
+    def wrong(self, clip: Clip, visual, k: int) -> bool:
+        "Whether point k's tower takes an image for another class than was settled."
+        which = self.unasked(k)
+        if not which.any(): return False
+        return not torch.equal(self._answer(clip, visual, which)[0], self.said[k, which])
 
     def settle(self, i: int, j: int, least: float) -> None:
         "Between points i and j: what is open, and taken for one class at both, by `least` cosines."
@@ -113,7 +125,8 @@ class Answers:
 def measure_path(clip: Clip, a: dict, b: dict, suite: Suite, n: int = 21, name: str = "path",
                  bend: float = BEND) -> list[dict]:
     """`measure` rows with `lam` at n points from a to b. Restrict the images with `suite.first`; n is
-    in every row. `bend`: the least to reckon with; torch.inf asks every point about every image."""
+    in every row. `bend`: the least to reckon with; torch.inf asks every point about every image, and
+    so does a path on which a check finds an answer wrong that was not asked for."""
     path, lams, every = Path(clip, a, b), grid(n), []
     asked = {t.name: {k: Answers(t.test_x, suite.heads[t.name], trigger, n)
                       for k, trigger in shown(t, suite, floors=False).items()} for t in suite.tasks}
@@ -126,6 +139,12 @@ def measure_path(clip: Clip, a: dict, b: dict, suite: Suite, n: int = 21, name: 
         tower = path.at(lams[m])
         for q in every: q.ask(clip, tower, m)
         if part: bend = max(bend, *((q.fall(i, m, j) - CLOSE) / part for q in every))
+    left = lambda k: sum(int(q.unasked(k).sum()) for q in every)
+    for half in (range(n // 2), range(n // 2, n)):
+        k = max(half, key=left)
+        tower = path.at(lams[k])
+        if any(q.wrong(clip, tower, k) for q in every):
+            return measure_path(clip, a, b, suite, n, f"{name}, every picture", torch.inf)
     def at(k):
         said = lambda t: {name: q.said[k] for name, q in asked[t.name].items()}
         return with_averages(r for t in suite.tasks for r in task_rows(t, suite, said(t)))

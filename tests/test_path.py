@@ -136,7 +136,7 @@ def counted(monkeypatch) -> list:
     return seen
 
 
-def test_a_path_is_asked_less_than_everything_and_its_ends_and_middle_whole(pico, bent, monkeypatch):
+def test_a_paths_ends_and_middle_are_asked_whole(pico, bent, monkeypatch):
     a, b, suite = bent
     seen = counted(monkeypatch)
     whole = measure_path(pico, a, b, suite, n=9, bend=torch.inf)
@@ -144,16 +144,17 @@ def test_a_path_is_asked_less_than_everything_and_its_ends_and_middle_whole(pico
     assert full == 9 * pictures, "every picture, plain and triggered, at every point"
     seen.clear()
     rows = measure_path(pico, a, b, suite, n=9)
-    assert 3 * pictures <= sum(seen) < full and len(rows) == len(whole)
+    assert 3 * pictures <= sum(seen) and len(rows) == len(whole)
     assert all(r == w for r, w in zip(rows, whole) if r["lam"] in (0, .5, 1))
 
 
-def test_a_path_that_goes_nowhere_is_asked_at_three_points(pico, bent, monkeypatch):
+def test_a_path_that_goes_nowhere_is_asked_at_three_points_and_checked_at_two(pico, bent, monkeypatch):
     a, _, suite = bent
     monkeypatch.setattr(P, "CLOSE", -1.)                              # then no margin is too small
     seen = counted(monkeypatch)
     rows = measure_path(pico, a, a, suite, n=9, bend=0.)
-    assert sum(seen) == 3 * 2 * sum(len(t.test_x) for t in suite.tasks)
+    pictures = 2 * sum(len(t.test_x) for t in suite.tasks)
+    assert sum(seen) == (3 + 2) * pictures, "both ends, the middle, and a check in either half"
     assert all(len(set(curve(rows, m)[1])) == 1 for m in ("CA", "ASR_T"))
 
 
@@ -182,6 +183,26 @@ def test_nothing_is_missed_where_margins_bend_no_more_than_reckoned(pictures):
         rows = measure_path(None, {}, {}, Suite([task], {"signs": torch.eye(3)}, {"signs": Goal(1, Nothing(torch.zeros(3, 1, 1)))}), n=21)
     want = [(row == 0).double().mean().item() * 100 for row in z.argmax(-1)]
     assert curve(rows, "CA")[1] == pytest.approx(want) and sum(asked) <= 2 * 21 * len(pictures)
+
+
+def test_one_wrong_answer_and_every_picture_is_asked(monkeypatch):
+    "Sure on both sides and another class in between: no margin shows it, the check does."
+    lams, truth = grid(9), [0, 1, 0, 0, 0, 0, 0, 0, 0]
+    asked = []
+
+    def answer(clip, k, x, W):
+        asked.append(k)
+        return torch.tensor([truth[k]]), torch.tensor([1.])
+    monkeypatch.setattr(P, "answer", answer)
+    monkeypatch.setattr(P, "Path", lambda *_: SimpleNamespace(at=lambda lam: lams.index(lam)))
+    one = replace(small_task("signs"), test_x=torch.zeros(1, 3, 2, 2), test_y=torch.zeros(1, dtype=torch.long))
+    suite = Suite([one], {"signs": torch.eye(3)}, {"signs": Goal(1, Nothing(torch.zeros(3, 1, 1)))})
+    rows = measure_path(None, {}, {}, suite, n=9)
+    assert curve(rows, "CA")[1] == [100. * (c == 0) for c in truth]
+    truth[1] = 0
+    asked.clear()
+    measure_path(None, {}, {}, suite, n=9)
+    assert len(asked) < 2 * 9, "nothing wrong, so not every point"
 
 
 @given(st.integers(2, 40))
