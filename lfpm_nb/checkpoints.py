@@ -51,7 +51,7 @@ DTYPES = {f"torch.{n}": getattr(torch, n) for n in
           ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
            "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")}
 
-
+# %% ../nbs/00a_checkpoints.ipynb #89cf4478
 def _whole(numbers) -> tuple:
     "A shape or its strides: at most 16 whole numbers from 0 on."
     if not isinstance(numbers, (tuple, list)) or len(numbers) > 16: raise ValueError("no shape")
@@ -66,7 +66,7 @@ def _tensor(storage, offset, size, stride, *rest) -> Kept:
 def _typed(storage, offset, size, stride, grad, hooks, dtype, *rest) -> Kept:
     return Kept(storage, *_whole([offset]), _whole(size), _whole(stride), DTYPES[dtype.name])
 
-
+# %% ../nbs/00a_checkpoints.ipynb #9db1afda
 def _subclass(function, kind, args, state=None):
     "A tensor with attributes, or of a subclass: the tensor."
     return _made(function, args)
@@ -93,7 +93,7 @@ def _mapping(pairs=(), *rest) -> dict:
     if len(pairs) > 10_000: raise ValueError("a long list of pairs")
     return _pairs({}, [x for pair in pairs for x in pair])
 
-
+# %% ../nbs/00a_checkpoints.ipynb #7cbadaec
 KNOWN = {"torch._utils._rebuild_tensor": _tensor, "torch._utils._rebuild_tensor_v2": _tensor,
          "torch._utils._rebuild_tensor_v3": _typed, "torch._tensor._rebuild_from_type_v2": _subclass,
          "torch._utils._rebuild_parameter": _first, "torch._utils._rebuild_parameter_with_state": _first,
@@ -120,28 +120,10 @@ EMPTY = dict(EMPTY_TUPLE=tuple, EMPTY_LIST=list, EMPTY_DICT=dict, EMPTY_SET=list
 MADE = dict(TUPLE=tuple, LIST=list, FROZENSET=list, DICT=lambda v: _pairs({}, v))
 TUPLES = dict(TUPLE1=1, TUPLE2=2, TUPLE3=3)
 
-
-def _more(into, values) -> None:
-    "`into` with more entries, if it is a list; a shell's do not matter."
-    if isinstance(into, list): into.extend(values)
-
-
-class Machine:
-    """Carries out the pickle at the beginning of a stream, without a call or an import. `persistent`: what
-    an id that the pickle mentions stands for. ValueError beyond MOST_STEPS; on damage many exceptions."""
-    def __init__(self, persistent):
-        self.persistent, self.stack, self.below, self.memo = persistent, [], [], {}
-
-    def run(self, stream):
-        "What the pickle holds."
-        for steps, (op, arg, _) in enumerate(pickletools.genops(stream)):
-            if steps > MOST_STEPS: raise ValueError(f"more than {MOST_STEPS:,} instructions")
-            if op.name == "STOP": return self.stack.pop()
-            if op.name in PUSHES: self.stack.append(arg)
-            elif op.name in EMPTY: self.stack.append(EMPTY[op.name]())
-            elif op.name in MADE: self.push(MADE[op.name](self.marked()))
-            elif op.name in TUPLES: self.push(tuple(self.taken(TUPLES[op.name])))
-            elif op.name not in ("PROTO", "FRAME"): getattr(self, op.name.lower())(arg)
+# %% ../nbs/00a_checkpoints.ipynb #b3f96df7
+class _Stack:
+    "What a pickle works on: a stack, the stacks below it, which a mark puts aside, and a memory by number."
+    def __init__(self): self.stack, self.below, self.memo = [], [], {}
 
     def push(self, value): self.stack.append(value)       # after a mark was taken away, on the stack below it
 
@@ -171,6 +153,14 @@ class Machine:
     binput = long_binput = put
     binget = long_binget = get
 
+# %% ../nbs/00a_checkpoints.ipynb #20deffdb
+def _more(into, values) -> None:
+    "`into` with more entries, if it is a list; a shell's do not matter."
+    if isinstance(into, list): into.extend(values)
+
+
+class _Containers(_Stack):
+    "Lists, dictionaries and shells that grow."
     def append(self, _):
         value = self.taken(1)
         _more(self.stack[-1], value)
@@ -187,6 +177,25 @@ class Machine:
         values = self.marked()
         _pairs(self.stack[-1], values)
     additems = appends
+
+# %% ../nbs/00a_checkpoints.ipynb #f9c7628b
+class Machine(_Containers):
+    """Carries out the pickle at the beginning of a stream, without a call or an import. `persistent`: what
+    an id that the pickle mentions stands for. ValueError beyond MOST_STEPS; on damage many exceptions."""
+    def __init__(self, persistent):
+        super().__init__()
+        self.persistent = persistent
+
+    def run(self, stream):
+        "What the pickle holds."
+        for steps, (op, arg, _) in enumerate(pickletools.genops(stream)):
+            if steps > MOST_STEPS: raise ValueError(f"more than {MOST_STEPS:,} instructions")
+            if op.name == "STOP": return self.stack.pop()
+            if op.name in PUSHES: self.stack.append(arg)
+            elif op.name in EMPTY: self.stack.append(EMPTY[op.name]())
+            elif op.name in MADE: self.push(MADE[op.name](self.marked()))
+            elif op.name in TUPLES: self.push(tuple(self.taken(TUPLES[op.name])))
+            elif op.name not in ("PROTO", "FRAME"): getattr(self, op.name.lower())(arg)
 
     def global_(self, arg): self.stack.append(Named(arg.replace(" ", ".", 1)))
     def stack_global(self, _): self.stack.append(Named(".".join(self.taken(2))))
@@ -216,9 +225,13 @@ class Machine:
     def binpersid(self, _): self.stack.append(self.persistent(self.stack.pop()))
 
 
-setattr(Machine, "global", Machine.global_)
+setattr(Machine, "global", Machine.global_)       # a word of Python's
 
 # %% ../nbs/00a_checkpoints.ipynb #92d07d7b
+class _Other(ValueError):
+    "A sound file of a kind that is not read here."
+
+
 def _storage(key, kind, n, more=0) -> tuple:
     "(key, dtype, entries) of a storage as the pickle mentions it."
     name = kind.name.removeprefix("torch.").removeprefix("storage.")
@@ -232,7 +245,7 @@ def _printable(text, most: int = 60) -> str:
     text = printable(text)
     return text if len(text) <= most else text[:most] + "…"
 
-
+# %% ../nbs/00a_checkpoints.ipynb #8e02b6d2
 def cut(kept: Kept, data: bytearray) -> torch.Tensor:
     "The tensor itself, from its storage's bytes. ValueError if it does not lie inside, or repeats entries."
     entries = len(data) // kept.dtype.itemsize
@@ -243,13 +256,13 @@ def cut(kept: Kept, data: bytearray) -> torch.Tensor:
     flat = torch.frombuffer(data, dtype=kept.dtype, count=entries)
     return flat.as_strided(kept.size, kept.stride, kept.offset).clone(memory_format=torch.contiguous_format)
 
-
+# %% ../nbs/00a_checkpoints.ipynb #96cfcb46
 class Zipped:
     "What `torch.save` writes since 2020, and TorchScript: `script` says which. `root` is the pickled object."
     def __init__(self, path: Path):
         self.zip = zipfile.ZipFile(path)
         members = {i.filename: i for i in self.zip.infolist()}
-        found = [n for n in members if re.fullmatch("[^/]+/data\.pkl", n)]
+        found = [n for n in members if re.fullmatch(r"[^/]+/data\.pkl", n)]
         if len(found) != 1: raise _Other("a zip without data.pkl, so not written by torch.save")
         self.folder, self.members = found[0].removesuffix("data.pkl"), members
         if self.text("byteorder") not in ("", "little"): raise _Other("big-endian, written on another kind of machine")
@@ -284,7 +297,7 @@ class Zipped:
         if info.file_size != size: raise ValueError(f"storage {_printable(key)} has another size than its tensors say")
         return self.member(f"data/{key}", size)
 
-
+# %% ../nbs/00a_checkpoints.ipynb #917ddc3b
 class Older:
     "What `torch.save` wrote before 2020: five pickles, then the storages."
     script = False
@@ -322,10 +335,6 @@ class Older:
             f.seek(at)
             if f.readinto(data) != size: raise ValueError("it is cut off")
         return data
-
-
-class _Other(ValueError):
-    "A sound file of a kind that is not read here."
 
 # %% ../nbs/00a_checkpoints.ipynb #2326ad17
 MOST_NAMES, DEEPEST = 100_000, 64
@@ -399,7 +408,7 @@ class Weights:
     files: list
     sha256: str
 
-
+# %% ../nbs/00a_checkpoints.ipynb #49c50b3d
 FOLDER = ("model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors",
           "open_clip_model.safetensors.index.json", "open_clip_pytorch_model.bin", "pytorch_model.bin",
           "pytorch_model.bin.index.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -414,7 +423,7 @@ def in_folder(path) -> Path:
     more = f"; it holds {', '.join(names[:3])}: name the file" if names else ""
     raise FileNotFoundError(f"no checkpoint in the folder {path}: none of {', '.join(FOLDER)}{more}")
 
-
+# %% ../nbs/00a_checkpoints.ipynb #3d297e9a
 STRANGE = {b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch it with  git lfs pull",
            b"<": "a web page, not a checkpoint; fetch the file again", b"\x89HDF": "an HDF5 file",
            b"GGUF": "a GGUF file of codes, not weights", b"\x93NUMPY": "a NumPy array"}
@@ -442,7 +451,7 @@ def _open(path: Path):
     # a damaged pickle can end in any error, none of them ours to explain
     except Exception as e: raise ValueError(f"{path} is damaged ({type(e).__name__}: {_printable(e)}); fetch or save it again") from None
 
-
+# %% ../nbs/00a_checkpoints.ipynb #9d33056d
 def _tensors(path: Path, found: dict, names: list, archive) -> dict:
     "{name: tensor} of these names."
     if archive is None: return {n: found[n] for n in names}
@@ -462,7 +471,7 @@ def _tensors(path: Path, found: dict, names: list, archive) -> dict:
         except Exception as e: raise ValueError(f"{path} is damaged at {_printable(n)} ({type(e).__name__}: {_printable(e)}); fetch or save it again") from None
     return {n: out[n] for n in names}
 
-
+# %% ../nbs/00a_checkpoints.ipynb #067bed39
 def _shards(index: Path) -> list[Path]:
     "The files that an index lists; ValueError if it is none, or one is missing or lies elsewhere."
     try: names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -492,7 +501,7 @@ def weights_sha(path) -> str:
     "sha256 of a checkpoint's file; of several, of their sha256s one behind the other."
     return _sha(files_of(path))
 
-
+# %% ../nbs/00a_checkpoints.ipynb #a5a1c87f
 def load_weights(path) -> Weights:
     """The tensors of a checkpoint: safetensors, what torch.save writes (state dicts, whole modules, nested, older files), a
     TorchScript archive, a folder or an index of shards; whatever its suffix. Nothing in it is run or imported.
