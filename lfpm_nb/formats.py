@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FORMS', 'HF', 'WORDS', 'WEIGHTS', 'BUFFERS', 'SCALARS', 'DIMENSIONS', 'PROJECTIONS', 'SAYS', 'HF_DEFAULTS', 'detect',
            'spell', 'join_qkv', 'split_qkv', 'Tower', 'check_weights', 'take', 'layout', 'sizes', 'key_errors',
-           'misshapen', 'agreed', 'fitted', 'heads', 'of_model', 'said_by_sizes', 'in_common', 'hf_config',
-           'config_for', 'check_finite', 'folded', 'read_tower', 'write_tower', 'with_base', 'called', 'convert',
-           'backbone']
+           'tower_shapes', 'misshapen', 'agreed', 'fitted', 'heads', 'of_model', 'said_by_sizes', 'in_common',
+           'hf_config', 'config_for', 'check_finite', 'folded', 'read_tower', 'write_tower', 'with_base', 'called',
+           'convert', 'backbone']
 
 # %% ../nbs/21_formats.ipynb #a8a4223b
 import functools, json, math, re
@@ -185,24 +185,39 @@ def key_errors(have, need) -> str:
     return "; ".join(filter(None, (say("missing", set(need) - set(have)), say("unexpected", set(have) - set(need)))))
 
 # %% ../nbs/21_formats.ipynb #ac710008
+def tower_shapes(visual: dict) -> tuple[dict, dict]:
+    """{name: shape} of what a vision tower as wide and deep as this one must have, and of what only some
+    models have (ln_pre, layer scale, proj)."""
+    w, _, patch, _ = visual["conv1.weight"].shape
+    m = len(visual["transformer.resblocks.0.mlp.c_fc.weight"])
+    side = math.isqrt(max(len(visual["positional_embedding"]) - 1, 1))
+    must = {"conv1.weight": (w, 3, patch, patch), "class_embedding": (w,),
+            "positional_embedding": (side ** 2 + 1, w), "ln_post.weight": (w,), "ln_post.bias": (w,)}
+    block = {"ln_1.weight": (w,), "ln_1.bias": (w,), "ln_2.weight": (w,), "ln_2.bias": (w,),
+             "attn.in_proj_weight": (3 * w, w), "attn.in_proj_bias": (3 * w,),
+             "attn.out_proj.weight": (w, w), "attn.out_proj.bias": (w,),
+             "mlp.c_fc.weight": (m, w), "mlp.c_fc.bias": (m,),
+             "mlp.c_proj.weight": (w, m), "mlp.c_proj.bias": (w,)}
+    may = {"ln_pre.weight": (w,), "ln_pre.bias": (w,)}
+    if "proj" in visual: may["proj"] = (w, visual["proj"].shape[-1])
+    layers = len({k.split(".")[2] for k in visual if k.startswith("transformer.resblocks.")})
+    for at in (f"transformer.resblocks.{i}" for i in range(layers)):
+        must |= {f"{at}.{k}": shape for k, shape in block.items()}
+        may |= {f"{at}.ls_1.gamma": (w,), f"{at}.ls_2.gamma": (w,)}
+    return must, may
+
+
 def misshapen(visual: dict) -> str:
     "'' if a vision tower has all its tensors in shapes that fit one another; else what is wrong."
-    need = {"conv1.weight", "class_embedding", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight"}
+    need = {"conv1.weight", "class_embedding", "positional_embedding",
+            "transformer.resblocks.0.mlp.c_fc.weight"}
     if bad := key_errors(visual.keys() & need, need): return bad
-    (w, _, patch, _), m = visual["conv1.weight"].shape, len(visual["transformer.resblocks.0.mlp.c_fc.weight"])
-    tokens = visual["positional_embedding"].shape[0]
-    shapes = {"conv1.weight": (w, 3, patch, patch), "class_embedding": (w,), "positional_embedding": (math.isqrt(max(tokens - 1, 1)) ** 2 + 1, w), "ln_post.weight": (w,), "ln_post.bias": (w,)}
-    block = {"ln_1.weight": (w,), "ln_1.bias": (w,), "ln_2.weight": (w,), "ln_2.bias": (w,), "attn.in_proj_weight": (3 * w, w), "attn.in_proj_bias": (3 * w,), "attn.out_proj.weight": (w, w),
-             "attn.out_proj.bias": (w,), "mlp.c_fc.weight": (m, w), "mlp.c_fc.bias": (m,), "mlp.c_proj.weight": (w, m), "mlp.c_proj.bias": (w,)}
-    layers = {k.split(".")[2] for k in visual if k.startswith("transformer.resblocks.")}
-    shapes |= {f"transformer.resblocks.{i}.{k}": s for i in range(len(layers)) for k, s in block.items()}
-    # not every model has these
-    optional = {"ln_pre.weight": (w,), "ln_pre.bias": (w,)} | {f"transformer.resblocks.{i}.{ls}.gamma": (w,) for i in layers for ls in ("ls_1", "ls_2")}
-    if "proj" in visual: optional["proj"] = (w, visual["proj"].shape[-1])
-    if bad := key_errors(visual.keys() - optional.keys(), shapes): return bad
-    shapes |= optional
-    wrong = next((k for k, v in visual.items() if tuple(v.shape) != shapes[k]), None)
-    return f"{wrong} has shape {tuple(visual[wrong].shape)}, expected {shapes[wrong]}" if wrong else ""
+    must, may = tower_shapes(visual)
+    if bad := key_errors(visual.keys() - may.keys(), must): return bad
+    shapes = must | may
+    for k, v in visual.items():
+        if tuple(v.shape) != shapes[k]: return f"{k} has shape {tuple(v.shape)}, expected {shapes[k]}"
+    return ""
 
 # %% ../nbs/21_formats.ipynb #d1a7c032
 def _yes(value) -> bool:

@@ -32,7 +32,9 @@ def path_lines(df: pd.DataFrame) -> tuple[dict, dict]:
     avg = df[df.task == "average"]
     lines = {k: g.sort_values("lam") for k, g in avg[(avg.kind == "path") & avg.metric.isin(["CA", "ASR_T"])].groupby(["method", "metric"], sort=False)}
     at = lambda m, metric: avg[(avg.kind == "model") & (avg.method == m) & (avg.metric == metric)].value
-    clean = next(m for m in avg.method if m.endswith("(clean)") and "individual" not in m)
+    merges = [m for m in avg.method.unique() if m.endswith("(clean)") and "individual" not in m]
+    if not merges: raise ValueError("these results have no clean merge to compare with; run it again: lfpm run main")
+    clean = merges[0]
     merge_row = clean.removesuffix(" (clean)")
     flat = {f"{clean}, same trigger": at(clean, "ASR_T"), f"{merge_row}, no trigger": at(merge_row, "floor_none"), f"{merge_row}, grey patch": at(merge_row, "floor_grey")}
     return lines, {k: float(v.iloc[0]) for k, v in flat.items() if len(v)}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import new_pico
-from lfpm_nb.checkpoints import Machine, load_weights, prefix_of, weights_sha
+from lfpm_nb.checkpoints import Kept, Machine, cut, load_weights, prefix_of, weights_sha
 from lfpm_nb.clip import whole
 from lfpm_nb.core import file_sha, load_state, save_state
 from lfpm_nb.formats import read_tower
@@ -221,3 +221,10 @@ def test_openais_archive_as_a_backbone(tmp_path):
     torch.save(state | {"input_resolution": torch.tensor(224), "context_length": torch.tensor(77), "vocab_size": torch.tensor(49408)}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="quick_gelu=True, ViT-B-32 has False"): load_clip("ViT-B-32", tmp_path / "x.pt")
     assert torch.equal(load_clip("ViT-B-32-quickgelu", tmp_path / "x.pt").model.visual.proj, state["visual.proj"])
+
+
+@pytest.mark.parametrize("offset, size, stride", [
+    (0, (2, 3), (3, 2)), (1, (6,), (1,)), (0, (1000, 1000), (0, 0)), (6, (), ())])
+def test_a_tensor_lies_inside_its_storage_and_repeats_nothing(offset, size, stride):
+    kept = Kept(("0", torch.float32, 6), offset, size, stride, torch.float32)
+    with pytest.raises(ValueError, match="in a storage of 6 entries"): cut(kept, bytearray(24))
