@@ -401,7 +401,9 @@ def path_figure(d: Defended, rows: list[dict], title: str):
     for col, name, dash, colour, x, y in lines:
         fig.add_scatter(x=x, y=y, name=name, mode="lines+markers" if dash != "dot" else "lines", line=dict(dash=dash, color=colour), row=1, col=col, hovertemplate="λ %{x:.2f}: %{y:.4g}")
     for col in cols: fig.add_vline(x=d.lam, line=dict(color="gray", width=1), annotation_text=f"λ = {d.lam:g}", row=1, col=col)
-    fig.update_xaxes(title="λ: 0 merged, 1 anti-backdoor model"); fig.update_yaxes(range=[-2, 102], row=1, col=1)
+    # the whole path in every panel: a rule reads only as far as it must
+    fig.update_xaxes(title="λ: 0 merged, 1 anti-backdoor model", range=[-.05, 1.05])
+    fig.update_yaxes(range=[-2, 102], row=1, col=1)
     for col in cols[1:]: fig.update_yaxes(rangemode="tozero", row=1, col=col)
     said = f"{title}, n = {rows[0]['n']}; λ by {'the rule ' + d.rule['rule'] if d.rule else 'hand'}"
     return fig.update_layout(title=said, height=460, margin=dict(l=40, r=20, t=80, b=40), template="plotly_white", legend=dict(orientation="h", y=-.2))
