@@ -118,6 +118,23 @@ def test_module_imports(path):
     assert {n for n in siblings if ORDER.index(n) >= ORDER.index(path.stem)} == set(), "imports a later notebook's module"
 
 
+def top_names(tree: ast.Module):
+    "Names that a module gives at its top: functions but for added methods, classes, constants."
+    for n in tree.body:
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
+            if not any("method" in ast.unparse(d) for d in n.decorator_list): yield n.name
+        elif isinstance(n, ast.Assign):
+            plain = [t.elts if isinstance(t, ast.Tuple) else [t] for t in n.targets]
+            yield from (x.id for some in plain for x in some if isinstance(x, ast.Name))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=rel)
+def test_a_module_gives_no_name_twice(path):
+    "The second meaning would win, in cells far above it too."
+    names = [n for n in top_names(ast.parse(path.read_text(encoding="utf-8"))) if n != "_"]
+    assert not {n for n in names if names.count(n) > 1}
+
+
 # --- text is UTF-8 whatever the locale ---------------------------------------------------------------------------------
 
 def leaves_it_to_the_locale(call: ast.Call) -> bool:
