@@ -160,34 +160,48 @@ def sweep(file, workers: int = 2, scheduler: str | None = None, resume: bool = F
 NO_WORKER = 300                                   # seconds: by then a worker that died is back, or one more was started by hand
 
 
-def _settled(client, futures):
-    "(future, None or what went wrong) as they come in; without any worker for NO_WORKER seconds the rest is given up."
+def _settled(client, todo, submit):
+    """(point, its future, None or what went wrong) as they come in.
+
+    No more points are out than the workers have threads, or one while there is no worker.
+    Without any worker for NO_WORKER seconds the rest is given up."""
     from distributed import TimeoutError, wait
     from distributed.client import CancelledError
-    left = set(futures)
-    while left:
-        try: wait(left, timeout=NO_WORKER / 10, return_when="FIRST_COMPLETED")
+    waiting, out = list(todo), {}
+    while waiting or out:
+        try: room = max(1, sum(client.nthreads().values())) - len(out)
+        except OSError: break                             # no scheduler any more
+        while waiting and room > 0:
+            point = waiting.pop(0)
+            out[submit(point)] = point
+            room -= 1
+        try: wait(list(out), timeout=NO_WORKER / 10, return_when="FIRST_COMPLETED")
         except CancelledError: pass                       # says of one future what it says itself below
         except TimeoutError:
             try: client.wait_for_workers(1, timeout=NO_WORKER)
             except (TimeoutError, OSError): break         # nobody there, or no scheduler any more
-        done = {f for f in left if f.done()}
-        left -= done
-        for f in done:
+        for f in [f for f in out if f.done()]:
             error = None if f.status == "finished" else f.exception()
-            yield f, error and f"{type(error).__name__}: {error}"
-    client.cancel(list(left))
-    for f in left: yield f, f"no worker has been there for {NO_WORKER} s; start one, then --resume does what is left"
+            yield out.pop(f), f, error and f"{type(error).__name__}: {error}"
+    client.cancel(list(out))
+    for point in (*out.values(), *waiting):
+        yield point, None, f"no worker has been there for {NO_WORKER} s; start one, then --resume does what is left"
 
 # %% ../nbs/22_sweep.ipynb #e16bdb2e
 def _answers(client, todo: list[Point], threads: int, force: bool, skipped: int):
     "(point, result) as they come in, under one progress line that names what runs."
-    env = {k: os.environ.get(k) for k in PASSED_ON} | dict(LFPM_RUNS=str(runs_dir().resolve()), LFPM_CACHE=str(cache_dir().resolve()), LFPM_QUIET="1")
-    futures = {client.submit(do_point, p, threads, env, force, key=f"{p} {time.time_ns()}", pure=False): p for p in todo}
+    env = {k: os.environ.get(k) for k in PASSED_ON}
+    env |= dict(LFPM_RUNS=str(runs_dir().resolve()), LFPM_CACHE=str(cache_dir().resolve()), LFPM_QUIET="1")
+
+    def submit(point):
+        key = f"{point} {time.time_ns()}"
+        return client.submit(do_point, point, threads, env, force, key=key, pure=False)
+
     count = dict(done=0, failed=0, skipped=skipped)
-    bar = Progress(_settled(client, futures), "sweep", total=len(todo))
-    for f, error in bar:
-        result = f.result() if error is None else dict(state="failed", seconds=float("nan"), error=error)
+    bar = Progress(_settled(client, todo, submit), "sweep", total=len(todo))
+    for point, future, error in bar:
+        result = dict(state="failed", seconds=float("nan"), error=error) if error else future.result()
         count[result["state"]] += 1
-        bar.note = ", ".join(f"{n} {k}" for k, n in count.items()) + f"; last: {futures[f]}" + (f" ({result['error'].splitlines()[0]})" if "error" in result else "")
-        yield futures[f], result
+        why = f" ({result['error'].splitlines()[0]})" if "error" in result else ""
+        bar.note = ", ".join(f"{n} {k}" for k, n in count.items()) + f"; last: {point}{why}"
+        yield point, result

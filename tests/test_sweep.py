@@ -113,6 +113,21 @@ def test_a_failed_run_is_recorded_and_the_rest_go_on(runs):
     assert [r["state"] for r in json.loads((runs.root / "runs" / "sweeps" / "s.json").read_text(encoding="utf-8"))].count("failed") == 1
 
 
+def test_a_worker_has_no_run_in_its_queue_beside_the_one_it_does(runs, monkeypatch):
+    "Dask blames every run in a dead worker's queue for its death."
+    from distributed import get_worker
+    queued = []
+
+    def execute(plan, force=False):
+        tasks = get_worker().state.tasks.values()
+        queued.append(sum(t.state in ("executing", "ready", "waiting") for t in tasks))
+        return plan.out
+
+    monkeypatch.setattr(S, "execute", execute)
+    assert set(sweep(runs.file, workers=1).state) == {"done"}
+    assert queued == [1, 1, 1]
+
+
 def test_without_any_worker_what_is_left_has_failed(runs, monkeypatch):
     from distributed import Client
     import contextlib
