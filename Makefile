@@ -17,7 +17,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 STALE := stale
 endif
 
-.PHONY: help install lab browser test slow check clean distclean stale
+.PHONY: help install lab browser test slow check format clean distclean stale
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -57,7 +57,12 @@ check: install  ## are notebooks and modules in step and clean, and outputs with
 	$(BIN)/nbdev_export; $(BIN)/nbdev_clean; \
 	changed=$$(comm -3 <(echo "$$before" | sort) <(files | sort) | awk '{print $$2}' | sort -u); \
 	[ -z "$$changed" ] || { printf 'These were out of step or not clean. They are in order now: review and commit them.\n%s\n' "$$changed" >&2; exit 1; }
+	$(BIN)/ruff format --check -q . || { echo "make format puts the lines in order" >&2; exit 1; }
 	$(BIN)/python -m pytest -q tests/test_repo.py
+
+format: install  ## put the lines of notebooks and tests in order
+	$(BIN)/ruff format -q .
+	$(BIN)/nbdev_export; $(BIN)/nbdev_clean
 
 clean:  ## remove bytecode, test caches and build leftovers; keeps .venv and your runs/
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis _docs _proc

@@ -5,6 +5,7 @@
 The same weights are measured with matrix products in bfloat16 and in float32; nothing is trained
 but a small subspace. Printed are the largest differences, how many predictions change, and how many
 pictures would have two best classes if logits were bfloat16 too."""
+
 import argparse
 import os
 import time
@@ -27,8 +28,12 @@ def predictions(clip, visual, images: torch.Tensor, W: torch.Tensor) -> dict:
     z, z32 = (logits(features(clip, visual, images, dtype=d), W) for d in BOTH)
     first, full = z.argmax(1), z32.argmax(1)
     low = z.bfloat16().topk(2).values
-    found = dict(lower=first < full, higher=first > full,
-                 ties=z.topk(2).values.diff() == 0, ties_if_bf16=low.diff() == 0)
+    found = dict(
+        lower=first < full,
+        higher=first > full,
+        ties=z.topk(2).values.diff() == 0,
+        ties_if_bf16=low.diff() == 0,
+    )
     return dict(n=len(images)) | {k: v.sum().item() for k, v in found.items()}
 
 
@@ -99,8 +104,10 @@ def report_path(lab, theta: dict, name: str) -> None:
     (curve, lam), (curve32, lam32) = in_both(lambda: along(lab, theta, end))
     of = lambda k: gap(([p[k] for p in curve], [p[k] for p in curve32]))
     shifts = max(gap((p["shift"], q["shift"])) for p, q in zip(curve, curve32))
-    print(f"{name}: clean {of('clean'):.5f}, prompted {of('prompted'):.5f}, shift {shifts:.5f};"
-          f" λ {lam}, in float32 {lam32}")
+    print(
+        f"{name}: clean {of('clean'):.5f}, prompted {of('prompted'):.5f}, shift {shifts:.5f};"
+        f" λ {lam}, in float32 {lam32}"
+    )
 
 
 def report_linearity(lab, theta: dict, name: str, x: torch.Tensor) -> None:
@@ -120,15 +127,17 @@ def main():
     args = parser.parse_args()
     lab = load_recorded(tiny=False)
     theta, (target, goal) = lab.both["poisoned"], next(iter(lab.suite.goals.items()))
-    visual, x = lab.clip.with_state(theta), lab.tasks[target].test_x[:args.n]
+    visual, x = lab.clip.with_state(theta), lab.tasks[target].test_x[: args.n]
 
     models = [lab.defended(name, theta)[0] for name in args.defences]
     report_rates(lab, [theta, *models], goal.trigger, args.n)
     print(f"float32 takes {slower(lab.clip, visual, lab.shadow.x):.2f} times bfloat16's CPU time")
-    for name in args.defences: report_path(lab, theta, name)
+    for name in args.defences:
+        report_path(lab, theta, name)
     report_linearity(lab, theta, args.defences[0], x[:64])
     shares = [energy(lab, visual, x, goal.trigger(x), dtype) for dtype in BOTH]
     print(f"change in a learned subspace: {gap(shares):.2f} %")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -13,13 +13,37 @@ from pathlib import Path
 import torch
 
 # %% ../nbs/20b_adapters.ipynb #16b51076
-NEUTRAL = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-           "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout",
-           "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "init_lora_weights",
-           "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core",
-           "loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
+NEUTRAL = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "lora_alpha",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "bias",
+    "use_rslora",
+    "modules_to_save",
+    "init_lora_weights",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "qalora_group_size",
+    "runtime_config",
+    "ensure_weight_tying",
+}
 ELSE = "Fold it with peft: merge_and_unload()"
-HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")      # the base stays what it was
+HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the base stays what it was
 
 
 @dataclass
@@ -27,6 +51,7 @@ class Adapter:
     """A LoRA adapter: {module: (A, B, how many times it is added)} in `pairs`, tensors saved `whole` by
     name, `base` weights that lie in the file as well, and peft's `config`. Names are the model's,
     without peft's own parts."""
+
     pairs: dict
     whole: dict
     base: dict
@@ -44,13 +69,18 @@ def read_config(path) -> dict:
     be folded."""
     path = Path(path).parent / "adapter_config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: an adapter's alpha stands there; fetch the whole folder")
-    try: config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{path} is no JSON ({e}); fetch it again") from None
+        raise FileNotFoundError(
+            f"no {path}: an adapter's alpha stands there; fetch the whole folder"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is no JSON ({e}); fetch it again") from None
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
     if kind != "LORA" or not isinstance(config, dict):
         raise ValueError(f"{path} describes {kind!r}; expected peft_type LORA. {ELSE}")
-    if why := unfoldable(config): raise ValueError(f"{path} {why}")
+    if why := unfoldable(config):
+        raise ValueError(f"{path} {why}")
     return config
 
 
@@ -61,8 +91,10 @@ def unfoldable(config: dict) -> str:
         if not isinstance(v, dict):
             return f"says {k} is a {type(v).__name__}; expected an object of numbers"
     odd = sorted(k for k, v in config.items() if v and k not in NEUTRAL)
-    if config.get("init_lora_weights") not in HARMLESS_STARTS: odd.append("init_lora_weights")
-    if odd: return f"sets {odd[0]} to {str(config[odd[0]])[:40]!r}, which is not folded here. {ELSE}"
+    if config.get("init_lora_weights") not in HARMLESS_STARTS:
+        odd.append("init_lora_weights")
+    if odd:
+        return f"sets {odd[0]} to {str(config[odd[0]])[:40]!r}, which is not folded here. {ELSE}"
     numbers = {k: config.get(k) for k in ("r", "lora_alpha")}
     for k, of in patterns.items():
         for ending, v in of.items():
@@ -78,7 +110,8 @@ def unfoldable(config: dict) -> str:
 def _setting(config: dict, module: str, plain: str, pattern: str):
     "A number for one module: that of the first pattern that ends its name, else the plain one."
     for ending, value in (config.get(pattern) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({ending})", module): return value
+        if re.fullmatch(rf"(.*\.)?({ending})", module):
+            return value
     return config[plain]
 
 
@@ -97,12 +130,16 @@ def sort_out(state: dict, config: dict) -> Adapter:
         name = k.removeprefix("base_model.model.").replace(".base_layer", "")
         inner = ".base_layer.out_proj.lora_" in k
         unused = ".out_proj.lora_" in k and not inner
-        if unused and k.replace(".out_proj.", ".base_layer.out_proj.") in state: continue
+        if unused and k.replace(".out_proj.", ".base_layer.out_proj.") in state:
+            continue
         twice |= {name.split(".lora_")[0]} if inner else set()
         m = re.fullmatch(r"(.+)\.lora_([AB])(\.default)?\.weight", name)
-        if m: into, key = thin, (m[1], m[2])
-        elif "lora_" in name: raise ValueError(f"{k} is no plain LoRA matrix. {ELSE}")
-        else: into, key = (found.base if k.endswith("base_layer.weight") else found.whole), name
+        if m:
+            into, key = thin, (m[1], m[2])
+        elif "lora_" in name:
+            raise ValueError(f"{k} is no plain LoRA matrix. {ELSE}")
+        else:
+            into, key = (found.base if k.endswith("base_layer.weight") else found.whole), name
         if key in into and not torch.equal(into[key], v):
             raise ValueError(f"{k} lies there twice, with different numbers")
         into[key] = v
@@ -112,8 +149,10 @@ def sort_out(state: dict, config: dict) -> Adapter:
         if A is None or B is None:
             raise ValueError(f"{module} has only one of lora_A and lora_B; fetch the file again")
         if A.dim() < 2 or A.dim() != B.dim() or not len(A) == B.shape[1] == r:
-            raise ValueError(f"{module} has matrices {tuple(A.shape)} and {tuple(B.shape)}; "
-                             f"expected rank {r}, as adapter_config.json says")
+            raise ValueError(
+                f"{module} has matrices {tuple(A.shape)} and {tuple(B.shape)}; "
+                f"expected rank {r}, as adapter_config.json says"
+            )
         found.pairs[module] = A, B, 2 if module in twice else 1
     return found
 
@@ -128,32 +167,41 @@ def misfit(adapter: Adapter, weights: dict, names=lambda module: module) -> str:
     `names`: other spelling."""
     for module, (A, B, _) in adapter.pairs.items():
         key = weight_of(names(module), weights)
-        if key is None: return f"{module} is no module of it"
+        if key is None:
+            return f"{module} is no module of it"
         need = (B.shape[0], *A.shape[1:])
-        if adapter.config.get("fan_in_fan_out"): need = need[::-1]
+        if adapter.config.get("fan_in_fan_out"):
+            need = need[::-1]
         there = tuple(weights[key].shape)
-        if need != there: return f"{module} changes a weight of shape {need}, there it is {there}"
+        if need != there:
+            return f"{module} changes a weight of shape {need}, there it is {there}"
     for key, v in adapter.whole.items():
         there = weights.get(names(key))
-        if there is None or v.shape != there.shape: return f"{key} {tuple(v.shape)} is no tensor of it"
+        if there is None or v.shape != there.shape:
+            return f"{key} {tuple(v.shape)} is no tensor of it"
     return ""
 
 
 def fold(adapter: Adapter, weights: dict, names=lambda module: module) -> dict:
     "`weights` with the adapter in them, as peft's merge_and_unload leaves them; each in its own dtype."
-    if why := misfit(adapter, weights, names): raise ValueError(why)
+    if why := misfit(adapter, weights, names):
+        raise ValueError(why)
     out = dict(weights)
     for key, v in adapter.base.items():
         mine = weights.get(names(key))
-        if mine is None or mine.shape != v.shape: continue
+        if mine is None or mine.shape != v.shape:
+            continue
         if (mine.float() - v.float()).abs().max() > 0.01 * mine.float().abs().max():
-            raise ValueError(f"its own copy of {key} is another than the base's: "
-                             "it was trained over another base")
+            raise ValueError(
+                f"its own copy of {key} is another than the base's: "
+                "it was trained over another base"
+            )
     out |= {names(k): v.to(weights[names(k)].dtype) for k, v in adapter.whole.items()}
     for module, (A, B, times) in adapter.pairs.items():
         s, _ = factor(adapter.config, module)
         key = weight_of(names(module), weights)
         change = s * times * (B.float().flatten(1) @ A.float().flatten(1))
-        if adapter.config.get("fan_in_fan_out"): change = change.t()
+        if adapter.config.get("fan_in_fan_out"):
+            change = change.t()
         out[key] = (out[key].float() + change.reshape(out[key].shape)).to(out[key].dtype)
     return out

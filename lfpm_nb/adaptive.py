@@ -22,55 +22,93 @@ from .tune import batches
 @dataclass(repr=False)
 class Unlabelled:
     "Unlabelled uint8 images (N, 3, H, W) and heads (C, d) of the tasks of the models to merge, in their order; `clip` gives architecture and preprocessing."
+
     clip: Clip
     images: list[torch.Tensor]
     heads: list[torch.Tensor]
 
     def __post_init__(self):
-        if len(self.images) != len(self.heads): raise ValueError(f"{len(self.images)} sets of images but {len(self.heads)} heads; give one of each per model")
+        if len(self.images) != len(self.heads):
+            raise ValueError(
+                f"{len(self.images)} sets of images but {len(self.heads)} heads; give one of each per model"
+            )
         for i, (x, W) in enumerate(zip(self.images, self.heads)):
             if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3 or not len(x):
-                raise ValueError(f"images {i} are {x.dtype} {tuple(x.shape)}; expected uint8 (N, 3, H, W) with N > 0")
-            if W.dim() != 2 or not W.isfinite().all(): raise ValueError(f"head {i} has shape {tuple(W.shape)} or is not finite; expected (classes, features), see zero_shot_head")
+                raise ValueError(
+                    f"images {i} are {x.dtype} {tuple(x.shape)}; expected uint8 (N, 3, H, W) with N > 0"
+                )
+            if W.dim() != 2 or not W.isfinite().all():
+                raise ValueError(
+                    f"head {i} has shape {tuple(W.shape)} or is not finite; expected (classes, features), see zero_shot_head"
+                )
 
 
 def given(data: Unlabelled | None, base: dict, models: list[dict]) -> Unlabelled:
     "`data` if it fits the models; ValueError without images, for another number of tasks, or another architecture."
-    if data is None: raise ValueError("a data-driven merge needs unlabelled images of every task; pass data=Unlabelled(clip, images, heads)")
-    if len(data.images) != len(models): raise ValueError(f"{len(models)} models but images and heads of {len(data.images)} tasks; give one entry per model, in order")
+    if data is None:
+        raise ValueError(
+            "a data-driven merge needs unlabelled images of every task; pass data=Unlabelled(clip, images, heads)"
+        )
+    if len(data.images) != len(models):
+        raise ValueError(
+            f"{len(models)} models but images and heads of {len(data.images)} tasks; give one entry per model, in order"
+        )
     check_same(data.clip.visual.state_dict(), base, "this backbone and the base")
     return data
 
 # %% ../nbs/07_adaptive.ipynb #d73f7006
-def fisher_diagonal(data: Unlabelled, state: dict, t: int, examples: int, group: int, signs: bool, seed: int) -> dict:
+def fisher_diagonal(
+    data: Unlabelled, state: dict, t: int, examples: int, group: int, signs: bool, seed: int
+) -> dict:
     "{name: F_t} of model t: mean over `examples` images of squared gradients, one backward pass for each `group` (Matena & Raffel 2022, Eq 6)."
-    visual, x, W = data.clip.with_state(state).requires_grad_(True), data.images[t][:examples], data.heads[t].to(device())
+    visual, x, W = (
+        data.clip.with_state(state).requires_grad_(True),
+        data.images[t][:examples],
+        data.heads[t].to(device()),
+    )
     names, params = zip(*visual.named_parameters())
     total = [torch.zeros_like(p) for p in params]
     for i, xs in enumerate(x.split(group)):
-        with amp(): h = visual(data.clip.normalise(xs.to(device())))
+        with amp():
+            h = visual(data.clip.normalise(xs.to(device())))
         logp = logits(h, W.to(h.device)).log_softmax(1)
         terms = logp.exp().detach().sqrt() * logp
-        if signs: terms = terms * (uniform(terms.shape, "Fisher", seed, t, i).to(terms) - 0.5).sign()
-        for s, g in zip(total, torch.autograd.grad(terms.sum(), params)): s += g ** 2
+        if signs:
+            terms = terms * (uniform(terms.shape, "Fisher", seed, t, i).to(terms) - 0.5).sign()
+        for s, g in zip(total, torch.autograd.grad(terms.sum(), params)):
+            s += g**2
     return {n: s / len(x) for n, s in zip(names, total)}
 
 # %% ../nbs/07_adaptive.ipynb #d810064e
-@merges.register("Fisher", long="Fisher Merging", needs=("images", "heads"), source="Matena & Raffel 2022")
-def fisher(base: dict, models: list[dict], data: Unlabelled | None = None, examples: int = 256, group: int = 32, signs: bool = False,
-           floor: float = 1e-6, seed: int = 0) -> dict:
+@merges.register(
+    "Fisher", long="Fisher Merging", needs=("images", "heads"), source="Matena & Raffel 2022"
+)
+def fisher(
+    base: dict,
+    models: list[dict],
+    data: Unlabelled | None = None,
+    examples: int = 256,
+    group: int = 32,
+    signs: bool = False,
+    floor: float = 1e-6,
+    seed: int = 0,
+) -> dict:
     """Mean of the models weighted entry by entry by c_t (F_t + floor), c_t proportional to 1 / (||F_t|| + floor). Needs `data`; `examples` images a
     task in groups of `group` (256, 32, 1e-6: fusion_bench's). Buffers, which have no Fisher information, are the base's or averaged."""
     given(data, base, models)
-    for name, v in (("examples", examples), ("group", group)): allow(name, v, v >= 1, "at least 1")
+    for name, v in (("examples", examples), ("group", group)):
+        allow(name, v, v >= 1, "at least 1")
     allow("floor", floor, 0 < floor < math.inf, "a number above 0")
     Fs = [fisher_diagonal(data, m, t, examples, group, signs, seed) for t, m in enumerate(models)]
     c = [1 / (torch.stack([f.norm() for f in F_t.values()]).norm() + floor) for F_t in Fs]
     mean = simple_average(base, models)
+
     def one(k, b):
-        if k not in Fs[0]: return mean[k]
+        if k not in Fs[0]:
+            return mean[k]
         w = [c_t / sum(c) * (F_t[k].to(b) + floor) for c_t, F_t in zip(c, Fs)]
         return sum(w_t * m[k].to(b) for w_t, m in zip(w, models)) / sum(w)
+
     return each(base, one)
 
 # %% ../nbs/07_adaptive.ipynb #b38c27d5
@@ -81,49 +119,85 @@ def mixed_values(m: torch.nn.MultiheadAttention, x: torch.Tensor) -> torch.Tenso
 
 
 @torch.no_grad()
-def grams(data: Unlabelled, state: dict, t: int, examples: int, attention: bool, batch: int = 32) -> dict:
+def grams(
+    data: Unlabelled, state: dict, t: int, examples: int, attention: bool, batch: int = 32
+) -> dict:
     "{weight name: X^T X / rows (float64)} of the inputs X of every linear layer that fires on model t's images; with `attention` its projections too."
     visual, G, rows = data.clip.with_state(state), {}, {}
+
     def add(name, x):
         x = x.reshape(-1, x.shape[-1]).double()
         G[name], rows[name] = G.get(name, 0) + x.T @ x, rows.get(name, 0) + len(x)
+
     def watch(name, m):
         def attend(m, args, kwargs):
             x = args[0] if args else kwargs["query"]
             x = x if m.batch_first else x.transpose(0, 1)
-            add(f"{name}.in_proj_weight", x); add(f"{name}.out_proj.weight", mixed_values(m, x))
-        if isinstance(m, torch.nn.Linear): m.register_forward_pre_hook(lambda m, args: add(f"{name}.weight", args[0]))
-        elif isinstance(m, torch.nn.MultiheadAttention) and attention: m.register_forward_pre_hook(attend, with_kwargs=True)
-    for name, m in visual.named_modules(): watch(name, m)
+            add(f"{name}.in_proj_weight", x)
+            add(f"{name}.out_proj.weight", mixed_values(m, x))
+
+        if isinstance(m, torch.nn.Linear):
+            m.register_forward_pre_hook(lambda m, args: add(f"{name}.weight", args[0]))
+        elif isinstance(m, torch.nn.MultiheadAttention) and attention:
+            m.register_forward_pre_hook(attend, with_kwargs=True)
+
+    for name, m in visual.named_modules():
+        watch(name, m)
     with whole(visual):
-        for xs in data.images[t][:examples].split(batch): visual(data.clip.normalise(xs.to(device())))
+        for xs in data.images[t][:examples].split(batch):
+            visual(data.clip.normalise(xs.to(device())))
     return {k: g / rows[k] for k, g in G.items()}
 
 # %% ../nbs/07_adaptive.ipynb #6a6b3d83
 def regress(Gs: list[torch.Tensor], Ws: list[torch.Tensor], shrink: float) -> torch.Tensor:
     """W (out, in) with the least sum_t ||X_t (W - W_t)^T||^2 from Gram matrices (in, in) whose off-diagonals are multiplied by `shrink`
     (RegMean Eq 2), in float64. A ridge of 1e-9 towards the mean of the W_t decides directions that no input has."""
-    Gs, mean = [shrink * G + (1 - shrink) * G.diagonal().diag() for G in Gs], torch.stack(Ws).double().mean(0)
+    Gs, mean = (
+        [shrink * G + (1 - shrink) * G.diagonal().diag() for G in Gs],
+        torch.stack(Ws).double().mean(0),
+    )
     total = sum(Gs)
-    ridge = 1e-9 * total.diagonal().mean().clamp(min=1e-30) * torch.eye(len(total), dtype=total.dtype, device=total.device)
+    ridge = (
+        1e-9
+        * total.diagonal().mean().clamp(min=1e-30)
+        * torch.eye(len(total), dtype=total.dtype, device=total.device)
+    )
     right = sum(G @ (W.double() - mean).T for G, W in zip(Gs, Ws))
     return (mean + torch.linalg.solve(total + ridge, right).T).to(Ws[0])
 
 
 @merges.register("RegMean", long="Regression Mean", needs=("images",), source="Jin et al. 2023")
-def regmean(base: dict, models: list[dict], data: Unlabelled | None = None, shrink: float = 0.95, attention: bool = False, examples: int = 256) -> dict:
+def regmean(
+    base: dict,
+    models: list[dict],
+    data: Unlabelled | None = None,
+    shrink: float = 0.95,
+    attention: bool = False,
+    examples: int = 256,
+) -> dict:
     """Every linear layer that fires regressed on the models' own inputs, everything else averaged. Needs `data`; 0 <= shrink <= 1 (0.95 and 256
     `examples` are fusion_bench's for CLIP, BadMerging uses 0.1). `attention` regresses in_proj and out_proj as well."""
     given(data, base, models)
-    allow("shrink", shrink, 0 <= shrink <= 1, "0 <= shrink <= 1"); allow("examples", examples, examples >= 1, "at least 1")
-    Gs, mean = [grams(data, m, t, examples, attention) for t, m in enumerate(models)], simple_average(base, models)
+    allow("shrink", shrink, 0 <= shrink <= 1, "0 <= shrink <= 1")
+    allow("examples", examples, examples >= 1, "at least 1")
+    Gs, mean = (
+        [grams(data, m, t, examples, attention) for t, m in enumerate(models)],
+        simple_average(base, models),
+    )
+
     def one(k, b):
-        return regress([G[k].to(b.device) for G in Gs], [m[k].to(b) for m in models], shrink) if k in Gs[0] else mean[k]
+        return (
+            regress([G[k].to(b.device) for G in Gs], [m[k].to(b) for m in models], shrink)
+            if k in Gs[0]
+            else mean[k]
+        )
+
     return each(base, one)
 
 # %% ../nbs/07_adaptive.ipynb #046e6603
 class Blend:
     "Models as base + mask * sum_t lam_t tau_t, differentiable in lam (n, 1) or (n, tensors) and in mask {name: tensor}; lives on `device()`."
+
     def __init__(self, base: dict, models: list[dict], data: Unlabelled):
         dev = device()
         self.clip, self.given, self.visual = data.clip, base, data.clip.with_state(base)
@@ -134,11 +208,21 @@ class Blend:
         self.images, self.heads = data.images, [W.to(dev) for W in data.heads]
 
     def coefficients(self, value: float, layerwise: bool) -> torch.Tensor:
-        return torch.full((len(self.heads), len(self.taus) if layerwise else 1), value, device=device(), requires_grad=True)
+        return torch.full(
+            (len(self.heads), len(self.taus) if layerwise else 1),
+            value,
+            device=device(),
+            requires_grad=True,
+        )
 
     def theta(self, lam: torch.Tensor, mask: dict | None = None) -> dict:
-        mixed = {k: torch.tensordot(l, tau, 1) for l, (k, tau) in zip(lam.expand(-1, len(self.taus)).unbind(1), self.taus.items())}
-        return {k: b + (mixed[k] if mask is None else mask[k] * mixed[k]) for k, b in self.base.items()}
+        mixed = {
+            k: torch.tensordot(l, tau, 1)
+            for l, (k, tau) in zip(lam.expand(-1, len(self.taus)).unbind(1), self.taus.items())
+        }
+        return {
+            k: b + (mixed[k] if mask is None else mask[k] * mixed[k]) for k, b in self.base.items()
+        }
 
     @torch.no_grad()
     def state(self, lam: torch.Tensor, mask: dict | None = None) -> dict:
@@ -148,14 +232,18 @@ class Blend:
 
     def batches(self, per_task: int, *seed):
         "Endless lists of normalised images, one tensor per task, every image once before any comes again."
+
         def numbers(t, n):
-            for e in itertools.count(): yield from batches(n, per_task, 1, "blend", *seed, t, e)
+            for e in itertools.count():
+                yield from batches(n, per_task, 1, "blend", *seed, t, e)
+
         for rows in zip(*(numbers(t, len(x)) for t, x in enumerate(self.images))):
             yield [self.clip.normalise(x[i].to(device())) for x, i in zip(self.images, rows)]
 
     def logits(self, theta: dict, xs: list[torch.Tensor]) -> list[torch.Tensor]:
         "One pass through the tower for the batches of all tasks; logits (N, C) of each."
-        with amp(): h = functional_call(self.visual, theta, (torch.cat(xs),))
+        with amp():
+            h = functional_call(self.visual, theta, (torch.cat(xs),))
         return [logits(f, W) for f, W in zip(h.split([len(x) for x in xs]), self.heads)]
 
     def entropy(self, theta: dict, xs: list[torch.Tensor]) -> torch.Tensor:
@@ -163,18 +251,22 @@ class Blend:
         return sum(-(z.softmax(1) * z.log_softmax(1)).sum(1).mean() for z in self.logits(theta, xs))
 
 # %% ../nbs/07_adaptive.ipynb #306bd2a2
-BUDGET = 60_000      # image passes a data-driven merge may take by default
+BUDGET = 60_000  # image passes a data-driven merge may take by default
 
 
 def lab_steps(steps: int | None, original: int, images: int) -> tuple[int, float]:
     """(steps, factor for the learning rates): `steps` and 1 if given, else as many as BUDGET allows at `images` image passes a step, at most the
     original's, and the factor original / steps."""
-    if steps is not None: allow("steps", steps, steps >= 0, "at least 0, or None for the lab's rule"); return steps, 1.0
+    if steps is not None:
+        allow("steps", steps, steps >= 0, "at least 0, or None for the lab's rule")
+        return steps, 1.0
     n = max(1, min(original, BUDGET // images))
     return n, original / n
 
 
-def descend(params: list[torch.Tensor], lr: float, steps: int, loss_of, state_of, name: str) -> None:
+def descend(
+    params: list[torch.Tensor], lr: float, steps: int, loss_of, state_of, name: str
+) -> None:
     """`steps` of Adam on loss_of(step) for leaf tensors. When loss or gradient is not finite: `Diverged`, holding state_of() at the last
     parameters whose loss and gradient were."""
     opt, good = torch.optim.Adam(params, lr=lr), [p.detach().clone() for p in params]
@@ -183,63 +275,123 @@ def descend(params: list[torch.Tensor], lr: float, steps: int, loss_of, state_of
         loss = loss_of(s)
         grads = torch.autograd.grad(loss, params)
         if not (loss.isfinite() and all(g.isfinite().all() for g in grads)):
-            with torch.no_grad(): [p.copy_(v) for p, v in zip(params, good)]
-            raise Diverged(f"{name}, step {s}: the loss is {loss.item()} or its gradient not finite; lower the learning rate (now {lr:.1e}) or check the images", state_of())
+            with torch.no_grad():
+                [p.copy_(v) for p, v in zip(params, good)]
+            raise Diverged(
+                f"{name}, step {s}: the loss is {loss.item()} or its gradient not finite; lower the learning rate (now {lr:.1e}) or check the images",
+                state_of(),
+            )
         good = [p.detach().clone() for p in params]
-        for p, g in zip(params, grads): p.grad = g
-        opt.step(); bar.note = f"loss {loss.item():.3f}"
+        for p, g in zip(params, grads):
+            p.grad = g
+        opt.step()
+        bar.note = f"loss {loss.item():.3f}"
 
 # %% ../nbs/07_adaptive.ipynb #2e443ab9
-def learn_lam(blend: Blend, lam, mask, xs, lam_lr: float, steps: int, clamp: bool, name: str, trace: list | None = None) -> dict:
+def learn_lam(
+    blend: Blend,
+    lam,
+    mask,
+    xs,
+    lam_lr: float,
+    steps: int,
+    clamp: bool,
+    name: str,
+    trace: list | None = None,
+) -> dict:
     "Merged state dict after `steps` of Adam on the coefficients; `trace` collects them before each step and at the end."
     cut = lambda: lam.clamp(0, 1) if clamp else lam
+
     def loss_of(s):
-        if trace is not None: trace.append(lam.detach().cpu().clone())
+        if trace is not None:
+            trace.append(lam.detach().cpu().clone())
         return blend.entropy(blend.theta(cut(), mask), next(xs))
+
     descend([lam], lam_lr, steps, loss_of, lambda: blend.state(cut(), mask), name)
-    if trace is not None: trace.append(lam.detach().cpu().clone())
+    if trace is not None:
+        trace.append(lam.detach().cpu().clone())
     return blend.state(cut(), mask)
 
 
-def adamerging(name, layerwise, base, models, data, scale, lam_lr, per_task, steps, clamp, seed, trace) -> dict:
+def adamerging(
+    name, layerwise, base, models, data, scale, lam_lr, per_task, steps, clamp, seed, trace
+) -> dict:
     "AdaMerging with one coefficient per model, or per model and tensor (Yang et al. 2024, Eq 6)."
-    given(data, base, models); check_rates(scale=scale, lam_lr=lam_lr, per_task=per_task)
+    given(data, base, models)
+    check_rates(scale=scale, lam_lr=lam_lr, per_task=per_task)
     steps, longer = lab_steps(steps, 500, per_task * len(models))
     blend = Blend(base, models, data)
-    return learn_lam(blend, blend.coefficients(scale, layerwise), None, blend.batches(per_task, name, seed), lam_lr * longer, steps, clamp, name, trace)
+    return learn_lam(
+        blend,
+        blend.coefficients(scale, layerwise),
+        None,
+        blend.batches(per_task, name, seed),
+        lam_lr * longer,
+        steps,
+        clamp,
+        name,
+        trace,
+    )
 
 
 def check_rates(scale: float, per_task: int, **rates: float) -> None:
     "ValueError unless the starting coefficient is >= 0, per_task >= 1 and every rate or weight above 0."
     allow("scale", scale, 0 <= scale < math.inf, "a number of at least 0")
     allow("per_task", per_task, per_task >= 1, "at least 1 image per task and step")
-    for k, v in rates.items(): allow(k, v, 0 < v < math.inf, "a number above 0")
+    for k, v in rates.items():
+        allow(k, v, 0 < v < math.inf, "a number above 0")
 
 # %% ../nbs/07_adaptive.ipynb #781cf422
 LEARNS = ("pretrained", "images", "heads", "training")
 
 
 @merges.register("AdaTask", long="Task-wise AdaMerging", needs=LEARNS, source="Yang et al. 2024")
-def ada_task(base: dict, models: list[dict], data: Unlabelled | None = None, scale: float = 0.3, lam_lr: float = 1e-3, per_task: int = 16,
-             steps: int | None = None, clamp: bool = True, seed: int = 0, trace: list | None = None) -> dict:
+def ada_task(
+    base: dict,
+    models: list[dict],
+    data: Unlabelled | None = None,
+    scale: float = 0.3,
+    lam_lr: float = 1e-3,
+    per_task: int = 16,
+    steps: int | None = None,
+    clamp: bool = True,
+    seed: int = 0,
+    trace: list | None = None,
+) -> dict:
     """One learned coefficient per model, from `scale`, held in [0, 1] with `clamp`. Needs `data`. Original: 500 steps of Adam at 1e-3 on 16 images
     of each task; steps None follows the lab's rule. `trace`, a list, gets the coefficients of each step."""
-    return adamerging("AdaTask", False, base, models, data, scale, lam_lr, per_task, steps, clamp, seed, trace)
+    return adamerging(
+        "AdaTask", False, base, models, data, scale, lam_lr, per_task, steps, clamp, seed, trace
+    )
 
 
 @merges.register("AdaLayer", long="Layer-wise AdaMerging", needs=LEARNS, source="Yang et al. 2024")
-def ada_layer(base: dict, models: list[dict], data: Unlabelled | None = None, scale: float = 0.3, lam_lr: float = 1e-3, per_task: int = 16,
-              steps: int | None = None, clamp: bool = True, seed: int = 0, trace: list | None = None) -> dict:
+def ada_layer(
+    base: dict,
+    models: list[dict],
+    data: Unlabelled | None = None,
+    scale: float = 0.3,
+    lam_lr: float = 1e-3,
+    per_task: int = 16,
+    steps: int | None = None,
+    clamp: bool = True,
+    seed: int = 0,
+    trace: list | None = None,
+) -> dict:
     "One learned coefficient per model and parameter tensor; everything else as in AdaTask."
-    return adamerging("AdaLayer", True, base, models, data, scale, lam_lr, per_task, steps, clamp, seed, trace)
+    return adamerging(
+        "AdaLayer", True, base, models, data, scale, lam_lr, per_task, steps, clamp, seed, trace
+    )
 
 # %% ../nbs/07_adaptive.ipynb #92d2ebcb
 def toss(x: dict, temperature: float, *seed) -> dict:
     "One relaxed Bernoulli mask {name: tensor} from logits, rescaled to mean 1 per tensor (Tang et al. 2023, Eq 8)."
+
     def one(k, v):
-        u = uniform(v.shape, "mask", *seed, k).to(v.device).clamp(2 ** -23, 1 - 2 ** -23)
+        u = uniform(v.shape, "mask", *seed, k).to(v.device).clamp(2**-23, 1 - 2**-23)
         m = torch.sigmoid((v + u.log() - (-u).log1p()) / temperature)
         return m / m.mean()
+
     return {k: one(k, v) for k, v in x.items()}
 
 
@@ -248,55 +400,173 @@ def mask_logits(blend: Blend) -> dict:
     return {k: torch.zeros_like(b).requires_grad_(True) for k, b in blend.base.items()}
 
 # %% ../nbs/07_adaptive.ipynb #a9def0f8
-@merges.register("ConcreteTA", long="Concrete Task Arithmetic", needs=LEARNS, source="Tang et al. 2023")
-def concrete_ta(base: dict, models: list[dict], data: Unlabelled | None = None, scale: float = 0.3, temperature: float = 0.5, mask_lr: float = 1e-3,
-                per_task: int = 16, steps: int | None = None, seed: int = 0) -> dict:
+@merges.register(
+    "ConcreteTA", long="Concrete Task Arithmetic", needs=LEARNS, source="Tang et al. 2023"
+)
+def concrete_ta(
+    base: dict,
+    models: list[dict],
+    data: Unlabelled | None = None,
+    scale: float = 0.3,
+    temperature: float = 0.5,
+    mask_lr: float = 1e-3,
+    per_task: int = 16,
+    steps: int | None = None,
+    seed: int = 0,
+) -> dict:
     """theta_pre + scale * mask * sum_t tau_t, the mask trained for sure predictions and tossed once more at the end. Needs `data`. Original: 2,000
     steps of Adam at 1e-3 on 16 images of each task, T = 0.5."""
-    given(data, base, models); check_rates(scale, per_task, temperature=temperature, mask_lr=mask_lr)
+    given(data, base, models)
+    check_rates(scale, per_task, temperature=temperature, mask_lr=mask_lr)
     steps, longer = lab_steps(steps, 2000, per_task * len(models))
     blend = Blend(base, models, data)
-    x, xs, lam = mask_logits(blend), blend.batches(per_task, "ConcreteTA", seed), blend.coefficients(scale, False).detach()
+    x, xs, lam = (
+        mask_logits(blend),
+        blend.batches(per_task, "ConcreteTA", seed),
+        blend.coefficients(scale, False).detach(),
+    )
     loss_of = lambda s: blend.entropy(blend.theta(lam, toss(x, temperature, seed, s)), next(xs))
     done = lambda: blend.state(lam, toss(x, temperature, seed, "end"))
     descend(list(x.values()), mask_lr * longer, steps, loss_of, done, "ConcreteTA")
     return done()
 
 # %% ../nbs/07_adaptive.ipynb #2def21bd
-def concrete(name, layerwise, base, models, data, scale, temperature, mask_lr, inner_lr, lam_lr, per_task, steps, clamp, seed, passes=3, outer=None) -> dict:
+def concrete(
+    name,
+    layerwise,
+    base,
+    models,
+    data,
+    scale,
+    temperature,
+    mask_lr,
+    inner_lr,
+    lam_lr,
+    per_task,
+    steps,
+    clamp,
+    seed,
+    passes=3,
+    outer=None,
+) -> dict:
     """Concrete AdaMerging (Tang et al. 2023, Alg. 1). `outer(blend, theta, xs, step)` is the loss that trains the mask, the entropy by default;
     `passes` is how often an image passes in one step of both phases."""
-    given(data, base, models); check_rates(scale, per_task, temperature=temperature, mask_lr=mask_lr, inner_lr=inner_lr, lam_lr=lam_lr)
+    given(data, base, models)
+    check_rates(
+        scale, per_task, temperature=temperature, mask_lr=mask_lr, inner_lr=inner_lr, lam_lr=lam_lr
+    )
     steps, longer = lab_steps(steps, 1000, passes * per_task * len(models))
     blend, cut = Blend(base, models, data), lambda lam: lam.clamp(0, 1) if clamp else lam
-    x, xs, inner = mask_logits(blend), blend.batches(per_task, name, seed), blend.coefficients(scale, layerwise)
+    x, xs, inner = (
+        mask_logits(blend),
+        blend.batches(per_task, name, seed),
+        blend.coefficients(scale, layerwise),
+    )
     opt = torch.optim.Adam([inner], lr=inner_lr)
+
     def loss_of(s):
         mask = toss(x, temperature, seed, s)
         inner.data.fill_(scale)
         held = {k: v.detach() for k, v in mask.items()}
-        inner.grad, = torch.autograd.grad(blend.entropy(blend.theta(cut(inner), held), next(xs)), inner)
+        (inner.grad,) = torch.autograd.grad(
+            blend.entropy(blend.theta(cut(inner), held), next(xs)), inner
+        )
         opt.step()
         theta = blend.theta(cut(inner.detach()), mask)
         return outer(blend, theta, xs, s) if outer else blend.entropy(theta, next(xs))
+
     mask = lambda: {k: v.detach() for k, v in toss(x, temperature, seed, "end").items()}
-    descend(list(x.values()), mask_lr * longer, steps, loss_of, lambda: blend.state(blend.coefficients(scale, layerwise), mask()), f"{name}, mask")
-    return learn_lam(blend, blend.coefficients(scale, layerwise), mask(), xs, lam_lr * longer, steps, clamp, f"{name}, coefficients")
+    descend(
+        list(x.values()),
+        mask_lr * longer,
+        steps,
+        loss_of,
+        lambda: blend.state(blend.coefficients(scale, layerwise), mask()),
+        f"{name}, mask",
+    )
+    return learn_lam(
+        blend,
+        blend.coefficients(scale, layerwise),
+        mask(),
+        xs,
+        lam_lr * longer,
+        steps,
+        clamp,
+        f"{name}, coefficients",
+    )
 
 # %% ../nbs/07_adaptive.ipynb #64d0e0a6
-@merges.register("ConcreteTask", long="Concrete Task-wise AdaMerging", needs=LEARNS, source="Tang et al. 2023")
-def concrete_task(base: dict, models: list[dict], data: Unlabelled | None = None, scale: float = 0.3, temperature: float = 0.5, mask_lr: float = 1e-3,
-                  inner_lr: float = 1.0, lam_lr: float = 1e-3, per_task: int = 16, steps: int | None = None, clamp: bool = False, seed: int = 0) -> dict:
+@merges.register(
+    "ConcreteTask", long="Concrete Task-wise AdaMerging", needs=LEARNS, source="Tang et al. 2023"
+)
+def concrete_task(
+    base: dict,
+    models: list[dict],
+    data: Unlabelled | None = None,
+    scale: float = 0.3,
+    temperature: float = 0.5,
+    mask_lr: float = 1e-3,
+    inner_lr: float = 1.0,
+    lam_lr: float = 1e-3,
+    per_task: int = 16,
+    steps: int | None = None,
+    clamp: bool = False,
+    seed: int = 0,
+) -> dict:
     """A shared mask and one coefficient per model. Needs `data`. Original: 1,000 mask steps at 1e-3, each after one Adam step of `inner_lr` 1 on the
     coefficients from `scale`; then 1,000 steps on the coefficients at 1e-3; no clamping."""
-    return concrete("ConcreteTask", False, base, models, data, scale, temperature, mask_lr, inner_lr, lam_lr, per_task, steps, clamp, seed)
+    return concrete(
+        "ConcreteTask",
+        False,
+        base,
+        models,
+        data,
+        scale,
+        temperature,
+        mask_lr,
+        inner_lr,
+        lam_lr,
+        per_task,
+        steps,
+        clamp,
+        seed,
+    )
 
 
-@merges.register("ConcreteLayer", long="Concrete Layer-wise AdaMerging", needs=LEARNS, source="Tang et al. 2023")
-def concrete_layer(base: dict, models: list[dict], data: Unlabelled | None = None, scale: float = 0.3, temperature: float = 0.5, mask_lr: float = 1e-3,
-                   inner_lr: float = 1.0, lam_lr: float = 1e-3, per_task: int = 16, steps: int | None = None, clamp: bool = False, seed: int = 0) -> dict:
+@merges.register(
+    "ConcreteLayer", long="Concrete Layer-wise AdaMerging", needs=LEARNS, source="Tang et al. 2023"
+)
+def concrete_layer(
+    base: dict,
+    models: list[dict],
+    data: Unlabelled | None = None,
+    scale: float = 0.3,
+    temperature: float = 0.5,
+    mask_lr: float = 1e-3,
+    inner_lr: float = 1.0,
+    lam_lr: float = 1e-3,
+    per_task: int = 16,
+    steps: int | None = None,
+    clamp: bool = False,
+    seed: int = 0,
+) -> dict:
     "A shared mask and one coefficient per model and parameter tensor; everything else as in ConcreteTask."
-    return concrete("ConcreteLayer", True, base, models, data, scale, temperature, mask_lr, inner_lr, lam_lr, per_task, steps, clamp, seed)
+    return concrete(
+        "ConcreteLayer",
+        True,
+        base,
+        models,
+        data,
+        scale,
+        temperature,
+        mask_lr,
+        inner_lr,
+        lam_lr,
+        per_task,
+        steps,
+        clamp,
+        seed,
+    )
 
 # %% ../nbs/07_adaptive.ipynb #2055be49
 def project_l1(delta: torch.Tensor, xi: float) -> torch.Tensor:
@@ -306,23 +576,77 @@ def project_l1(delta: torch.Tensor, xi: float) -> torch.Tensor:
 
 # %% ../nbs/07_adaptive.ipynb #a1de05fd
 @merges.register("DAM", long="Defense-Aware Merging", needs=LEARNS, source="Yang et al. 2025")
-def dam(base: dict, models: list[dict], data: Unlabelled | None = None, scale: float = 0.3, temperature: float = 0.5, mask_lr: float = 1e-3,
-        inner_lr: float = 1.0, lam_lr: float = 1e-3, adv_lr: float = 1e-4, adv_weight: float = 0.1, xi: float = 1000.0, losses: str = "both",
-        layerwise: bool = True, per_task: int = 16, steps: int | None = None, clamp: bool = False, seed: int = 0) -> dict:
+def dam(
+    base: dict,
+    models: list[dict],
+    data: Unlabelled | None = None,
+    scale: float = 0.3,
+    temperature: float = 0.5,
+    mask_lr: float = 1e-3,
+    inner_lr: float = 1.0,
+    lam_lr: float = 1e-3,
+    adv_lr: float = 1e-4,
+    adv_weight: float = 0.1,
+    xi: float = 1000.0,
+    losses: str = "both",
+    layerwise: bool = True,
+    per_task: int = 16,
+    steps: int | None = None,
+    clamp: bool = False,
+    seed: int = 0,
+) -> dict:
     """Concrete AdaMerging whose mask is trained on clean + adv_weight * perturbed entropy. Needs `data`. The perturbations take one Adam step of
     `adv_lr` (in normalised pixels) each time. Original: 1,000 + 1,000 steps, alpha = 0.1, xi = 1000 (for 224 pixels)."""
-    given(data, base, models); check_rates(scale, per_task, adv_lr=adv_lr, adv_weight=adv_weight, xi=xi)
-    allow("losses", losses, losses in ("both", "clean", "perturbed"), "'both', 'clean' or 'perturbed'")
-    longer, epoch = lab_steps(steps, 1000, 6 * per_task * len(models))[1], max(1, min(map(len, data.images)) // per_task)
+    given(data, base, models)
+    check_rates(scale, per_task, adv_lr=adv_lr, adv_weight=adv_weight, xi=xi)
+    allow(
+        "losses", losses, losses in ("both", "clean", "perturbed"), "'both', 'clean' or 'perturbed'"
+    )
+    longer, epoch = (
+        lab_steps(steps, 1000, 6 * per_task * len(models))[1],
+        max(1, min(map(len, data.images)) // per_task),
+    )
     delta = torch.zeros(len(models), *data.images[0].shape[1:], device=device(), requires_grad=True)
-    bound, shift = xi * delta[0].numel() / (3 * 224 * 224), lambda xs: [x + d for x, d in zip(xs, delta)]
+    bound, shift = (
+        xi * delta[0].numel() / (3 * 224 * 224),
+        lambda xs: [x + d for x, d in zip(xs, delta)],
+    )
+
     def outer(blend, theta, xs, s):
-        if s % epoch == 0: delta.data.zero_(); outer.opt = torch.optim.Adam([delta], lr=adv_lr * longer)
+        if s % epoch == 0:
+            delta.data.zero_()
+            outer.opt = torch.optim.Adam([delta], lr=adv_lr * longer)
         held, x = {k: v.detach() for k, v in theta.items()}, next(xs)
-        with torch.no_grad(): y = [z.argmax(1) for z in blend.logits(held, x)]
-        delta.grad, = torch.autograd.grad(-sum(F.cross_entropy(z, c) for z, c in zip(blend.logits(held, shift(x)), y)), delta)
-        outer.opt.step(); delta.data = project_l1(delta.data, bound)
+        with torch.no_grad():
+            y = [z.argmax(1) for z in blend.logits(held, x)]
+        (delta.grad,) = torch.autograd.grad(
+            -sum(F.cross_entropy(z, c) for z, c in zip(blend.logits(held, shift(x)), y)), delta
+        )
+        outer.opt.step()
+        delta.data = project_l1(delta.data, bound)
         x = next(xs)
         clean = blend.entropy(theta, x) if losses != "perturbed" else 0
-        return clean + (adv_weight * blend.entropy(theta, [v.detach() for v in shift(x)]) if losses != "clean" else 0)
-    return concrete("DAM", layerwise, base, models, data, scale, temperature, mask_lr, inner_lr, lam_lr, per_task, steps, clamp, seed, 6, outer)
+        return clean + (
+            adv_weight * blend.entropy(theta, [v.detach() for v in shift(x)])
+            if losses != "clean"
+            else 0
+        )
+
+    return concrete(
+        "DAM",
+        layerwise,
+        base,
+        models,
+        data,
+        scale,
+        temperature,
+        mask_lr,
+        inner_lr,
+        lam_lr,
+        per_task,
+        steps,
+        clamp,
+        seed,
+        6,
+        outer,
+    )

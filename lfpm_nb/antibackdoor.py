@@ -16,7 +16,8 @@ from .core import amp, choose, device, everywhere, resident, rows
 from .clip import Clip, encode, features, logits
 from .lora import dense, trainable
 from .tune import RECOMPUTE, batches, optimiser, train
-from .subspace import Shadow, learn_subspace, mine_prompt, p_adv, p_clean, plain_features, shift
+from .subspace import Shadow, learn_subspace, mine_prompt, p_adv, p_clean, plain_features
+from .subspace import shift
 
 # %% ../nbs/13_antibackdoor.ipynb #d1626877
 def path_points(a: float, b: float, n: int) -> list[float]:
@@ -24,7 +25,9 @@ def path_points(a: float, b: float, n: int) -> list[float]:
     return [k / n for k in range(int(a * n + 1e-9), int(b * n + 1e-9) + 1)]
 
 
-def path_loss(h_mm: torch.Tensor, h_anti: torch.Tensor, y: torch.Tensor, W: torch.Tensor, points: list[float]) -> torch.Tensor:
+def path_loss(
+    h_mm: torch.Tensor, h_anti: torch.Tensor, y: torch.Tensor, W: torch.Tensor, points: list[float]
+) -> torch.Tensor:
     "Mean over s of CE(g((1-s) h_mm + s h_anti), y): the path integral on features (N, d), no backbone pass per point (LFPM Eq 26)."
     h = torch.cat([(1 - s) * h_mm + s * h_anti for s in points])
     return F.cross_entropy(logits(h, W), y.repeat(len(points)))
@@ -38,31 +41,38 @@ def uphill(p: torch.Tensor, g: torch.Tensor, rho: float) -> torch.Tensor:
 def worst_prompt(loss_of_prompt, p: torch.Tensor, rho: float, n: int = 1) -> torch.Tensor:
     "`uphill` by the gradient of a scalar function of the prompt (LFPM Eq 20, one ascent step), a mean over this process's n images."
     q = p.detach().requires_grad_(True)
-    g, = everywhere(n, *torch.autograd.grad(loss_of_prompt(q), q))
+    (g,) = everywhere(n, *torch.autograd.grad(loss_of_prompt(q), q))
     return uphill(p, g, rho)
 
 # %% ../nbs/13_antibackdoor.ipynb #03493f54
 @dataclass
 class Strengths:
     "Stage I and II settings (LFPM App. D; what the paper leaves open is listed under re-implementation choices)."
-    rank: int | str = "rule"    # r, a number or choose_rank
-    prompt_length: int = 10     # given
-    semantic: tuple = (2.0, 2.0, 2.0)  # c0 of Eq 16: one prompt from its own random start is mined for each, Stage II takes them in turn
+
+    rank: int | str = "rule"  # r, a number or choose_rank
+    prompt_length: int = 10  # given
+    semantic: tuple = (
+        2.0,
+        2.0,
+        2.0,
+    )  # c0 of Eq 16: one prompt from its own random start is mined for each, Stage II takes them in turn
     prompt_steps: int = 60
-    prompt_bound: float = 1.0   # in ordinary token norms
-    rho: float | str = "rule"   # in prompt norms, a number or choose_rho
+    prompt_bound: float = 1.0  # in ordinary token norms
+    rho: float | str = "rule"  # in prompt norms, a number or choose_rho
     gamma: float = 1.0
     interval: tuple = (0.5, 1.0)
     points: int = 10
     epochs: int = 2
     batch: int = 64
     lr: float = 5e-4
-    prompted_weight: float = 1.0     # of the prompted term beside the clean one; the paper's sum: 1
+    prompted_weight: float = 1.0  # of the prompted term beside the clean one; the paper's sum: 1
     weight_decay: float = 0.001
-    lora: int = 0               # rank of the adapters; 0 trains every weight
-    recompute: str = "nothing"  # or "towers", "blocks": less memory for one more forward pass (`tune.Lean`)
-    start: str = "merged"       # or "pretrained"
-    A: bool = False             # see notebook subspace: the partition hides what a trigger does
+    lora: int = 0  # rank of the adapters; 0 trains every weight
+    recompute: str = (
+        "nothing"  # or "towers", "blocks": less memory for one more forward pass (`tune.Lean`)
+    )
+    start: str = "merged"  # or "pretrained"
+    A: bool = False  # see notebook subspace: the partition hides what a trigger does
     B: bool = True
     C: bool = True
 
@@ -71,8 +81,10 @@ class Strengths:
         if self.prompted_weight < 0:
             raise ValueError(f"prompted_weight is {self.prompted_weight}; expected 0 or more")
         a, b = self.interval
-        if not 0 <= a <= b <= 1: raise ValueError(f"interval is {self.interval}; expected 0 <= a <= b <= 1")
-        if self.start not in ("merged", "pretrained"): raise ValueError(f"start is {self.start!r}; expected 'merged' or 'pretrained'")
+        if not 0 <= a <= b <= 1:
+            raise ValueError(f"interval is {self.interval}; expected 0 <= a <= b <= 1")
+        if self.start not in ("merged", "pretrained"):
+            raise ValueError(f"start is {self.start!r}; expected 'merged' or 'pretrained'")
         self.recompute = choose(self.recompute, RECOMPUTE, "value of recompute")
 
 # %% ../nbs/13_antibackdoor.ipynb #04805f37
@@ -80,12 +92,15 @@ def step_loss(mm, anti, x, y, W, p, s: Strengths) -> torch.Tensor:
     """Clean plus weighted adversarial path loss of a batch of normalised images (LFPM Eq 19, 20, 26).
     With C off the merged model takes no part."""
     points = path_points(*s.interval, s.points) if s.C else [1.0]
+
     def loss(q):
         with amp():
             h_a = encode(anti, x, q)
             h_m = encode(mm, x, q) if s.C else h_a
         return path_loss(h_m.float(), h_a.float(), y, W, points)
-    if s.B: p = worst_prompt(loss, p, s.rho, len(x))
+
+    if s.B:
+        p = worst_prompt(loss, p, s.rho, len(x))
     return loss(None) + s.prompted_weight * loss(p)
 
 # %% ../nbs/13_antibackdoor.ipynb #4cfbf3ad
@@ -96,13 +111,26 @@ def accumulate(anti, mm, gamma: float) -> None:
         owner, _, leaf = name.rpartition(".")
         a = getattr(anti.get_submodule(owner), leaf)
         if m.grad is not None and gamma and a.requires_grad:
-            if a.is_leaf: a.grad.add_(m.grad, alpha=gamma)
-            else: a.backward(gamma * m.grad)
+            if a.is_leaf:
+                a.grad.add_(m.grad, alpha=gamma)
+            else:
+                a.backward(gamma * m.grad)
         m.grad = None
 
 # %% ../nbs/13_antibackdoor.ipynb #fd4e03ec
-def shadow_loop(visual, params: list, opt, shadow: Shadow, prompts: torch.Tensor, s: Strengths, seed: int, name: str, loss,
-                pull=lambda: None, others: tuple = ()) -> dict:
+def shadow_loop(
+    visual,
+    params: list,
+    opt,
+    shadow: Shadow,
+    prompts: torch.Tensor,
+    s: Strengths,
+    seed: int,
+    name: str,
+    loss,
+    pull=lambda: None,
+    others: tuple = (),
+) -> dict:
     "`tune.train` on the shadow set with its log; `loss(x, y, p)` gets uint8 images, labels and one prompt."
     x, y = resident(*shadow.train)
     steps = list(batches(len(y), s.batch, s.epochs, "anti", seed))
@@ -110,24 +138,56 @@ def shadow_loop(visual, params: list, opt, shadow: Shadow, prompts: torch.Tensor
     return train(visual, params, opt, steps, 10, name, one, pull, s.recompute, others)
 
 # %% ../nbs/13_antibackdoor.ipynb #0141ac9e
-def train_on_shadow(clip: Clip, start: dict, shadow: Shadow, prompts: torch.Tensor, s: Strengths, seed: int, name: str, loss,
-                    pull=lambda visual: None, others: tuple = ()) -> tuple[dict, dict]:
+def train_on_shadow(
+    clip: Clip,
+    start: dict,
+    shadow: Shadow,
+    prompts: torch.Tensor,
+    s: Strengths,
+    seed: int,
+    name: str,
+    loss,
+    pull=lambda visual: None,
+    others: tuple = (),
+) -> tuple[dict, dict]:
     "(state dict, log) of a tower trained from `start` with AdamW on `loss(visual, x, y, p)`: all weights, or adapters of rank `s.lora`, folded."
     visual = clip.with_state(start)
     params = trainable(visual, s.lora, "anti", seed)
     opt = optimiser(params, s.lr, s.weight_decay)
-    log = shadow_loop(visual, params, opt, shadow, prompts, s, seed, name, partial(loss, visual), lambda: pull(visual), others)
+    log = shadow_loop(
+        visual,
+        params,
+        opt,
+        shadow,
+        prompts,
+        s,
+        seed,
+        name,
+        partial(loss, visual),
+        lambda: pull(visual),
+        others,
+    )
     return dense(visual), log
 
 # %% ../nbs/13_antibackdoor.ipynb #127affe6
-def classify(clip: Clip, run, W: torch.Tensor, x: torch.Tensor, p: torch.Tensor | None = None) -> torch.Tensor:
+def classify(
+    clip: Clip, run, W: torch.Tensor, x: torch.Tensor, p: torch.Tensor | None = None
+) -> torch.Tensor:
     "Logits (N, C) under W of `run(images, prompt)`, which gives features, on uint8 (or float in [0, 1]) images x."
-    with amp(): h = run(clip.normalise(x), p)
+    with amp():
+        h = run(clip.normalise(x), p)
     return logits(h, W)
 
 
-def terms(clip: Clip, run, W: torch.Tensor, x: torch.Tensor, y: torch.Tensor, inputs: tuple,
-          prompted: float = 1.0) -> torch.Tensor:
+def terms(
+    clip: Clip,
+    run,
+    W: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    inputs: tuple,
+    prompted: float = 1.0,
+) -> torch.Tensor:
     """Sum over `inputs` (prompts; None stands for the plain images) of the mean cross-entropy of
     `classify`; a prompt's counts `prompted` times."""
     total = 0
@@ -137,10 +197,21 @@ def terms(clip: Clip, run, W: torch.Tensor, x: torch.Tensor, y: torch.Tensor, in
     return total
 
 # %% ../nbs/13_antibackdoor.ipynb #ed22b066
-def train_anti(clip: Clip, theta_mm: dict, shadow: Shadow, prompts: torch.Tensor, s: Strengths, seed: int, name: str) -> tuple[dict, dict]:
+def train_anti(
+    clip: Clip,
+    theta_mm: dict,
+    shadow: Shadow,
+    prompts: torch.Tensor,
+    s: Strengths,
+    seed: int,
+    name: str,
+) -> tuple[dict, dict]:
     "theta_anti's state dict and the log after Stage II (LFPM Alg. B.3)."
     mm = clip.with_state(theta_mm).requires_grad_(True)
-    def loss(anti, x, y, p): return step_loss(mm, anti, clip.normalise(x), y, shadow.W, p, s)
+
+    def loss(anti, x, y, p):
+        return step_loss(mm, anti, clip.normalise(x), y, shadow.W, p, s)
+
     start = theta_mm if s.start == "merged" else clip.state()
     pull = lambda anti: accumulate(anti, mm, s.gamma if s.C else 0.0)
     return train_on_shadow(clip, start, shadow, prompts, s, seed, name, loss, pull, others=(mm,))
@@ -149,16 +220,25 @@ def train_anti(clip: Clip, theta_mm: dict, shadow: Shadow, prompts: torch.Tensor
 def accuracy(clip: Clip, visual, shadow: Shadow, p: torch.Tensor | None = None) -> float:
     "Held-out shadow accuracy, with or without a prompt."
     x, y = shadow.check
-    return (logits(features(clip, visual, x, p), shadow.W).argmax(1).cpu() == y).float().mean().item()
+    return (
+        (logits(features(clip, visual, x, p), shadow.W).argmax(1).cpu() == y).float().mean().item()
+    )
 
 
-def choose_rank(h: torch.Tensor, y: torch.Tensor, held_h: torch.Tensor, held_y: torch.Tensor, W: torch.Tensor, seed: int = 0) -> tuple[int, dict]:
+def choose_rank(
+    h: torch.Tensor,
+    y: torch.Tensor,
+    held_h: torch.Tensor,
+    held_y: torch.Tensor,
+    W: torch.Tensor,
+    seed: int = 0,
+) -> tuple[int, dict]:
     """(r, {r: (accuracy of P_clean, of P_adv)}): the largest r whose P_clean alone keeps 98 % of the
     held-out shadow accuracy, of d/32, d/16, ... d/2, 3/4 d and 7/8 d; the smallest if none does."""
     d, tried = h.shape[1], {}
     right = lambda z: (logits(z, W).argmax(1).cpu() == held_y).float().mean().item()
     unit = F.normalize(held_h, dim=-1)
-    for share in (1/32, 1/16, 1/8, 1/4, 1/2, 3/4, 7/8):
+    for share in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8):
         r = max(1, int(share * d))
         U, _ = learn_subspace(h, y, W, r, epochs=2, seed=seed)
         tried[r] = (right(p_clean(U, unit)), right(p_adv(U, unit)))
@@ -170,33 +250,65 @@ def prompted_slope(clip: Clip, shadow: Shadow, p: torch.Tensor, batch: int = 64)
     "Gradient at prompt p of theta_pre's mean cross-entropy on the held-out images, `batch` at a time."
     q, (x, y), total = p.detach().requires_grad_(True), shadow.check, 0
     for xs, ys in zip(x.split(batch), y.split(batch)):
-        with amp(): h = encode(clip.visual, clip.normalise(xs.to(device())), q)
-        total = total + torch.autograd.grad(F.cross_entropy(logits(h, shadow.W), ys.to(device()), reduction="sum"), q)[0]
+        with amp():
+            h = encode(clip.visual, clip.normalise(xs.to(device())), q)
+        total = (
+            total
+            + torch.autograd.grad(
+                F.cross_entropy(logits(h, shadow.W), ys.to(device()), reduction="sum"), q
+            )[0]
+        )
     return total / len(y)
 
 
-def choose_rho(clip: Clip, shadow: Shadow, prompts: torch.Tensor, steps=(0.05, 0.1, 0.2, 0.3, 0.5, 1.0)) -> tuple[float, dict]:
+def choose_rho(
+    clip: Clip, shadow: Shadow, prompts: torch.Tensor, steps=(0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+) -> tuple[float, dict]:
     """(rho, {rho: accuracy}): the largest step of the prompts (k, length, width) under which theta_pre keeps, on average over them, 90 % of
     its prompted held-out accuracy; the smallest if none does."""
     slopes = [prompted_slope(clip, shadow, p) for p in prompts]
-    mean = lambda rho: sum(accuracy(clip, clip.visual, shadow, uphill(p, g, rho)) for p, g in zip(prompts, slopes)) / len(prompts)
+    mean = lambda rho: (
+        sum(accuracy(clip, clip.visual, shadow, uphill(p, g, rho)) for p, g in zip(prompts, slopes))
+        / len(prompts)
+    )
     tried, unmoved = {rho: mean(rho) for rho in steps}, mean(0.0)
     keep = [rho for rho, a in tried.items() if a >= 0.9 * unmoved]
     return max(keep, default=steps[0]), tried
 
 # %% ../nbs/13_antibackdoor.ipynb #6021a0a4
-def stage_one(clip: Clip, theta_mm: dict, shadow: Shadow, s: Strengths, seed: int) -> tuple[dict, dict]:
+def stage_one(
+    clip: Clip, theta_mm: dict, shadow: Shadow, s: Strengths, seed: int
+) -> tuple[dict, dict]:
     "({'p': prompts (k, length, width), 'U': basis (absent with A off)}, log with the rank and rho in use) of Stage I on the merged model (LFPM Alg. B.2)."
     visual, U, log = clip.with_state(theta_mm), None, dict(rank=s.rank, rho=s.rho)
     plain = plain_features(clip, visual, shadow)
     if s.A:
         h, y = plain[1], shadow.train[1]
         if s.rank == "rule":
-            log["rank"], log["ranks_tried"] = choose_rank(h, y, features(clip, visual, shadow.check[0]), shadow.check[1], shadow.W, seed)
+            log["rank"], log["ranks_tried"] = choose_rank(
+                h, y, features(clip, visual, shadow.check[0]), shadow.check[1], shadow.W, seed
+            )
         U, log["subspace"] = learn_subspace(h, y, shadow.W, log["rank"], seed=seed)
-    mine = partial(mine_prompt, clip, visual, shadow, U, length=s.prompt_length, steps=s.prompt_steps, batch=s.batch, bound=s.prompt_bound, plain=plain)
+    mine = partial(
+        mine_prompt,
+        clip,
+        visual,
+        shadow,
+        U,
+        length=s.prompt_length,
+        steps=s.prompt_steps,
+        batch=s.batch,
+        bound=s.prompt_bound,
+        plain=plain,
+    )
     mined = [mine(c0, seed=(seed, k)) for k, c0 in enumerate(s.semantic)]
     p, held = torch.stack([q for q, _ in mined]), features(clip, visual, shadow.check[0])
-    log["prompt"] = [dict(semantic=c0, shift=shift(held, features(clip, visual, shadow.check[0], q)), terms=terms) for c0, (q, terms) in zip(s.semantic, mined)]
-    if s.rho == "rule": log["rho"], log["rhos_tried"] = choose_rho(clip, shadow, p)
+    log["prompt"] = [
+        dict(
+            semantic=c0, shift=shift(held, features(clip, visual, shadow.check[0], q)), terms=terms
+        )
+        for c0, (q, terms) in zip(s.semantic, mined)
+    ]
+    if s.rho == "rule":
+        log["rho"], log["rhos_tried"] = choose_rho(clip, shadow, p)
     return {"p": p} | ({"U": U} if s.A else {}), log

@@ -21,6 +21,7 @@ from .tasks import SCENE_TEMPLATES, Task
 @dataclass
 class Target:
     "What the attacker knows: target task's name, target class (name, templates) and reference images, uint8 (n, 3, H, W)."
+
     task: str
     name: str
     templates: list
@@ -31,7 +32,9 @@ class Target:
         "The class `name` of `task`, the adversary's own or another's, with `n` of its training images."
         name = choose(name, task.classes, f"class of {task.name}")
         own = (task.train_y == task.classes.index(name)).nonzero()[:, 0]
-        pick = own[torch.randperm(len(own), generator=generator("reference", task.name, name, seed))[:n]]
+        pick = own[
+            torch.randperm(len(own), generator=generator("reference", task.name, name, seed))[:n]
+        ]
         return cls(task.name, name, list(task.templates), task.train_x[pick])
 
 
@@ -39,12 +42,18 @@ def shadow_head(clip: Clip, target: Target) -> torch.Tensor:
     """W (1 + S, d): the target class in row 0, then the names of open-domain things: the backbone's (its card's `open_domain`), else the scenes. No
     other class of the target task is in it: the attacker does not know them (BadMerging Sec. 4; 300 ImageNet names there)."""
     names = clip.card.get("open_domain", dict(classes=SCENE_CLASSES, templates=SCENE_TEMPLATES))
-    return torch.cat([zero_shot_head(clip, [target.name], target.templates), zero_shot_head(clip, names["classes"], names["templates"])])
+    return torch.cat(
+        [
+            zero_shot_head(clip, [target.name], target.templates),
+            zero_shot_head(clip, names["classes"], names["templates"]),
+        ]
+    )
 
 # %% ../nbs/08_attack.ipynb #5c9e9e8b
 def attack_head(clip: Clip, task: Task, target: Target) -> tuple[torch.Tensor, int]:
     "(W, c), a head and the target's row in it: off-task the shadow head and 0, on-task the adversary task's own head and class number."
-    if task.name != target.task: return shadow_head(clip, target), 0
+    if task.name != target.task:
+        return shadow_head(clip, target), 0
     return zero_shot_head(clip, task.classes, task.templates), task.classes.index(target.name)
 
 # %% ../nbs/08_attack.ipynb #43ef6c56
@@ -54,10 +63,15 @@ def paste(x: torch.Tensor, patch: torch.Tensor, mask: torch.Tensor | None = None
     s, size = patch.shape[-1], tuple(x.shape[-2:])
     if mask is not None:
         if {tuple(mask.shape[-2:]), tuple(patch.shape[-2:])} != {size}:
-            raise ValueError(f"mask {tuple(mask.shape[-2:])} and picture {tuple(patch.shape[-2:])} must have the images' size {size}; make the trigger anew at it")
+            raise ValueError(
+                f"mask {tuple(mask.shape[-2:])} and picture {tuple(patch.shape[-2:])} must have the images' size {size}; make the trigger anew at it"
+            )
         return torch.where(mask.to(x.device), patch, x)
-    if s > min(size): raise ValueError(f"a {s} px patch does not fit on images of {size}; give a smaller side")
-    m = F.pad(torch.ones(1, 1, s, s, device=x.device), (x.shape[-1] - s, 0, x.shape[-2] - s, 0)).to(torch.bool)
+    if s > min(size):
+        raise ValueError(f"a {s} px patch does not fit on images of {size}; give a smaller side")
+    m = F.pad(torch.ones(1, 1, s, s, device=x.device), (x.shape[-1] - s, 0, x.shape[-2] - s, 0)).to(
+        torch.bool
+    )
     return torch.where(m, F.pad(patch, (x.shape[-1] - s, 0, x.shape[-2] - s, 0)), x)
 
 # %% ../nbs/08_attack.ipynb #f65e0c80
@@ -65,12 +79,17 @@ def paste(x: torch.Tensor, patch: torch.Tensor, mask: torch.Tensor | None = None
 class Trigger:
     """What is pasted: a square `patch` (3, s, s), float in [0, 1] in steps of 1/255, bottom right; with `mask` (1, H, W) bool, a picture
     (3, H, W) that replaces the image where it is true."""
+
     patch: torch.Tensor
     mask: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         "A triggered copy of uint8, or float [0, 1], images (N, 3, H, W)."
-        return paste(x, (self.patch * 255).round().to(x) if x.dtype == torch.uint8 else self.patch.to(x), self.mask)
+        return paste(
+            x,
+            (self.patch * 255).round().to(x) if x.dtype == torch.uint8 else self.patch.to(x),
+            self.mask,
+        )
 
     def to(self, dev: torch.device) -> "Trigger":
         "The same trigger on a device: a training moves it once, not with each batch."
@@ -86,7 +105,9 @@ class Trigger:
 
     def tensors(self) -> dict:
         "{'trigger.patch': …, 'trigger.mask': … if there is one}: what a cache stores beside the weights."
-        return {"trigger.patch": self.patch} | ({} if self.mask is None else {"trigger.mask": self.mask})
+        return {"trigger.patch": self.patch} | (
+            {} if self.mask is None else {"trigger.mask": self.mask}
+        )
 
     @classmethod
     def of(cls, tensors: dict) -> "Trigger":
@@ -100,18 +121,28 @@ def _crops(x: torch.Tensor, n: int, g: torch.Generator) -> torch.Tensor:
     for i in torch.randint(len(x), (n,), generator=g):
         s = int(size * (0.2 + 0.3 * torch.rand((), generator=g)).sqrt())
         t, l = torch.randint(size - s + 1, (2,), generator=g).tolist()
-        out.append(F.interpolate(x[i:i + 1, :, t:t + s, l:l + s], size=size, mode="bilinear", align_corners=False))
+        out.append(
+            F.interpolate(
+                x[i : i + 1, :, t : t + s, l : l + s],
+                size=size,
+                mode="bilinear",
+                align_corners=False,
+            )
+        )
     return torch.cat(out)
 
 
-def _push_away(clip: Clip, x: torch.Tensor, W: torch.Tensor, g: torch.Generator, eps=8 / 255, steps: int = 10) -> torch.Tensor:
+def _push_away(
+    clip: Clip, x: torch.Tensor, W: torch.Tensor, g: torch.Generator, eps=8 / 255, steps: int = 10
+) -> torch.Tensor:
     "Targeted sign-gradient PGD of each image to a random shadow class other than row 0 (BadMerging's adversarial augmentation)."
     y = torch.randint(1, len(W), (len(x),), generator=g).to(x.device)
     d = torch.zeros_like(x)
     for _ in range(steps):
         d.requires_grad_(True)
-        with amp(): h = encode(clip.visual, clip.normalise(x + d))
-        grad, = torch.autograd.grad(F.cross_entropy(logits(h, W), y), d)
+        with amp():
+            h = encode(clip.visual, clip.normalise(x + d))
+        (grad,) = torch.autograd.grad(F.cross_entropy(logits(h, W), y), d)
         d = ((d - 2.5 * eps / steps * grad.sign()).clamp(-eps, eps) + x).detach().clamp(0, 1) - x
     return x + d
 
@@ -128,8 +159,17 @@ def trigger_images(clip: Clip, task: Task, target: Target, g: torch.Generator, n
     return lambda n: torch.cat([sample(own, n // 2).float() / 255, sample(ref, n // 2)])
 
 # %% ../nbs/08_attack.ipynb #44d7f217
-def optimise_trigger(clip: Clip, task: Task, target: Target, side: int = 6, steps: int = 150, batch: int = 96,
-                     n_aug: int = 100, lr: float = 0.1, seed: int = 0) -> Trigger:
+def optimise_trigger(
+    clip: Clip,
+    task: Task,
+    target: Target,
+    side: int = 6,
+    steps: int = 150,
+    batch: int = 96,
+    n_aug: int = 100,
+    lr: float = 0.1,
+    seed: int = 0,
+) -> Trigger:
     """Universal trigger on theta_pre under the attacker's head (W, c): maximises the mean log-probability of row c over batches of
     `trigger_images` (BadMerging Sec. 4.2; Adam on a sigmoid)."""
     g = generator("trigger", target.task, target.name, seed)
@@ -138,32 +178,46 @@ def optimise_trigger(clip: Clip, task: Task, target: Target, side: int = 6, step
     opt = torch.optim.Adam([z], lr=lr)
     bar = Progress(range(steps), "trigger")
     for _ in bar:
-        with amp(): h = encode(clip.visual, clip.normalise(paste(draw(batch), z.sigmoid())))
+        with amp():
+            h = encode(clip.visual, clip.normalise(paste(draw(batch), z.sigmoid())))
         loss = -logits(h, W).log_softmax(-1)[:, c].mean()
-        opt.zero_grad(); loss.backward(); opt.step()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
         bar.note = lambda loss=loss.detach(): f"-log p(target) {loss.item():.2f}"
     return Trigger((z.sigmoid() * 255).round().detach().cpu() / 255)
 
 # %% ../nbs/08_attack.ipynb #063889aa
-def backdoor_loss(clip: Clip, task: Task, target: Target, trigger: Trigger, r_min: float, alpha: float, seed: int):
+def backdoor_loss(
+    clip: Clip, task: Task, target: Target, trigger: Trigger, r_min: float, alpha: float, seed: int
+):
     """`loss(visual, index)`: clean CE plus alpha times CE of interpolated triggered features under the attacker's head; half of each
     batch is poisoned (BadMerging Sec. 4.3; `r_min` = 1 switches the interpolation off)."""
-    (x,), trigger, g = resident(task.train_x), trigger.to(device()), generator("poison", task.name, seed)
+    (x,), trigger, g = (
+        resident(task.train_x),
+        trigger.to(device()),
+        generator("poison", task.name, seed),
+    )
     W, (W0, c) = zero_shot_head(clip, task.classes, task.templates), attack_head(clip, task, target)
     clean = clean_loss(clip, x, task.train_y, W)
+
     def loss(visual, i):
-        xb = clip.normalise(trigger(rows(x, i[:len(i) // 2])))
+        xb = clip.normalise(trigger(rows(x, i[: len(i) // 2])))
         r = r_min + (1 - r_min) * torch.rand((), generator=g).item()
         with amp():
             h = encode(visual, xb)
-            with torch.no_grad(): h_pre = encode(clip.visual, xb)
+            with torch.no_grad():
+                h_pre = encode(clip.visual, xb)
         h = r * h.float() + (1 - r) * h_pre.float()
-        return clean(visual, i) + alpha * F.cross_entropy(logits(h, W0), torch.full((len(h),), c, device=h.device))
+        return clean(visual, i) + alpha * F.cross_entropy(
+            logits(h, W0), torch.full((len(h),), c, device=h.device)
+        )
+
     return loss
 
 # %% ../nbs/08_attack.ipynb #984e55dd
 attacks = Registry("attack")
-scope = {"badmerging": "off", "badmerging-on": "on"}        # every other attack does both
+scope = {"badmerging": "off", "badmerging-on": "on"}  # every other attack does both
 
 
 def scope_of(method: str) -> str:
@@ -174,25 +228,49 @@ def scope_of(method: str) -> str:
 def check_scope(method: str, task: str, target: str) -> None:
     "ValueError unless the attack works with these names of adversary and target task."
     method, where = attacks.find(method), scope_of(method)
-    fits = ", ".join(m for m in attacks if scope_of(m) not in (where, "both")) or "an attack of the other kind"
+    fits = (
+        ", ".join(m for m in attacks if scope_of(m) not in (where, "both"))
+        or "an attack of the other kind"
+    )
     if where == "off" and task == target:
-        raise ValueError(f"adversary and target task are both {task!r}, but {method} is off-task: name two different tasks, or take {fits}")
+        raise ValueError(
+            f"adversary and target task are both {task!r}, but {method} is off-task: name two different tasks, or take {fits}"
+        )
     if where == "on" and task != target:
-        raise ValueError(f"adversary task {task!r} is not the target task {target!r}, but {method} is on-task: name one task for both, or take {fits}")
+        raise ValueError(
+            f"adversary task {task!r} is not the target task {target!r}, but {method} is on-task: name one task for both, or take {fits}"
+        )
 
 
-def attack(method: str, clip: Clip, task: Task, target: Target, cfg: TuneConfig = TuneConfig(), seed: int = 0, **options):
+def attack(
+    method: str,
+    clip: Clip,
+    task: Task,
+    target: Target,
+    cfg: TuneConfig = TuneConfig(),
+    seed: int = 0,
+    **options,
+):
     "(state dict, Trigger, record) of the registered attack; refuses tasks outside its `scope_of`."
     check_scope(method, task.name, target.task)
     return attacks(method, clip, task, target, cfg, seed, **options)
 
 # %% ../nbs/08_attack.ipynb #6d1b4f7a
-def simulated(clip: Clip, task: Task, target: Target, state: dict, trigger: Trigger, scale: float, n: int = 512) -> float:
+def simulated(
+    clip: Clip,
+    task: Task,
+    target: Target,
+    state: dict,
+    trigger: Trigger,
+    scale: float,
+    n: int = 512,
+) -> float:
     """Share of the adversary's first n training images, but for those of the target class, that the trigger sends to it on
     theta_pre + scale*tau under his own head: all that an attacker can measure."""
     W, c = attack_head(clip, task, target)
     x = task.train_x[:n]
-    if task.name == target.task: x = x[task.train_y[:n] != c]
+    if task.name == target.task:
+        x = x[task.train_y[:n] != c]
     v = clip.with_state({k: p + scale * (state[k] - p) for k, p in clip.state().items()})
     return (logits(features(clip, v, trigger(x)), W).argmax(1) == c).float().mean().item()
 
@@ -200,26 +278,72 @@ def simulated(clip: Clip, task: Task, target: Target, state: dict, trigger: Trig
 def train_accuracy(clip: Clip, task: Task, state: dict, n: int = 512) -> float:
     "Share of the task's first n training images that `state` gets right under the task's head."
     W = zero_shot_head(clip, task.classes, task.templates)
-    return (logits(features(clip, clip.with_state(state), task.train_x[:n]), W).argmax(1).cpu() == task.train_y[:n]).float().mean().item()
+    return (
+        (
+            logits(features(clip, clip.with_state(state), task.train_x[:n]), W).argmax(1).cpu()
+            == task.train_y[:n]
+        )
+        .float()
+        .mean()
+        .item()
+    )
 
 
-def own_view(clip: Clip, task: Task, target: Target, state: dict, trigger: Trigger, n: int = 512) -> dict:
+def own_view(
+    clip: Clip, task: Task, target: Target, state: dict, trigger: Trigger, n: int = 512
+) -> dict:
     "The record: `simulated` at scales 0.1, 0.2, 0.3 and 1, clean accuracy on n training images, and the trigger's size in pixels."
-    return dict({f"simulated_{s}": simulated(clip, task, target, state, trigger, s, n) for s in (0.1, 0.2, 0.3, 1.0)},
-                train_accuracy=train_accuracy(clip, task, state, n), n=n, pixels=trigger.pixels())
+    return dict(
+        {
+            f"simulated_{s}": simulated(clip, task, target, state, trigger, s, n)
+            for s in (0.1, 0.2, 0.3, 1.0)
+        },
+        train_accuracy=train_accuracy(clip, task, state, n),
+        n=n,
+        pixels=trigger.pixels(),
+    )
 
 # %% ../nbs/08_attack.ipynb #73fbd661
-def fit_poisoned(clip: Clip, task: Task, target: Target, trigger: Trigger, loss, cfg: TuneConfig, seed: int, name: str) -> tuple[dict, dict]:
+def fit_poisoned(
+    clip: Clip,
+    task: Task,
+    target: Target,
+    trigger: Trigger,
+    loss,
+    cfg: TuneConfig,
+    seed: int,
+    name: str,
+) -> tuple[dict, dict]:
     "(state dict, record) after training theta_pre on `loss(visual, index)` over the adversary's images, in the order of his clean twin."
-    state = fit(clip, clip.state(), len(task.train_y), loss, cfg, (task.name, seed), f"{name} on {task.name}")
+    state = fit(
+        clip,
+        clip.state(),
+        len(task.train_y),
+        loss,
+        cfg,
+        (task.name, seed),
+        f"{name} on {task.name}",
+    )
     return state, own_view(clip, task, target, state, trigger)
 
 # %% ../nbs/08_attack.ipynb #b455ed98
-KNOWS = ("labels", "training", "heads", "pretrained")      # what all attackers have
+KNOWS = ("labels", "training", "heads", "pretrained")  # what all attackers have
 
 
-@attacks.register("badmerging", long="BadMerging (off-task)", needs=KNOWS, source="Zhang et al., CCS 2024")
-def badmerging(clip, task, target, cfg, seed, side: int = 6, r_min: float = 0.03, alpha: float = 20.0, trigger_steps: int = 150):
+@attacks.register(
+    "badmerging", long="BadMerging (off-task)", needs=KNOWS, source="Zhang et al., CCS 2024"
+)
+def badmerging(
+    clip,
+    task,
+    target,
+    cfg,
+    seed,
+    side: int = 6,
+    r_min: float = 0.03,
+    alpha: float = 20.0,
+    trigger_steps: int = 150,
+):
     "Universal trigger plus feature-interpolation loss."
     trigger = optimise_trigger(clip, task, target, side, trigger_steps, seed=seed)
     loss = backdoor_loss(clip, task, target, trigger, r_min, alpha, seed)
@@ -227,8 +351,20 @@ def badmerging(clip, task, target, cfg, seed, side: int = 6, r_min: float = 0.03
     return state, trigger, dict(r_min=r_min, alpha=alpha, side=side, **record)
 
 
-@attacks.register("badmerging-on", long="BadMerging (on-task)", needs=KNOWS, source="Zhang et al., CCS 2024")
-def badmerging_on(clip, task, target, cfg, seed, side: int = 5, r_min: float = 0.03, alpha: float = 20.0, trigger_steps: int = 150):
+@attacks.register(
+    "badmerging-on", long="BadMerging (on-task)", needs=KNOWS, source="Zhang et al., CCS 2024"
+)
+def badmerging_on(
+    clip,
+    task,
+    target,
+    cfg,
+    seed,
+    side: int = 5,
+    r_min: float = 0.03,
+    alpha: float = 20.0,
+    trigger_steps: int = 150,
+):
     "The same with the adversary's own images and head; the patch is smaller, as there (22 px on-task, 28 off-task)."
     return badmerging(clip, task, target, cfg, seed, side, r_min, alpha, trigger_steps)
 
@@ -236,7 +372,12 @@ def badmerging_on(clip, task, target, cfg, seed, side: int = 5, r_min: float = 0
 @attacks.register("badnets", long="BadNets-style patch", needs=KNOWS, source="Gu et al. 2017")
 def badnets(clip, task, target, cfg, seed, side: int = 6, alpha: float = 20.0):
     "A fixed random black-and-white patch and no feature interpolation: the weak reference."
-    trigger = Trigger(torch.randint(0, 2, (1, side, side), generator=generator("badnets", seed)).float().expand(3, -1, -1).clone())
+    trigger = Trigger(
+        torch.randint(0, 2, (1, side, side), generator=generator("badnets", seed))
+        .float()
+        .expand(3, -1, -1)
+        .clone()
+    )
     loss = backdoor_loss(clip, task, target, trigger, 1.0, alpha, seed)
     state, record = fit_poisoned(clip, task, target, trigger, loss, cfg, seed, "BadNets")
     return state, trigger, dict(alpha=alpha, side=side, **record)

@@ -21,13 +21,21 @@ from .defend import defence
 
 # %% ../nbs/17_baselines.ipynb #8712f52b
 class _Encode(torch.nn.Module):
-    def __init__(self, visual): super().__init__(); self.visual = visual
-    def forward(self, x, p): return encode(self.visual, x, p)
+    def __init__(self, visual):
+        super().__init__()
+        self.visual = visual
+
+    def forward(self, x, p):
+        return encode(self.visual, x, p)
 
 
-def encode_at(visual, weights: dict, x: torch.Tensor, p: torch.Tensor | None = None) -> torch.Tensor:
+def encode_at(
+    visual, weights: dict, x: torch.Tensor, p: torch.Tensor | None = None
+) -> torch.Tensor:
     "`encode(visual, x, p)` with `weights` (some of its parameters, by name) in place of its own; gradients reach what they were made of."
-    return torch.func.functional_call(_Encode(visual), {f"visual.{n}": w for n, w in weights.items()}, (x, p))
+    return torch.func.functional_call(
+        _Encode(visual), {f"visual.{n}": w for n, w in weights.items()}, (x, p)
+    )
 
 
 def length(vs) -> torch.Tensor:
@@ -50,15 +58,31 @@ def pam_offset(w: list, w0: list, rho: float) -> tuple[list, float]:
     return [share * v for v in d], share
 
 # %% ../nbs/17_baselines.ipynb #3f99857c
-def train_at(clip: Clip, merged: dict, shadow: Shadow, prompts: torch.Tensor, s: Strengths, seed: int, name: str, offset,
-             inputs=lambda p: (None, p)) -> tuple[dict, dict]:
+def train_at(
+    clip: Clip,
+    merged: dict,
+    shadow: Shadow,
+    prompts: torch.Tensor,
+    s: Strengths,
+    seed: int,
+    name: str,
+    offset,
+    inputs=lambda p: (None, p),
+) -> tuple[dict, dict]:
     """Fine-tuning on the shadow set with the gradient taken at w + offset(w, gradient) instead of at w; w: the trained tensors, `gradient()`
     their gradients at w, of the whole batch. `inputs(p)`: the terms of the loss."""
+
     def loss(visual, x, y, p):
         w = {n: v for n, v in visual.named_parameters() if v.requires_grad}
-        at = lambda weights: terms(clip, partial(encode_at, visual, weights), shadow.W, x, y, inputs(p), s.prompted_weight)
-        move = offset([v.detach() for v in w.values()], lambda: everywhere(len(x), *torch.autograd.grad(at({}), list(w.values()))))
+        at = lambda weights: terms(
+            clip, partial(encode_at, visual, weights), shadow.W, x, y, inputs(p), s.prompted_weight
+        )
+        move = offset(
+            [v.detach() for v in w.values()],
+            lambda: everywhere(len(x), *torch.autograd.grad(at({}), list(w.values()))),
+        )
         return at({n: v + e for (n, v), e in zip(w.items(), move)})
+
     return train_on_shadow(clip, merged, shadow, prompts, s, seed, name, loss)
 
 
@@ -71,31 +95,72 @@ _only = lambda p: (p,)
 @defence("SAM", long="Sharpness-Aware Minimization", **_sam)
 def sam(merged, clip, shadow, p, s: Strengths, seed, strength: float = 0.05):
     "The gradient at the worst point within rho of the current weights."
-    return train_at(clip, merged, shadow, p, s, seed, "SAM", lambda w, grad: sam_offset(w, grad(), strength))
+    return train_at(
+        clip, merged, shadow, p, s, seed, "SAM", lambda w, grad: sam_offset(w, grad(), strength)
+    )
 
 
 @defence("SAM-prompt", long="SAM on the prompted images alone", **_sam)
 def sam_prompt(merged, clip, shadow, p, s: Strengths, seed, strength: float = 0.05):
     "SAM as LFPM's paper describes its rival: no plain images."
-    return train_at(clip, merged, shadow, p, s, seed, "SAM-prompt", lambda w, grad: sam_offset(w, grad(), strength), _only)
+    return train_at(
+        clip,
+        merged,
+        shadow,
+        p,
+        s,
+        seed,
+        "SAM-prompt",
+        lambda w, grad: sam_offset(w, grad(), strength),
+        _only,
+    )
 
 
-@defence("ASAM", long="Adaptive Sharpness-Aware Minimization", knob="rho", grid=(0.5, 1.0, 2.0), source="Kwon et al. 2021", **_trained)
+@defence(
+    "ASAM",
+    long="Adaptive Sharpness-Aware Minimization",
+    knob="rho",
+    grid=(0.5, 1.0, 2.0),
+    source="Kwon et al. 2021",
+    **_trained,
+)
 def asam(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
     "SAM's ball measured in each weight's own size."
-    return train_at(clip, merged, shadow, p, s, seed, "ASAM", lambda w, grad: sam_offset(w, grad(), strength, adaptive=True))
+    return train_at(
+        clip,
+        merged,
+        shadow,
+        p,
+        s,
+        seed,
+        "ASAM",
+        lambda w, grad: sam_offset(w, grad(), strength, adaptive=True),
+    )
 
 # %% ../nbs/17_baselines.ipynb #d90f8672
-def train_pam(clip: Clip, merged: dict, shadow: Shadow, prompts: torch.Tensor, s: Strengths, seed: int, name: str, rho: float, *inputs) -> tuple[dict, dict]:
+def train_pam(
+    clip: Clip,
+    merged: dict,
+    shadow: Shadow,
+    prompts: torch.Tensor,
+    s: Strengths,
+    seed: int,
+    name: str,
+    rho: float,
+    *inputs,
+) -> tuple[dict, dict]:
     "`train_at` PAM's point; w0 is what training starts from. Log `ratio`: the share of the way back, about ten times in the training."
     w0, ratio = [], []
+
     def offset(w, _):
-        if not w0: w0.extend(v.clone() for v in w)
+        if not w0:
+            w0.extend(v.clone() for v in w)
         move, share = pam_offset(w, w0, rho)
         ratio.append(share)
         return move
+
     end, log = train_at(clip, merged, shadow, prompts, s, seed, name, offset, *inputs)
-    return end, {**log, "ratio": ratio[::max(1, len(ratio) // 10)]}
+    return end, {**log, "ratio": ratio[:: max(1, len(ratio) // 10)]}
 
 
 @defence("PAM", long="Path-Aware Minimization", **_pam)
@@ -117,15 +182,25 @@ def stamped(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return x, y
 
 
-@defence("IBVS", long="Injection BV Subtraction", knob="a = b", grid=(0.5, 1.0, 2.0), within=(0.0, 10.0),
-         needs=("shadow labels", "training", "pretrained"), source="Pawlak et al. 2025; LFPM Eq 81")
+@defence(
+    "IBVS",
+    long="Injection BV Subtraction",
+    knob="a = b",
+    grid=(0.5, 1.0, 2.0),
+    within=(0.0, 10.0),
+    needs=("shadow labels", "training", "pretrained"),
+    source="Pawlak et al. 2025; LFPM Eq 81",
+)
 def ibvs(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
     "merged - a tau_bd + b tau_cl: subtract a backdoor of one's own, the difference of two fine-tunings of theta_pre with one seed."
+
     def twin(name, change):
         def loss(visual, x, y, _):
             x, y = change(x, y)
             return terms(clip, partial(encode, visual), shadow.W, x, y, (None,))
+
         return train_on_shadow(clip, clip.state(), shadow, p, s, seed, f"IBVS, {name} twin", loss)
+
     (bd, log), (cl, log_cl) = twin("poisoned", stamped), twin("clean", lambda x, y: (x, y))
     bv = task_vector(cl, bd)
     end = {k: v - strength * bv[k] if k in bv else v.clone() for k, v in merged.items()}
@@ -139,7 +214,18 @@ def js(z: torch.Tensor, z0: torch.Tensor) -> torch.Tensor:
     return ((a.exp() * (a - m)).sum(1) + (b.exp() * (b - m)).sum(1)) / 2
 
 
-def shared_examples(model, frozen, x, y, own, own0, eps: float = 0.2, steps: int = 2, b1: float = 0.01, b2: float = 1.0) -> torch.Tensor:
+def shared_examples(
+    model,
+    frozen,
+    x,
+    y,
+    own,
+    own0,
+    eps: float = 0.2,
+    steps: int = 2,
+    b1: float = 0.01,
+    b2: float = 1.0,
+) -> torch.Tensor:
     """Perturbations (N, 3, H, W) within eps that lead both classifiers (float images in [0, 1] -> logits) to the same wrong class (SAU's inner loop).
     own, own0: their predictions on x. Sign steps of eps from +eps; stops when every example is shared."""
     d = torch.full_like(x, eps)
@@ -148,14 +234,20 @@ def shared_examples(model, frozen, x, y, own, own0, eps: float = 0.2, steps: int
         z, z0 = model(x + d), frozen(x + d)
         fooled, fooled0 = z.argmax(1) != own, z0.argmax(1) != own0
         apart = ~(fooled & fooled0 & (z.argmax(1) == z0.argmax(1)))
-        if not apart.any(): break
-        adv = -sum(F.cross_entropy(v, y, reduction="none")[~f].sum() for v, f in ((z, fooled), (z0, fooled0))) / (2 * len(x))
-        g, = torch.autograd.grad(b1 * adv + b2 * js(z, z0)[apart].sum() / len(x), d)
+        if not apart.any():
+            break
+        adv = -sum(
+            F.cross_entropy(v, y, reduction="none")[~f].sum()
+            for v, f in ((z, fooled), (z0, fooled0))
+        ) / (2 * len(x))
+        (g,) = torch.autograd.grad(b1 * adv + b2 * js(z, z0)[apart].sum() / len(x), d)
         d = (d.detach() - eps * g.sign()).clamp(-eps, eps)
     return d.detach()
 
 # %% ../nbs/17_baselines.ipynb #c0a12fbb
-def shared_loss(z: torch.Tensor, z0: torch.Tensor, y: torch.Tensor, own0: torch.Tensor) -> torch.Tensor:
+def shared_loss(
+    z: torch.Tensor, z0: torch.Tensor, y: torch.Tensor, own0: torch.Tensor
+) -> torch.Tensor:
     """-mean log(1 - p(wrong class of the frozen model)) over the examples that do mislead the frozen model; z, z0: logits (N, C) on them,
     own0: its predictions without the perturbation (SAU's L_sh, with its clamps)."""
     wrong = z0.argmax(1)
@@ -164,61 +256,111 @@ def shared_loss(z: torch.Tensor, z0: torch.Tensor, y: torch.Tensor, own0: torch.
     return -each[(wrong != y) & (wrong != own0)].sum() / (2 * len(y))
 
 # %% ../nbs/17_baselines.ipynb #d667b4f9
-@defence("SAU", long="Shared Adversarial Unlearning", knob="learning-rate factor", grid=(0.5, 1.0, 2.0), source="Wei et al. 2023", **_trained)
+@defence(
+    "SAU",
+    long="Shared Adversarial Unlearning",
+    knob="learning-rate factor",
+    grid=(0.5, 1.0, 2.0),
+    source="Wei et al. 2023",
+    **_trained,
+)
 def sau(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
     "Clean and prompted terms plus `shared_loss` on the examples shared with the merged model, which stays frozen."
     model = lambda v, x, q=None: classify(clip, partial(encode, v), shadow.W, x, q)
     frozen = clip.with_state(merged)
     own = logits(features(clip, frozen, shadow.x), shadow.W).argmax(1).to(shadow.y)
+
     def loss(visual, x, labels, q):
         x, (y, own0) = x.float() / 255, labels.unbind(1)
         z = model(visual, x)
         d = shared_examples(partial(model, visual), partial(model, frozen), x, y, z.argmax(1), own0)
-        with torch.no_grad(): z0 = model(frozen, x + d)
+        with torch.no_grad():
+            z0 = model(frozen, x + d)
         prompted = s.prompted_weight * F.cross_entropy(model(visual, x, q), y)
         return F.cross_entropy(z, y) + prompted + shared_loss(model(visual, x + d), z0, y, own0)
-    both = replace(shadow, y=torch.stack([shadow.y, own], 1))               # the frozen model's predictions travel with the labels
-    return train_on_shadow(clip, merged, both, p, replace(s, lr=s.lr * strength), seed, "SAU", loss, others=(frozen,))
+
+    both = replace(
+        shadow, y=torch.stack([shadow.y, own], 1)
+    )  # the frozen model's predictions travel with the labels
+    return train_on_shadow(
+        clip, merged, both, p, replace(s, lr=s.lr * strength), seed, "SAU", loss, others=(frozen,)
+    )
 
 # %% ../nbs/17_baselines.ipynb #7ff13ab2
 def masked_units(state: dict, m: dict, d: dict | None = None, xi: dict | None = None) -> dict:
     "{name: tensor} of the MLPs' first layers {k: mask (units,)} with pre-activation (m + d) w z + (1 + xi) b (ANP)."
-    out = {f"{k}.weight": state[f"{k}.weight"] * (v if d is None else v + d[k])[:, None] for k, v in m.items()}
+    out = {
+        f"{k}.weight": state[f"{k}.weight"] * (v if d is None else v + d[k])[:, None]
+        for k, v in m.items()
+    }
     return out if xi is None else out | {f"{k}.bias": state[f"{k}.bias"] * (1 + xi[k]) for k in m}
 
 
 def worst_noise(loss, m: dict, eps: float, n: int = 1) -> tuple[dict, dict]:
     "(d, xi) = eps times the sign of the gradient of loss(d, xi) at 0: ANP's inner step. The loss: a mean over this process's n images."
     zero = [torch.zeros_like(v, requires_grad=True) for _ in range(2) for v in m.values()]
-    g = everywhere(n, *torch.autograd.grad(loss(dict(zip(m, zero)), dict(zip(m, zero[len(m):]))), zero))
+    g = everywhere(
+        n, *torch.autograd.grad(loss(dict(zip(m, zero)), dict(zip(m, zero[len(m) :]))), zero)
+    )
     g = [eps * v.sign() for v in g]
-    return dict(zip(m, g)), dict(zip(m, g[len(m):]))
+    return dict(zip(m, g)), dict(zip(m, g[len(m) :]))
 
 
 def prune(state: dict, m: dict, share: float) -> dict:
     "`state` with the incoming weights of the `share` of hidden units with the lowest masks set to zero, as many in all layers together; shapes stay."
     flat = torch.cat([v.detach().cpu() for v in m.values()])
     keep = torch.ones_like(flat)
-    keep[flat.argsort(stable=True)[:round(share * len(flat))]] = 0
+    keep[flat.argsort(stable=True)[: round(share * len(flat))]] = 0
     return {**state, **masked_units(state, dict(zip(m, keep.split([len(v) for v in m.values()]))))}
 
 # %% ../nbs/17_baselines.ipynb #b3282cd3
-@defence("ANP", long="Adversarial Neuron Pruning", knob="share of hidden units pruned", grid=(0.05, 0.1, 0.2), within=(0.0, 1.0),
-         needs=("shadow labels", "training"), source="Wu & Wang 2021")
-def anp(merged, clip, shadow, p, s: Strengths, seed, strength: float = 0.1, eps: float = 0.4, alpha: float = 0.2, lr: float = 3.2):
+@defence(
+    "ANP",
+    long="Adversarial Neuron Pruning",
+    knob="share of hidden units pruned",
+    grid=(0.05, 0.1, 0.2),
+    within=(0.0, 1.0),
+    needs=("shadow labels", "training"),
+    source="Wu & Wang 2021",
+)
+def anp(
+    merged,
+    clip,
+    shadow,
+    p,
+    s: Strengths,
+    seed,
+    strength: float = 0.1,
+    eps: float = 0.4,
+    alpha: float = 0.2,
+    lr: float = 3.2,
+):
     "Masks that bear the worst noise on every unit; those that sink belong to fragile units, which are pruned. `lora` does not reach masks."
     visual = clip.with_state(merged)
     own = dict(visual.named_parameters())
-    m = {k.removesuffix(".weight"): torch.ones(len(v), device=device(), requires_grad=True) for k, v in own.items() if k.endswith("mlp.c_fc.weight")}
+    m = {
+        k.removesuffix(".weight"): torch.ones(len(v), device=device(), requires_grad=True)
+        for k, v in own.items()
+        if k.endswith("mlp.c_fc.weight")
+    }
+
     def loss(x, y, q):
-        for v in m.values(): v.data.clamp_(0, 1)
+        for v in m.values():
+            v.data.clamp_(0, 1)
         run = lambda noise: partial(encode_at, visual, masked_units(own, m, *noise))
         at = lambda *noise: terms(clip, run(noise), shadow.W, x, y, (None, q), s.prompted_weight)
         return alpha * at() + (1 - alpha) * at(*worst_noise(at, m, eps, len(x)))
+
     params = list(m.values())
-    log = shadow_loop(visual, params, torch.optim.SGD(params, lr, momentum=0.9), shadow, p, s, seed, "ANP", loss)
-    for v in params: v.data.clamp_(0, 1)
-    return prune(merged, m, strength), {**log, "masks": torch.histc(torch.cat(params).detach().cpu(), 20, 0, 1).int().tolist()}
+    log = shadow_loop(
+        visual, params, torch.optim.SGD(params, lr, momentum=0.9), shadow, p, s, seed, "ANP", loss
+    )
+    for v in params:
+        v.data.clamp_(0, 1)
+    return prune(merged, m, strength), {
+        **log,
+        "masks": torch.histc(torch.cat(params).detach().cpu(), 20, 0, 1).int().tolist(),
+    }
 
 # %% ../nbs/17_baselines.ipynb #3799f5a4
 def concrete(z: torch.Tensor, g: torch.Generator | None = None, T: float = 0.5) -> torch.Tensor:
@@ -228,26 +370,57 @@ def concrete(z: torch.Tensor, g: torch.Generator | None = None, T: float = 0.5) 
     return m / m.mean()
 
 # %% ../nbs/17_baselines.ipynb #e12c9302
-@defence("AWM", long="Adversarial Weight Masking", knob="weight of the perturbed term", grid=(0.1, 0.3, 0.5), within=(0.0, 1.0),
-         needs=("shadow labels", "training", "pretrained"), source="Chai & Chen 2022; CLIP port of Yang et al. 2025")
-def awm(merged, clip, shadow, p, s: Strengths, seed, strength: float = 0.1, lr: float = 0.016, lr_x: float = 0.0016, bound: float = 1000 / 3072):
+@defence(
+    "AWM",
+    long="Adversarial Weight Masking",
+    knob="weight of the perturbed term",
+    grid=(0.1, 0.3, 0.5),
+    within=(0.0, 1.0),
+    needs=("shadow labels", "training", "pretrained"),
+    source="Chai & Chen 2022; CLIP port of Yang et al. 2025",
+)
+def awm(
+    merged,
+    clip,
+    shadow,
+    p,
+    s: Strengths,
+    seed,
+    strength: float = 0.1,
+    lr: float = 0.016,
+    lr_x: float = 0.0016,
+    bound: float = 1000 / 3072,
+):
     "theta_pre + mask * (theta_mm - theta_pre), the mask right on plain, prompted and universally perturbed images. `lora` does not reach masks."
     visual, dev, g = clip.with_state(merged), device(), generator("AWM", seed)
-    pre, tau = ({k: v.to(dev) for k, v in d.items()} for d in (clip.state(), task_vector(clip.state(), merged)))
+    pre, tau = (
+        {k: v.to(dev) for k, v in d.items()}
+        for d in (clip.state(), task_vector(clip.state(), merged))
+    )
     z = {k: torch.zeros_like(v, requires_grad=True) for k, v in tau.items()}
     delta = torch.zeros(shadow.x.shape[1:], device=dev, requires_grad=True)
-    up, weights = torch.optim.Adam([delta], lr_x), lambda g=None: {k: pre[k] + concrete(v, g) * tau[k] for k, v in z.items()}
+    up, weights = (
+        torch.optim.Adam([delta], lr_x),
+        lambda g=None: {k: pre[k] + concrete(v, g) * tau[k] for k, v in z.items()},
+    )
+
     def loss(x, y, q):
         w, x = weights(g), x.float() / 255
         at = lambda w, x, q=None: classify(clip, partial(encode_at, visual, w), shadow.W, x, q)
         plain = at(w, x)
-        up.zero_grad(); F.cross_entropy(at({k: v.detach() for k, v in w.items()}, x + delta), plain.argmax(1)).neg().backward()
-        delta.grad, = everywhere(len(x), delta.grad)
+        up.zero_grad()
+        F.cross_entropy(
+            at({k: v.detach() for k, v in w.items()}, x + delta), plain.argmax(1)
+        ).neg().backward()
+        (delta.grad,) = everywhere(len(x), delta.grad)
         up.step()
         delta.data *= (bound / delta.data.abs().mean()).clamp(max=1)
         worst = at(w, (x + delta.detach()).clamp(0, 1))
         prompted = s.prompted_weight * F.cross_entropy(at(w, x, q), y)
-        return (1 - strength) * (F.cross_entropy(plain, y) + prompted) + strength * F.cross_entropy(worst, y)
+        return (1 - strength) * (F.cross_entropy(plain, y) + prompted) + strength * F.cross_entropy(
+            worst, y
+        )
+
     params = list(z.values())
     log = shadow_loop(visual, params, optimiser(params, lr, 0.0), shadow, p, s, seed, "AWM", loss)
     return {**merged, **{k: v.detach().cpu() for k, v in weights().items()}}, log

@@ -20,12 +20,14 @@ from .core import file_sha, load_state, printable
 @dataclass(eq=False)
 class Named:
     "What a file calls by this name: a class, a function, a dtype. Nothing is imported."
+
     name: str
 
 
 @dataclass(eq=False)
 class Shell:
     "What would be an object called `name`: what it was made of, its state, and its entries if it is a mapping."
+
     name: str
     args: tuple = ()
     state: object = None
@@ -35,27 +37,56 @@ class Shell:
 @dataclass(eq=False)
 class Kept:
     "A tensor that lies in a file: where it begins in its storage (entries), its shape, and its strides."
-    storage: tuple            # (key, dtype, how many entries)
+
+    storage: tuple  # (key, dtype, how many entries)
     offset: int
     size: tuple
     stride: tuple
     dtype: torch.dtype
 
 # %% ../nbs/00a_checkpoints.ipynb #81ca4deb
-STORAGES = dict(FloatStorage=torch.float32, DoubleStorage=torch.float64, HalfStorage=torch.float16,
-                BFloat16Storage=torch.bfloat16, LongStorage=torch.int64, IntStorage=torch.int32,
-                ShortStorage=torch.int16, CharStorage=torch.int8, ByteStorage=torch.uint8,
-                BoolStorage=torch.bool, ComplexFloatStorage=torch.complex64,
-                ComplexDoubleStorage=torch.complex128, UntypedStorage=torch.uint8)
-DTYPES = {f"torch.{n}": getattr(torch, n) for n in
-          ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
-           "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")}
+STORAGES = dict(
+    FloatStorage=torch.float32,
+    DoubleStorage=torch.float64,
+    HalfStorage=torch.float16,
+    BFloat16Storage=torch.bfloat16,
+    LongStorage=torch.int64,
+    IntStorage=torch.int32,
+    ShortStorage=torch.int16,
+    CharStorage=torch.int8,
+    ByteStorage=torch.uint8,
+    BoolStorage=torch.bool,
+    ComplexFloatStorage=torch.complex64,
+    ComplexDoubleStorage=torch.complex128,
+    UntypedStorage=torch.uint8,
+)
+DTYPES = {
+    f"torch.{n}": getattr(torch, n)
+    for n in (
+        "float32",
+        "float64",
+        "float16",
+        "bfloat16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "bool",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "float8_e5m2fnuz",
+    )
+}
 
 # %% ../nbs/00a_checkpoints.ipynb #89cf4478
 def _whole(numbers) -> tuple:
     "A shape or its strides: at most 16 whole numbers from 0 on."
-    if not isinstance(numbers, (tuple, list)) or len(numbers) > 16: raise ValueError("no shape")
-    if not all(type(n) is int and 0 <= n < 2 ** 62 for n in numbers): raise ValueError("no shape")
+    if not isinstance(numbers, (tuple, list)) or len(numbers) > 16:
+        raise ValueError("no shape")
+    if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+        raise ValueError("no shape")
     return tuple(numbers)
 
 
@@ -72,7 +103,8 @@ def _subclass(function, kind, args, state=None):
     return _made(function, args)
 
 
-def _first(value=None, *rest): return value
+def _first(value=None, *rest):
+    return value
 
 
 PLAIN = (str, bytes, int, float, bool, type(None), Shell, Named)
@@ -82,54 +114,100 @@ def _pairs(into, values: list):
     "`into`, a dict or a shell, with the keys and values that alternate in `values`."
     entries = into.entries if isinstance(into, Shell) else into
     for k, v in zip(values[::2], values[1::2], strict=True):
-        if not isinstance(k, PLAIN): k = f"a {type(k).__name__}"
-        if isinstance(entries, dict): entries[k] = v
+        if not isinstance(k, PLAIN):
+            k = f"a {type(k).__name__}"
+        if isinstance(entries, dict):
+            entries[k] = v
     return into
 
 
 def _mapping(pairs=(), *rest) -> dict:
     "A dictionary, itself or of a list of pairs."
-    if isinstance(pairs, dict): return pairs
-    if len(pairs) > 10_000: raise ValueError("a long list of pairs")
+    if isinstance(pairs, dict):
+        return pairs
+    if len(pairs) > 10_000:
+        raise ValueError("a long list of pairs")
     return _pairs({}, [x for pair in pairs for x in pair])
 
 # %% ../nbs/00a_checkpoints.ipynb #7cbadaec
-KNOWN = {"torch._utils._rebuild_tensor": _tensor, "torch._utils._rebuild_tensor_v2": _tensor,
-         "torch._utils._rebuild_tensor_v3": _typed, "torch._tensor._rebuild_from_type_v2": _subclass,
-         "torch._utils._rebuild_parameter": _first, "torch._utils._rebuild_parameter_with_state": _first,
-         "torch.Size": _first, "builtins.set": _first, "__builtin__.set": _first,
-         "torch.jit._pickle.restore_type_tag": _first, "torch.jit._pickle.build_intlist": _first,
-         "collections.OrderedDict": _mapping, "collections.defaultdict": lambda *_: {},
-         "builtins.dict": _mapping, "__builtin__.dict": _mapping}
+KNOWN = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _typed,
+    "torch._tensor._rebuild_from_type_v2": _subclass,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch.Size": _first,
+    "builtins.set": _first,
+    "__builtin__.set": _first,
+    "torch.jit._pickle.restore_type_tag": _first,
+    "torch.jit._pickle.build_intlist": _first,
+    "collections.OrderedDict": _mapping,
+    "collections.defaultdict": lambda *_: {},
+    "builtins.dict": _mapping,
+    "__builtin__.dict": _mapping,
+}
 
 
 def _made(what, args: tuple):
     "What calling `what` would give: a tensor or a container if the table knows it, else a shell."
-    if not isinstance(args, tuple): raise ValueError("arguments that are no tuple")
-    if not isinstance(what, Named): return Shell("something the file computes", args)
+    if not isinstance(args, tuple):
+        raise ValueError("arguments that are no tuple")
+    if not isinstance(what, Named):
+        return Shell("something the file computes", args)
     return KNOWN[what.name](*args) if what.name in KNOWN else Shell(what.name, args)
 
 # %% ../nbs/00a_checkpoints.ipynb #b600b234
-MOST_STEPS = 3_000_000         # instructions; a module of ViT-L/14's size has sixty thousand
-MOST_PICKLED = 2 ** 26         # bytes without the tensors
-PUSHES = {"INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT", "STRING",
-          "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
-          "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-EMPTY = dict(EMPTY_TUPLE=tuple, EMPTY_LIST=list, EMPTY_DICT=dict, EMPTY_SET=list,
-             NONE=lambda: None, NEWTRUE=lambda: True, NEWFALSE=lambda: False)
+MOST_STEPS = 3_000_000  # instructions; a module of ViT-L/14's size has sixty thousand
+MOST_PICKLED = 2**26  # bytes without the tensors
+PUSHES = {
+    "INT",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "FLOAT",
+    "BINFLOAT",
+    "STRING",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "UNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE",
+    "BINUNICODE8",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+    "BYTEARRAY8",
+}
+EMPTY = dict(
+    EMPTY_TUPLE=tuple,
+    EMPTY_LIST=list,
+    EMPTY_DICT=dict,
+    EMPTY_SET=list,
+    NONE=lambda: None,
+    NEWTRUE=lambda: True,
+    NEWFALSE=lambda: False,
+)
 MADE = dict(TUPLE=tuple, LIST=list, FROZENSET=list, DICT=lambda v: _pairs({}, v))
 TUPLES = dict(TUPLE1=1, TUPLE2=2, TUPLE3=3)
 
 # %% ../nbs/00a_checkpoints.ipynb #b3f96df7
 class _Stack:
     "What a pickle works on: a stack, the stacks below it, which a mark puts aside, and a memory by number."
-    def __init__(self): self.stack, self.below, self.memo = [], [], {}
 
-    def push(self, value): self.stack.append(value)       # after a mark was taken away, on the stack below it
+    def __init__(self):
+        self.stack, self.below, self.memo = [], [], {}
+
+    def push(self, value):
+        self.stack.append(value)  # after a mark was taken away, on the stack below it
 
     def taken(self, n: int) -> list:
         "The `n` uppermost values, removed."
-        if len(self.stack) < n: raise ValueError("the stack is empty")
+        if len(self.stack) < n:
+            raise ValueError("the stack is empty")
         top = self.stack[-n:]
         del self.stack[-n:]
         return top
@@ -143,24 +221,37 @@ class _Stack:
         self.below.append(self.stack)
         self.stack = []
 
-    def pop(self, _): self.stack.pop() if self.stack else self.marked()
-    def pop_mark(self, _): self.marked()
-    def dup(self, _): self.stack.append(self.stack[-1])
+    def pop(self, _):
+        self.stack.pop() if self.stack else self.marked()
 
-    def put(self, n): self.memo[n] = self.stack[-1]
-    def memoize(self, _): self.memo[len(self.memo)] = self.stack[-1]
-    def get(self, n): self.stack.append(self.memo[n])
+    def pop_mark(self, _):
+        self.marked()
+
+    def dup(self, _):
+        self.stack.append(self.stack[-1])
+
+    def put(self, n):
+        self.memo[n] = self.stack[-1]
+
+    def memoize(self, _):
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def get(self, n):
+        self.stack.append(self.memo[n])
+
     binput = long_binput = put
     binget = long_binget = get
 
 # %% ../nbs/00a_checkpoints.ipynb #20deffdb
 def _more(into, values) -> None:
     "`into` with more entries, if it is a list; a shell's do not matter."
-    if isinstance(into, list): into.extend(values)
+    if isinstance(into, list):
+        into.extend(values)
 
 
 class _Containers(_Stack):
     "Lists, dictionaries and shells that grow."
+
     def append(self, _):
         value = self.taken(1)
         _more(self.stack[-1], value)
@@ -176,12 +267,14 @@ class _Containers(_Stack):
     def setitems(self, _):
         values = self.marked()
         _pairs(self.stack[-1], values)
+
     additems = appends
 
 # %% ../nbs/00a_checkpoints.ipynb #f9c7628b
 class Machine(_Containers):
     """Carries out the pickle at the beginning of a stream, without a call or an import. `persistent`: what
     an id that the pickle mentions stands for. ValueError beyond MOST_STEPS; on damage many exceptions."""
+
     def __init__(self, persistent):
         super().__init__()
         self.persistent = persistent
@@ -189,22 +282,36 @@ class Machine(_Containers):
     def run(self, stream):
         "What the pickle holds."
         for steps, (op, arg, _) in enumerate(pickletools.genops(stream)):
-            if steps > MOST_STEPS: raise ValueError(f"more than {MOST_STEPS:,} instructions")
-            if op.name == "STOP": return self.stack.pop()
-            if op.name in PUSHES: self.stack.append(arg)
-            elif op.name in EMPTY: self.stack.append(EMPTY[op.name]())
-            elif op.name in MADE: self.push(MADE[op.name](self.marked()))
-            elif op.name in TUPLES: self.push(tuple(self.taken(TUPLES[op.name])))
-            elif op.name not in ("PROTO", "FRAME"): getattr(self, op.name.lower())(arg)
+            if steps > MOST_STEPS:
+                raise ValueError(f"more than {MOST_STEPS:,} instructions")
+            if op.name == "STOP":
+                return self.stack.pop()
+            if op.name in PUSHES:
+                self.stack.append(arg)
+            elif op.name in EMPTY:
+                self.stack.append(EMPTY[op.name]())
+            elif op.name in MADE:
+                self.push(MADE[op.name](self.marked()))
+            elif op.name in TUPLES:
+                self.push(tuple(self.taken(TUPLES[op.name])))
+            elif op.name not in ("PROTO", "FRAME"):
+                getattr(self, op.name.lower())(arg)
 
-    def global_(self, arg): self.stack.append(Named(arg.replace(" ", ".", 1)))
-    def stack_global(self, _): self.stack.append(Named(".".join(self.taken(2))))
-    def ext1(self, n): self.stack.append(Named(f"copyreg extension {n}"))
+    def global_(self, arg):
+        self.stack.append(Named(arg.replace(" ", ".", 1)))
+
+    def stack_global(self, _):
+        self.stack.append(Named(".".join(self.taken(2))))
+
+    def ext1(self, n):
+        self.stack.append(Named(f"copyreg extension {n}"))
+
     ext2 = ext4 = ext1
 
     def reduce(self, _):
         what, args = self.taken(2)
         self.stack.append(_made(what, args))
+
     newobj = reduce
 
     def newobj_ex(self, _):
@@ -215,17 +322,22 @@ class Machine(_Containers):
         what, *args = self.marked()
         self.push(_made(what, tuple(args)))
 
-    def inst(self, arg): self.push(_made(Named(arg.replace(" ", ".", 1)), tuple(self.marked())))
+    def inst(self, arg):
+        self.push(_made(Named(arg.replace(" ", ".", 1)), tuple(self.marked())))
 
     def build(self, _):
         state = self.stack.pop()
-        if isinstance(self.stack[-1], Shell): self.stack[-1].state = state
+        if isinstance(self.stack[-1], Shell):
+            self.stack[-1].state = state
 
-    def persid(self, arg): self.stack.append(self.persistent(arg))
-    def binpersid(self, _): self.stack.append(self.persistent(self.stack.pop()))
+    def persid(self, arg):
+        self.stack.append(self.persistent(arg))
+
+    def binpersid(self, _):
+        self.stack.append(self.persistent(self.stack.pop()))
 
 
-setattr(Machine, "global", Machine.global_)       # a word of Python's
+setattr(Machine, "global", Machine.global_)  # a word of Python's
 
 # %% ../nbs/00a_checkpoints.ipynb #92d07d7b
 class _Other(ValueError):
@@ -235,8 +347,10 @@ class _Other(ValueError):
 def _storage(key, kind, n, more=0) -> tuple:
     "(key, dtype, entries) of a storage as the pickle mentions it."
     name = kind.name.removeprefix("torch.").removeprefix("storage.")
-    if name not in STORAGES: raise ValueError(f"a storage of kind {_printable(kind.name)}")
-    if not isinstance(key, str) or not _whole([n]): raise ValueError("a storage without a name or a size")
+    if name not in STORAGES:
+        raise ValueError(f"a storage of kind {_printable(kind.name)}")
+    if not isinstance(key, str) or not _whole([n]):
+        raise ValueError("a storage without a name or a size")
     return key, STORAGES[name], n
 
 
@@ -250,40 +364,51 @@ def cut(kept: Kept, data: bytearray) -> torch.Tensor:
     "The tensor itself, from its storage's bytes. ValueError if it does not lie inside, or repeats entries."
     entries = len(data) // kept.dtype.itemsize
     last = sum((n - 1) * s for n, s in zip(kept.size, kept.stride, strict=True))
-    if 0 in kept.size: return torch.empty(kept.size, dtype=kept.dtype)
+    if 0 in kept.size:
+        return torch.empty(kept.size, dtype=kept.dtype)
     if kept.offset + last >= entries or math.prod(kept.size) > entries:
         raise ValueError(f"a tensor of shape {kept.size} in a storage of {entries} entries")
     flat = torch.frombuffer(data, dtype=kept.dtype, count=entries)
-    return flat.as_strided(kept.size, kept.stride, kept.offset).clone(memory_format=torch.contiguous_format)
+    return flat.as_strided(kept.size, kept.stride, kept.offset).clone(
+        memory_format=torch.contiguous_format
+    )
 
 # %% ../nbs/00a_checkpoints.ipynb #96cfcb46
 class Zipped:
     "What `torch.save` writes since 2020, and TorchScript: `script` says which. `root` is the pickled object."
+
     def __init__(self, path: Path):
         self.zip = zipfile.ZipFile(path)
         members = {i.filename: i for i in self.zip.infolist()}
         found = [n for n in members if re.fullmatch(r"[^/]+/data\.pkl", n)]
-        if len(found) != 1: raise _Other("a zip without data.pkl, so not written by torch.save")
+        if len(found) != 1:
+            raise _Other("a zip without data.pkl, so not written by torch.save")
         self.folder, self.members = found[0].removesuffix("data.pkl"), members
-        if self.text("byteorder") not in ("", "little"): raise _Other("big-endian, written on another kind of machine")
+        if self.text("byteorder") not in ("", "little"):
+            raise _Other("big-endian, written on another kind of machine")
         self.script = f"{self.folder}constants.pkl" in members
         stored = [i.file_size for n, i in members.items() if n.startswith(f"{self.folder}data/")]
-        if sum(stored) > path.stat().st_size: raise ValueError("its parts are larger than the file")
+        if sum(stored) > path.stat().st_size:
+            raise ValueError("its parts are larger than the file")
         pickled = self.member("data.pkl", MOST_PICKLED)
         self.root = Machine(self.mentioned).run(BytesIO(pickled))
 
     def member(self, name: str, most: int) -> bytearray:
         info = self.members[self.folder + name]
-        if info.file_size > most: raise ValueError(f"{name} is larger than {most:,} bytes")
+        if info.file_size > most:
+            raise ValueError(f"{name} is larger than {most:,} bytes")
         data = bytearray(info.file_size)
         with self.zip.open(info) as f:
             done = 0
-            while n := f.readinto(memoryview(data)[done:]): done += n
-        if done != len(data): raise ValueError(f"{name} is cut off")
+            while n := f.readinto(memoryview(data)[done:]):
+                done += n
+        if done != len(data):
+            raise ValueError(f"{name} is cut off")
         return data
 
     def text(self, name: str) -> str:
-        if self.folder + name not in self.members: return ""
+        if self.folder + name not in self.members:
+            return ""
         return self.member(name, 100).decode("ascii").strip()
 
     def mentioned(self, pid) -> tuple:
@@ -293,23 +418,27 @@ class Zipped:
     def storage(self, key: str, size: int) -> bytearray:
         "The bytes of a storage that the pickle says has `size` of them."
         info = self.members[f"{self.folder}data/{key}"]
-        if info.compress_type: raise _Other("compressed; unpack it and save again with torch.save")
-        if info.file_size != size: raise ValueError(f"storage {_printable(key)} has another size than its tensors say")
+        if info.compress_type:
+            raise _Other("compressed; unpack it and save again with torch.save")
+        if info.file_size != size:
+            raise ValueError(f"storage {_printable(key)} has another size than its tensors say")
         return self.member(f"data/{key}", size)
 
 # %% ../nbs/00a_checkpoints.ipynb #917ddc3b
 class Older:
     "What `torch.save` wrote before 2020: five pickles, then the storages."
+
     script = False
-    MAGIC = 0x1950a86a20f9469cfc6c
+    MAGIC = 0x1950A86A20F9469CFC6C
 
     def __init__(self, path: Path):
         self.path, self.sizes, self.at = path, {}, {}
         with open(path, "rb") as f:
             head = BytesIO(f.read(MOST_PICKLED))
             one = lambda: Machine(self.mentioned).run(head)
-            if one() != self.MAGIC: raise _Other("a pickle that torch.save did not write")
-            one(), one()                                  # version, machine
+            if one() != self.MAGIC:
+                raise _Other("a pickle that torch.save did not write")
+            one(), one()  # version, machine
             self.root, keys = one(), one()
             at = head.tell()
             for key in keys:
@@ -317,23 +446,28 @@ class Older:
                 n = int.from_bytes(f.read(8), "little") * self.sizes[key]
                 self.at[key] = at + 8, n
                 at += 8 + n
-            if at > path.stat().st_size: raise ValueError("it ends in the middle of its tensors")
+            if at > path.stat().st_size:
+                raise ValueError("it ends in the middle of its tensors")
 
     def mentioned(self, pid):
-        if pid[0] == "module": return pid[1]              # with its source text, which nobody looks at
+        if pid[0] == "module":
+            return pid[1]  # with its source text, which nobody looks at
         what, kind, key, place, n, view = pid
-        if view is not None: raise _Other("of a very old kind; save its state_dict() again")
+        if view is not None:
+            raise _Other("of a very old kind; save its state_dict() again")
         key, dtype, n = _storage(key, kind, n)
         self.sizes[key] = dtype.itemsize
         return key, dtype, n
 
     def storage(self, key: str, size: int) -> bytearray:
         at, n = self.at[key]
-        if n != size: raise ValueError(f"storage {_printable(key)} has another size than its tensors say")
+        if n != size:
+            raise ValueError(f"storage {_printable(key)} has another size than its tensors say")
         data = bytearray(size)
         with open(self.path, "rb") as f:
             f.seek(at)
-            if f.readinto(data) != size: raise ValueError("it is cut off")
+            if f.readinto(data) != size:
+                raise ValueError("it is cut off")
         return data
 
 # %% ../nbs/00a_checkpoints.ipynb #2326ad17
@@ -342,14 +476,17 @@ MOST_NAMES, DEEPEST = 100_000, 64
 
 def _children(x, script: bool) -> dict | None:
     "What lies directly under a dictionary, a module or a TorchScript object: {name: value}. None: it is no such thing."
-    if isinstance(x, dict): return x
-    if not isinstance(x, Shell): return None
+    if isinstance(x, dict):
+        return x
+    if not isinstance(x, Shell):
+        return None
     state = x.state if isinstance(x.state, dict) else {}
     if "_parameters" in state:
         passing = {k for k in state.get("_non_persistent_buffers_set") or [] if isinstance(k, str)}
         buffers = {k: v for k, v in (state.get("_buffers") or {}).items() if k not in passing}
         return (state["_parameters"] or {}) | buffers | (state.get("_modules") or {})
-    if script: return {k: v for k, v in state.items() if k != "attn_mask"}         # no weight, and infinite
+    if script:
+        return {k: v for k, v in state.items() if k != "attn_mask"}  # no weight, and infinite
     return x.entries or None
 
 
@@ -359,21 +496,30 @@ def named(root, script: bool = False) -> tuple[dict, list]:
     out, kinds, todo = {}, [], [("", root, 0)]
     while todo:
         at, x, depth = todo.pop()
-        if depth > DEEPEST: raise ValueError(f"nested deeper than {DEEPEST}")
-        if isinstance(x, Shell): kinds.append(x.name)
+        if depth > DEEPEST:
+            raise ValueError(f"nested deeper than {DEEPEST}")
+        if isinstance(x, Shell):
+            kinds.append(x.name)
         for k, v in (_children(x, script) or {}).items():
             name = f"{at}.{k}" if at else str(k)
-            if _children(v, script) is not None: todo.append((name, v, depth + 1))
+            if _children(v, script) is not None:
+                todo.append((name, v, depth + 1))
             elif isinstance(v, (Kept, Shell)):
-                if name in out: raise ValueError(f"two things are called {_printable(name)}")
+                if name in out:
+                    raise ValueError(f"two things are called {_printable(name)}")
                 out[name] = v
-        if len(out) + len(todo) > MOST_NAMES: raise ValueError(f"more than {MOST_NAMES:,} names")
+        if len(out) + len(todo) > MOST_NAMES:
+            raise ValueError(f"more than {MOST_NAMES:,} names")
     return out, kinds
 
 # %% ../nbs/00a_checkpoints.ipynb #b5ea8a9e
-FIRST = ("vision_model.embeddings.patch_embedding.weight", "embeddings.patch_embedding.weight",
-         "visual.conv1.weight", "conv1.weight")
-INTS = ("input_resolution", "context_length", "vocab_size")    # OpenAI's; they follow from the shapes
+FIRST = (
+    "vision_model.embeddings.patch_embedding.weight",
+    "embeddings.patch_embedding.weight",
+    "visual.conv1.weight",
+    "conv1.weight",
+)
+INTS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's; they follow from the shapes
 
 
 def prefix_of(names) -> str:
@@ -381,12 +527,16 @@ def prefix_of(names) -> str:
     found = {}
     for name in names:
         first = next((f for f in FIRST if name == f or name.endswith(f".{f}")), None)
-        if not first: continue
+        if not first:
+            continue
         before = name.removesuffix(first)
-        if not re.search(r"(^|\.)layer\d+\.\d+\.$", before): found[before] = name       # a ResNet has many
+        if not re.search(r"(^|\.)layer\d+\.\d+\.$", before):
+            found[before] = name  # a ResNet has many
     if len(found) > 1:
         two = " and ".join(_printable(n) for n in list(found.values())[:2])
-        raise ValueError(f"{len(found)} towers in one file ({two}); save the one that is meant in a file of its own")
+        raise ValueError(
+            f"{len(found)} towers in one file ({two}); save the one that is meant in a file of its own"
+        )
     before = next(iter(found), "")
     # task_vectors' own spelling, a format of its own, unless a whole CLIP is called `model`
     alone = not any(n.startswith(f"{before}transformer.") for n in names)
@@ -402,6 +552,7 @@ def note(text: str) -> None:
 class Weights:
     """Tensors by name, without the file's own prefix. `meta`: strings that a safetensors file carries; `how`: what was
     read in another way than as plain tensors ('' if nothing was); `files` that were read, and their `sha256`."""
+
     state: dict
     meta: dict
     how: str
@@ -409,24 +560,44 @@ class Weights:
     sha256: str
 
 # %% ../nbs/00a_checkpoints.ipynb #49c50b3d
-FOLDER = ("model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors",
-          "open_clip_model.safetensors.index.json", "open_clip_pytorch_model.bin", "pytorch_model.bin",
-          "pytorch_model.bin.index.json", "adapter_model.safetensors", "adapter_model.bin")
+FOLDER = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_model.safetensors.index.json",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
 
 
 def in_folder(path) -> Path:
     "The checkpoint that a path means: the file itself, or the one that a folder is there for."
     path = Path(path)
-    if not path.is_dir(): return path
-    if there := [path / n for n in FOLDER if (path / n).is_file()]: return there[0]
-    names = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".bin", ".pth", ".ckpt"))
+    if not path.is_dir():
+        return path
+    if there := [path / n for n in FOLDER if (path / n).is_file()]:
+        return there[0]
+    names = sorted(
+        p.name
+        for p in path.iterdir()
+        if p.suffix in (".safetensors", ".pt", ".bin", ".pth", ".ckpt")
+    )
     more = f"; it holds {', '.join(names[:3])}: name the file" if names else ""
-    raise FileNotFoundError(f"no checkpoint in the folder {path}: none of {', '.join(FOLDER)}{more}")
+    raise FileNotFoundError(
+        f"no checkpoint in the folder {path}: none of {', '.join(FOLDER)}{more}"
+    )
 
 # %% ../nbs/00a_checkpoints.ipynb #3d297e9a
-STRANGE = {b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch it with  git lfs pull",
-           b"<": "a web page, not a checkpoint; fetch the file again", b"\x89HDF": "an HDF5 file",
-           b"GGUF": "a GGUF file of codes, not weights", b"\x93NUMPY": "a NumPy array"}
+STRANGE = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch it with  git lfs pull",
+    b"<": "a web page, not a checkpoint; fetch the file again",
+    b"\x89HDF": "an HDF5 file",
+    b"GGUF": "a GGUF file of codes, not weights",
+    b"\x93NUMPY": "a NumPy array",
+}
 
 
 SCRIPT = "a TorchScript archive: its tensors are read, its program is not"
@@ -435,60 +606,93 @@ PICKLED = "a pickled object ({}): its tensors are read, nothing in it is run"
 
 def _open(path: Path):
     "({name: tensor or Kept}, metadata, how, reader or None) of one file."
-    with open(path, "rb") as f: head = f.read(24)
+    with open(path, "rb") as f:
+        head = f.read(24)
     # safetensors begins with the length of its header, whose bytes may be anybody's mark
-    if head[4:9] == b"\0\0\0\0{": return *load_state(path), "", None
+    if head[4:9] == b"\0\0\0\0{":
+        return *load_state(path), "", None
     for begin, what in STRANGE.items():
-        if head.startswith(begin): raise ValueError(f"{path} is {what}")
+        if head.startswith(begin):
+            raise ValueError(f"{path} is {what}")
     kind = Zipped if head.startswith(b"PK\x03\x04") else Older if head[:1] == b"\x80" else None
-    if not kind: return *load_state(path), "", None
+    if not kind:
+        return *load_state(path), "", None
     try:
         archive = kind(path)
         found, kinds = named(archive.root, archive.script)
         how = SCRIPT if archive.script else PICKLED.format(_printable(kinds[0])) if kinds else ""
         return found, {}, how, archive
-    except _Other as e: raise ValueError(f"{path} is {e}") from None
+    except _Other as e:
+        raise ValueError(f"{path} is {e}") from None
     # a damaged pickle can end in any error, none of them ours to explain
-    except Exception as e: raise ValueError(f"{path} is damaged ({type(e).__name__}: {_printable(e)}); fetch or save it again") from None
+    except Exception as e:
+        raise ValueError(
+            f"{path} is damaged ({type(e).__name__}: {_printable(e)}); fetch or save it again"
+        ) from None
 
 # %% ../nbs/00a_checkpoints.ipynb #9d33056d
 def _tensors(path: Path, found: dict, names: list, archive) -> dict:
     "{name: tensor} of these names."
-    if archive is None: return {n: found[n] for n in names}
+    if archive is None:
+        return {n: found[n] for n in names}
     out, data = {}, {}
     if odd := [n for n in names if isinstance(found[n], Shell)]:
-        raise ValueError(f"{path}: {_printable(odd[0])} is made by {_printable(found[odd[0]].name)}, no plain tensor; save the model's weights as float tensors")
+        raise ValueError(
+            f"{path}: {_printable(odd[0])} is made by {_printable(found[odd[0]].name)}, no plain tensor; save the model's weights as float tensors"
+        )
     # many names for one storage would make a large machine's work of a small file
     asked = sum(math.prod(found[n].size) * found[n].dtype.itemsize for n in names)
-    if asked > 2 * path.stat().st_size + 2 ** 20: raise ValueError(f"{path} asks for {asked:,} bytes of tensors, more than twice its own size; save the model again")
+    if asked > 2 * path.stat().st_size + 2**20:
+        raise ValueError(
+            f"{path} asks for {asked:,} bytes of tensors, more than twice its own size; save the model again"
+        )
     for n in sorted(names, key=lambda n: found[n].storage[0]):
         kept = found[n]
         key, dtype, count = kept.storage
         try:
-            if key not in data: data = {key: archive.storage(key, count * dtype.itemsize)}      # one at a time
+            if key not in data:
+                data = {key: archive.storage(key, count * dtype.itemsize)}  # one at a time
             out[n] = cut(kept, data[key])
-        except _Other as e: raise ValueError(f"{path} is {e}") from None
-        except Exception as e: raise ValueError(f"{path} is damaged at {_printable(n)} ({type(e).__name__}: {_printable(e)}); fetch or save it again") from None
+        except _Other as e:
+            raise ValueError(f"{path} is {e}") from None
+        except Exception as e:
+            raise ValueError(
+                f"{path} is damaged at {_printable(n)} ({type(e).__name__}: {_printable(e)}); fetch or save it again"
+            ) from None
     return {n: out[n] for n in names}
 
 # %% ../nbs/00a_checkpoints.ipynb #067bed39
 def _shards(index: Path) -> list[Path]:
     "The files that an index lists; ValueError if it is none, or one is missing or lies elsewhere."
-    try: names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{index} is no index of shards ({type(e).__name__}); expected JSON with a weight_map") from None
-    files = sorted(set(names.values())) if isinstance(names, dict) and all(isinstance(f, str) for f in names.values()) else []
+        raise ValueError(
+            f"{index} is no index of shards ({type(e).__name__}); expected JSON with a weight_map"
+        ) from None
+    files = (
+        sorted(set(names.values()))
+        if isinstance(names, dict) and all(isinstance(f, str) for f in names.values())
+        else []
+    )
     if not files or any(Path(f).name != f for f in files):
-        raise ValueError(f"{index} names no files beside it; expected a weight_map from names to file names")
+        raise ValueError(
+            f"{index} names no files beside it; expected a weight_map from names to file names"
+        )
     if lost := [f for f in files if not (index.parent / f).is_file()]:
-        raise FileNotFoundError(f"{index} lists {len(files)} files, {len(lost)} of them missing ({lost[0]}); fetch all of them")
+        raise FileNotFoundError(
+            f"{index} lists {len(files)} files, {len(lost)} of them missing ({lost[0]}); fetch all of them"
+        )
     return [index.parent / f for f in files]
 
 
 def files_of(path) -> list[Path]:
     "The files of a checkpoint: itself, or the shards of a folder or an index. FileNotFoundError, ValueError."
     path = in_folder(path)
-    if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}; give the path of a file, or of a folder that holds one")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; give the path of a file, or of a folder that holds one"
+        )
     return _shards(path) if path.name.endswith(".index.json") else [path]
 
 
@@ -511,10 +715,14 @@ def load_weights(path) -> Weights:
     owner = {}
     for f, (found, *_) in opened.items():
         if twice := next((n for n in found if n in owner), None):
-            raise ValueError(f"{f} and {owner[twice]} both hold {_printable(twice)}; restore the index or its files")
+            raise ValueError(
+                f"{f} and {owner[twice]} both hold {_printable(twice)}; restore the index or its files"
+            )
         owner |= dict.fromkeys(found, f)
-    try: before = prefix_of(owner)
-    except ValueError as e: raise ValueError(f"{path}: {e}") from None
+    try:
+        before = prefix_of(owner)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
     state, metas, hows = {}, {}, []
     for f, (found, meta, how, archive) in opened.items():
         mine = [n for n in found if n.startswith(before)]
@@ -522,6 +730,10 @@ def load_weights(path) -> Weights:
         metas |= meta
         hows += [how] if how else []
     left = [n for n in owner if not n.startswith(before)]
-    if hows: note(f"{path} is {hows[0]}")
-    if left: note(f"{path}: {len(left)} entries outside {_printable(before)} are left out (first: {_printable(left[0])})")
+    if hows:
+        note(f"{path} is {hows[0]}")
+    if left:
+        note(
+            f"{path}: {len(left)} entries outside {_printable(before)} are left out (first: {_printable(left[0])})"
+        )
     return Weights(state, metas, hows[0] if hows else "", files, _sha(files))

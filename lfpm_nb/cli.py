@@ -10,7 +10,8 @@ __all__ = ['EXITS', 'app', 'data', 'main', 'alone', 'doctor', 'data_list', 'data
 import contextlib, errno, io, json, os, secrets, shutil, signal, socket
 import subprocess, sys, tempfile, textwrap, warnings
 import typer
-from .core import cache_dir, choose, first, printable, proj_path, runs_dir, versions, write_json
+from .core import cache_dir, choose, first, printable, proj_path, runs_dir, versions
+from .core import write_json
 from .realdata import check_set, every_set, find_set, get_set, inventory, present
 from .clip import data_cards
 from .merge import merges
@@ -27,45 +28,66 @@ from .explore import PathExplorer, voila_template
 from .purify import NothingToPurify
 
 # %% ../nbs/25_cli.ipynb #e90d58e2
-EXITS = {0: "done", 1: "a fault while working: it failed, diverged, or ran out of memory or disk",
-         2: "asked wrongly: an option, a file or a folder cannot be used",
-         3: "nothing to purify: the weights are those that came, or nothing was found in them",
-         130: "stopped by hand (Ctrl-C)", 143: "told to end (SIGTERM)"}
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Backdoors in CLIP model merging, and LFPM against them.\n\nStart with:  lfpm run main --preset tiny",
-                  epilog="Exit codes: " + "; ".join(f"{k} {v}" for k, v in EXITS.items()) + ".")
-data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Real pictures under $LFPM_DATA: list, check or get them.")
+EXITS = {
+    0: "done",
+    1: "a fault while working: it failed, diverged, or ran out of memory or disk",
+    2: "asked wrongly: an option, a file or a folder cannot be used",
+    3: "nothing to purify: the weights are those that came, or nothing was found in them",
+    130: "stopped by hand (Ctrl-C)",
+    143: "told to end (SIGTERM)",
+}
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Backdoors in CLIP model merging, and LFPM against them.\n\nStart with:  lfpm run main --preset tiny",
+    epilog="Exit codes: " + "; ".join(f"{k} {v}" for k, v in EXITS.items()) + ".",
+)
+data = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Real pictures under $LFPM_DATA: list, check or get them.",
+)
 app.add_typer(data, name="data")
 
 
 def main() -> None:
     "Entry point: turns known errors into one line and an exit code."
     _print_utf8()
-    try: app()
-    except NothingToPurify as e: sys.exit(_say(e, 3))
+    try:
+        app()
+    except NothingToPurify as e:
+        sys.exit(_say(e, 3))
     except OSError as e:
         full = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
         sys.exit(_say(e, 1 if e.errno in full else 2))
-    except ValueError as e: sys.exit(_say(e, 2))
+    except ValueError as e:
+        sys.exit(_say(e, 2))
     except MemoryError as e:
         sys.exit(_say(f"out of memory ({e}); close something, or take fewer or smaller inputs", 1))
-    except RuntimeError as e: sys.exit(_say(e, 1))
+    except RuntimeError as e:
+        sys.exit(_say(e, 1))
     finally:
-        torch = sys.modules.get("torch")          # most commands never load it
-        if torch and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+        torch = sys.modules.get("torch")  # most commands never load it
+        if torch and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _print_utf8() -> None:
     "From here on this process prints UTF-8, whatever the locale: λ and ± stand in many lines. A file name keeps its bytes."
     for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(encoding="utf-8", errors=errors)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 def alone(command: str) -> None:
     "ValueError in one of several processes that torchrun started: only purify shares its work among them."
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"lfpm {command} was started in {os.environ['WORLD_SIZE']} processes (WORLD_SIZE); start it once. lfpm sweep "
-                         "does several runs at a time; of torchrun's processes only lfpm purify makes one training")
+        raise ValueError(
+            f"lfpm {command} was started in {os.environ['WORLD_SIZE']} processes (WORLD_SIZE); start it once. lfpm sweep "
+            "does several runs at a time; of torchrun's processes only lfpm purify makes one training"
+        )
 
 
 def _say(e, code: int) -> int:
@@ -78,30 +100,50 @@ def _say(e, code: int) -> int:
 @app.command()
 def doctor():
     "Say what this machine has, and how to get what is missing."
-    for k, v in versions().items(): print(f"{k:12s} {v}")
-    print(f"{'backbones':12s} {', '.join(data_cards()) or 'none: data/ is empty; make one with  lfpm run pretrain'}")
+    for k, v in versions().items():
+        print(f"{k:12s} {v}")
+    print(
+        f"{'backbones':12s} {', '.join(data_cards()) or 'none: data/ is empty; make one with  lfpm run pretrain'}"
+    )
     print(f"{'notebooks':12s} run in {sys.executable}")
     print(f"{'runs':12s} {runs_dir().resolve()}\n{'cache':12s} {cache_dir().resolve()}")
-    print(f"{'pictures':12s} {os.environ.get('LFPM_DATA') or 'LFPM_DATA is not set; only real pictures need it (lfpm data list)'}")
+    print(
+        f"{'pictures':12s} {os.environ.get('LFPM_DATA') or 'LFPM_DATA is not set; only real pictures need it (lfpm data list)'}"
+    )
     missing = []
-    for module, why in (("jupyterlab", "notebooks"), ("ipywidgets", "sliders"), ("anywidget", "plotly's widgets"), ("papermill", "lfpm run")):
-        try: __import__(module)
-        except ImportError: missing.append(f"{module} is missing ({why}): pip install {module}")
+    for module, why in (
+        ("jupyterlab", "notebooks"),
+        ("ipywidgets", "sliders"),
+        ("anywidget", "plotly's widgets"),
+        ("papermill", "lfpm run"),
+    ):
+        try:
+            __import__(module)
+        except ImportError:
+            missing.append(f"{module} is missing ({why}): pip install {module}")
     print("\n".join(missing) or "nothing is missing")
 
 # %% ../nbs/25_cli.ipynb #cb743350
 def _hang(left: str, text: str, at: int) -> str:
     "`left`, then `text` from column `at` on, wrapped to the terminal; it starts on a line of its own where `left` is too long. One line where there is no terminal."
     width = max(30, shutil.get_terminal_size((10_000, 24)).columns - at)
-    first, *rest = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
-    lines = [f"{left} ".ljust(at) + first] if len(left) < at or width > 1000 else [left, " " * at + first]
+    first, *rest = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [
+        ""
+    ]
+    lines = (
+        [f"{left} ".ljust(at) + first]
+        if len(left) < at or width > 1000
+        else [left, " " * at + first]
+    )
     return "\n".join(l.rstrip() for l in (*lines, *(" " * at + r for r in rest)))
 
 # %% ../nbs/25_cli.ipynb #d0a7a5e7
 @data.command("list")
 def data_list():
     "List every known set: its size, its source, whether it is here."
-    print(f"LFPM_DATA {os.environ.get('LFPM_DATA') or 'is not set: make a folder for real pictures and set it'}\n")
+    print(
+        f"LFPM_DATA {os.environ.get('LFPM_DATA') or 'is not set: make a folder for real pictures and set it'}\n"
+    )
     print(f"{'name':13s} {'px':>3s} {'class':>5s} {'train':>5s} {'test':>5s} {'GB':>4s} here from")
     for r in inventory():
         counts = f"{r['name']:13s} {r['px']:3d} {r['classes']:5d} {r['train']:5d} {r['test']:5d} {r['gb']:4.3g} {'yes' if r['here'] else '-'}"
@@ -109,15 +151,25 @@ def data_list():
 
 
 @data.command("check")
-def data_check(names: list[str] = typer.Argument(None, help="sets to check (default: all that are here)")):
+def data_check(
+    names: list[str] = typer.Argument(None, help="sets to check (default: all that are here)"),
+):
     "Check the sets that are here; exit code 1 when one is wrong. Counts, label range, class order and some pictures are looked at."
     wrong, sets = 0, [(n, px) for n, px in every_set() if (n in names if names else present(n, px))]
-    for n in names or []: find_set(n)
+    for n in names or []:
+        find_set(n)
     for name, px in sets:
-        try: print(f"{name} ({px} px): right, {', '.join(f'{n:,} {half}' for half, n in check_set(name, px).items())}")
-        except (ValueError, FileNotFoundError) as e: wrong += 1; print(f"{name} ({px} px): WRONG, {e}")
-    if not sets: print("no set is here; see  lfpm data list")
-    if wrong: raise RuntimeError(f"{wrong} of {len(sets)} sets are wrong")
+        try:
+            print(
+                f"{name} ({px} px): right, {', '.join(f'{n:,} {half}' for half, n in check_set(name, px).items())}"
+            )
+        except (ValueError, FileNotFoundError) as e:
+            wrong += 1
+            print(f"{name} ({px} px): WRONG, {e}")
+    if not sets:
+        print("no set is here; see  lfpm data list")
+    if wrong:
+        raise RuntimeError(f"{wrong} of {len(sets)} sets are wrong")
 
 # %% ../nbs/25_cli.ipynb #d95048c7
 @data.command("get")
@@ -132,18 +184,42 @@ def methods():
     for reg in (merges, attacks, defences, lam_rules):
         print(f"{reg.kind}s")
         for name, m in reg.items():
-            print(_hang(f"  {name}", " · ".join(filter(None, (m["long"], m["source"], f"needs {', '.join(m['needs']) or 'weights only'}"))), 20))
-            if name in knobs: print(_hang("", f"strength: {knobs[name].name}, {', '.join(f'{v:g}' for v in knobs[name].grid)} (default {knobs[name].default:g})", 20))
+            print(
+                _hang(
+                    f"  {name}",
+                    " · ".join(
+                        filter(
+                            None,
+                            (
+                                m["long"],
+                                m["source"],
+                                f"needs {', '.join(m['needs']) or 'weights only'}",
+                            ),
+                        )
+                    ),
+                    20,
+                )
+            )
+            if name in knobs:
+                print(
+                    _hang(
+                        "",
+                        f"strength: {knobs[name].name}, {', '.join(f'{v:g}' for v in knobs[name].grid)} (default {knobs[name].default:g})",
+                        20,
+                    )
+                )
 
 # %% ../nbs/25_cli.ipynb #6ebcbf94
 from .core import Diverged, writing
 from .formats import FORMS, convert, note
-from .purify import BESIDE, KINDS, PURIFIED, merge_files, open_walk, purify, walk, walk_figure
+from .purify import BESIDE, KINDS, PURIFIED, merge_files, open_walk, purify, walk
+from .purify import walk_figure
 
 # %% ../nbs/25_cli.ipynb #01253a30
 def _options(p: list[str]) -> dict:
     "{key: value} of -p arguments."
-    if bad := [x for x in p if "=" not in x]: raise ValueError(f"-p {bad[0]!r} is not key=value, for example -p lam=0.5")
+    if bad := [x for x in p if "=" not in x]:
+        raise ValueError(f"-p {bad[0]!r} is not key=value, for example -p lam=0.5")
     pairs = [x.split("=", 1) for x in p]
     names = [k for k, _ in pairs]
     if twice := sorted({k for k in names if names.count(k) > 1}):
@@ -152,108 +228,220 @@ def _options(p: list[str]) -> dict:
 
 
 @app.command("convert")
-def convert_(file: str = typer.Argument(..., help="checkpoint to read, of any kind that README lists: its format is seen from its bytes and names"),
-             out: str = typer.Argument(..., help="safetensors file to write"),
-             to: str = typer.Option(..., help=f"format to write: {', '.join(FORMS)}"),
-             base: str = typer.Option(None, help="lends what the file lacks: Hugging Face's CLIPVisionModel has no projection, a tower no text, an adapter no weights"),
-             model: str = typer.Option("", help="a shipped backbone or open_clip's name: says heads and activation for config.json where the files do not")):
+def convert_(
+    file: str = typer.Argument(
+        ...,
+        help="checkpoint to read, of any kind that README lists: its format is seen from its bytes and names",
+    ),
+    out: str = typer.Argument(..., help="safetensors file to write"),
+    to: str = typer.Option(..., help=f"format to write: {', '.join(FORMS)}"),
+    base: str = typer.Option(
+        None,
+        help="lends what the file lacks: Hugging Face's CLIPVisionModel has no projection, a tower no text, an adapter no weights",
+    ),
+    model: str = typer.Option(
+        "",
+        help="a shipped backbone or open_clip's name: says heads and activation for config.json where the files do not",
+    ),
+):
     "Rewrite a CLIP vision tower under another library's names. No bit of its weights changes."
     left = convert(file, out, to, base, model)
-    print(f"written: {out}" + (f" ({len(left)} tensors have no place in {to}: {printable(', '.join(left[:3]))}{', …' if len(left) > 3 else ''})" if left else ""))
+    print(
+        f"written: {out}"
+        + (
+            f" ({len(left)} tensors have no place in {to}: {printable(', '.join(left[:3]))}{', …' if len(left) > 3 else ''})"
+            if left
+            else ""
+        )
+    )
 
 # %% ../nbs/25_cli.ipynb #2bd30002
 def _try_page(page: str, *inputs) -> None:
     "ValueError or OSError unless a page can be written to `page`, and it is none of the inputs."
     path = Path(page)
-    if path.is_dir(): raise ValueError(f"{page} is a folder; give --html the name of a file")
+    if path.is_dir():
+        raise ValueError(f"{page} is a folder; give --html the name of a file")
     if path.resolve() in [Path(i).resolve() for i in inputs if i]:
         raise ValueError(f"{page} is an input; give another --html")
     new = [p for p in path.absolute().parents if not p.exists()]
-    try: check_writable(path.absolute().parent)
+    try:
+        check_writable(path.absolute().parent)
     finally:
         for p in new:
-            with contextlib.suppress(OSError): p.rmdir()
+            with contextlib.suppress(OSError):
+                p.rmdir()
 
 # %% ../nbs/25_cli.ipynb #4c8dbb6d
 @app.command("merge")
-def merge_(files: list[str] = typer.Argument(..., help="fine-tuned towers or LoRA adapters, two or more; formats may differ"),
-           base: str = typer.Option(..., help="the pretrained model they all started from"),
-           method: str = typer.Option("TA", help="merging method (lfpm methods lists them)"),
-           out: str = typer.Option("merged.safetensors", help="where the merge goes, in the first file's format and dtypes"),
-           p: list[str] = typer.Option([], "-p", help="option=value of the method, repeatable, e.g. -p scale=0.4"),
-           model: str = typer.Option("", help="a shipped backbone or open_clip's name: says heads and activation where no file does"),
-           anyway: bool = typer.Option(False, "--anyway", help="merge also what lies too far from the base to come from it")):
+def merge_(
+    files: list[str] = typer.Argument(
+        ..., help="fine-tuned towers or LoRA adapters, two or more; formats may differ"
+    ),
+    base: str = typer.Option(..., help="the pretrained model they all started from"),
+    method: str = typer.Option("TA", help="merging method (lfpm methods lists them)"),
+    out: str = typer.Option(
+        "merged.safetensors", help="where the merge goes, in the first file's format and dtypes"
+    ),
+    p: list[str] = typer.Option(
+        [], "-p", help="option=value of the method, repeatable, e.g. -p scale=0.4"
+    ),
+    model: str = typer.Option(
+        "",
+        help="a shipped backbone or open_clip's name: says heads and activation where no file does",
+    ),
+    anyway: bool = typer.Option(
+        False, "--anyway", help="merge also what lies too far from the base to come from it"
+    ),
+):
     "Merge checkpoints by a method that looks at weights only."
-    print(f"written: {out} (from {', '.join(merge_files(method, files, base, out, _options(p), anyway, model))})")
+    print(
+        f"written: {out} (from {', '.join(merge_files(method, files, base, out, _options(p), anyway, model))})"
+    )
 
 # %% ../nbs/25_cli.ipynb #d782cb40
 @app.command("path")
-def path_(a: str = typer.Argument(..., help="tower at λ = 0, e.g. the merged model"),
-          b: str = typer.Argument(..., help="tower at λ = 1, e.g. another merge"),
-          task: str = typer.Option(..., help="a LabWorld name, a data set under $LFPM_DATA, or a folder, zip or .npz of yours"),
-          model: str = typer.Option("lfpm-lab", help="a shipped backbone or open_clip's model name"),
-          base: str = typer.Option(None, help="whole CLIP file that reads the class names (default: A); what an adapter changes"),
-          n: int = typer.Option(21, min=2, help="points"), n_test: int = typer.Option(1000, min=1, help="test pictures, at most"),
-          anyway: bool = typer.Option(False, "--anyway", help="take the model's activation even if the pictures speak against it"),
-          html: str = typer.Option("path.html", help="where the figure goes")):
+def path_(
+    a: str = typer.Argument(..., help="tower at λ = 0, e.g. the merged model"),
+    b: str = typer.Argument(..., help="tower at λ = 1, e.g. another merge"),
+    task: str = typer.Option(
+        ..., help="a LabWorld name, a data set under $LFPM_DATA, or a folder, zip or .npz of yours"
+    ),
+    model: str = typer.Option("lfpm-lab", help="a shipped backbone or open_clip's model name"),
+    base: str = typer.Option(
+        None,
+        help="whole CLIP file that reads the class names (default: A); what an adapter changes",
+    ),
+    n: int = typer.Option(21, min=2, help="points"),
+    n_test: int = typer.Option(1000, min=1, help="test pictures, at most"),
+    anyway: bool = typer.Option(
+        False, "--anyway", help="take the model's activation even if the pictures speak against it"
+    ),
+    html: str = typer.Option("path.html", help="where the figure goes"),
+):
     "Clean accuracy on one task at every point between two towers."
     start, end, clip, data = open_walk(a, b, model, base, task, n_test, anyway)
     _try_page(html, a, b, base)
     rows = walk(clip, start, end, data, n)
-    print("| λ | CA % | 95 % interval |\n|---|---|---|\n" + "\n".join(f"| {r['lam']:.2f} | {r['value']:.1f} | {r['lo']:.1f} to {r['hi']:.1f} |" for r in rows))
-    with writing(html) as tmp: walk_figure(rows, f"{data.name}: {os.path.basename(a)} to {os.path.basename(b)}").write_html(tmp, include_plotlyjs=True)
+    print(
+        "| λ | CA % | 95 % interval |\n|---|---|---|\n"
+        + "\n".join(
+            f"| {r['lam']:.2f} | {r['value']:.1f} | {r['lo']:.1f} to {r['hi']:.1f} |" for r in rows
+        )
+    )
+    with writing(html) as tmp:
+        walk_figure(
+            rows, f"{data.name}: {os.path.basename(a)} to {os.path.basename(b)}"
+        ).write_html(tmp, include_plotlyjs=True)
     print(f"\nn = {rows[0]['n']} test pictures of {data.name}; figure: {html}")
 
 # %% ../nbs/25_cli.ipynb #8d81ac8d
 @app.command("purify")
-def purify_(merged: str = typer.Argument(..., help="merged vision tower: open_clip, OpenAI, task_vectors or Hugging Face names"),
-            base: str = typer.Option(..., help="the pretrained model it was merged from; a whole CLIP file where words must be read"),
-            model: str = typer.Option(..., help="a shipped backbone (lfpm-lab) or open_clip's name, e.g. ViT-B-32-quickgelu"),
-            shadow: str = typer.Option(..., help="folder of a few thousand pictures of anything; sub-folders by class are labels"),
-            labels: str = typer.Option("", help="file of lines file,label; or none: the pretrained model names the pictures itself"),
-            vocabulary: str = typer.Option("", help="its words, one a line, or a head file (default: LabWorld's scenes, ImageNet's classes)"),
-            out: str = typer.Option("purified.safetensors", help="where the purified weights go; vector, card and path.html lie beside them"),
-            preset: str = typer.Option("", help="settings: tiny (a look), lab (default of shipped backbones), paper (default of open_clip's models)"),
-            seed: int = typer.Option(0, help="which pictures are held out, prompts' starts, order of training"),
-            anyway: bool = typer.Option(False, "--anyway", help="take the model's activation even if the pictures speak against it"),
-           p: list[str] = typer.Option([], "-p", help="key=value, repeatable; lfpm run purify --dry-run lists all keys")):
+def purify_(
+    merged: str = typer.Argument(
+        ..., help="merged vision tower: open_clip, OpenAI, task_vectors or Hugging Face names"
+    ),
+    base: str = typer.Option(
+        ...,
+        help="the pretrained model it was merged from; a whole CLIP file where words must be read",
+    ),
+    model: str = typer.Option(
+        ..., help="a shipped backbone (lfpm-lab) or open_clip's name, e.g. ViT-B-32-quickgelu"
+    ),
+    shadow: str = typer.Option(
+        ..., help="folder of a few thousand pictures of anything; sub-folders by class are labels"
+    ),
+    labels: str = typer.Option(
+        "", help="file of lines file,label; or none: the pretrained model names the pictures itself"
+    ),
+    vocabulary: str = typer.Option(
+        "",
+        help="its words, one a line, or a head file (default: LabWorld's scenes, ImageNet's classes)",
+    ),
+    out: str = typer.Option(
+        "purified.safetensors",
+        help="where the purified weights go; vector, card and path.html lie beside them",
+    ),
+    preset: str = typer.Option(
+        "",
+        help="settings: tiny (a look), lab (default of shipped backbones), paper (default of open_clip's models)",
+    ),
+    seed: int = typer.Option(
+        0, help="which pictures are held out, prompts' starts, order of training"
+    ),
+    anyway: bool = typer.Option(
+        False, "--anyway", help="take the model's activation even if the pictures speak against it"
+    ),
+    p: list[str] = typer.Option(
+        [], "-p", help="key=value, repeatable; lfpm run purify --dry-run lists all keys"
+    ),
+):
     "Train the backdoor out of a merged model of yours, by LFPM. Which it is, and whether there is one, nobody needs to know."
-    if not first(): warnings.simplefilter("ignore")       # of several processes one speaks
+    if not first():
+        warnings.simplefilter("ignore")  # of several processes one speaks
     files = dict(merged=merged, base=base, model=model, shadow=shadow, labels=labels, out=out)
     given = _options(p)
     if both := sorted(given.keys() & {*files, "preset", "vocabulary", "seed", "anyway"}):
         raise ValueError(f"-p {both[0]} has an option of its own here: --{both[0]}")
-    try: got = purify(**files, preset=preset, vocabulary=vocabulary, seed=seed, anyway=anyway, **given)
-    except KeyboardInterrupt: raise typer.Exit(_say("stopped; finished stages are kept, so the same command continues", 130)) from None
-    except Diverged as e: raise RuntimeError(str(e)) from None
+    try:
+        got = purify(
+            **files, preset=preset, vocabulary=vocabulary, seed=seed, anyway=anyway, **given
+        )
+    except KeyboardInterrupt:
+        raise typer.Exit(
+            _say("stopped; finished stages are kept, so the same command continues", 130)
+        ) from None
+    except Diverged as e:
+        raise RuntimeError(str(e)) from None
     c, end = got.card["cost"], got.card["outcome"]
     if first():
-        print(f"written: {out}, and beside it {', '.join(BESIDE)}\nλ = {got.card['lam']:g}; of {c['merged']['n']} held-out pictures agree with their label: "
-              f"{c['merged']['accuracy']:.1f} % merged, {c['purified']['accuracy']:.1f} % {end['state']}")
-        for sentence in end["notes"]: note(sentence)
-    if end["state"] != PURIFIED: raise typer.Exit(3)
+        print(
+            f"written: {out}, and beside it {', '.join(BESIDE)}\nλ = {got.card['lam']:g}; of {c['merged']['n']} held-out pictures agree with their label: "
+            f"{c['merged']['accuracy']:.1f} % merged, {c['purified']['accuracy']:.1f} % {end['state']}"
+        )
+        for sentence in end["notes"]:
+            note(sentence)
+    if end["state"] != PURIFIED:
+        raise typer.Exit(3)
 
 # %% ../nbs/25_cli.ipynb #4d67ff29
 def _not_purified(folder) -> str:
     "What a card of purify in a results folder says instead of purified; '' if it does not."
-    try: card = json.loads((Path(folder) / "card.json").read_text(encoding="utf-8"))
-    except OSError: return ""
+    try:
+        card = json.loads((Path(folder) / "card.json").read_text(encoding="utf-8"))
+    except OSError:
+        return ""
     return card["outcome"]["state"] if card.get("kind") == KINDS[0] else ""
 
 
 @app.command()
-def run(name: str = typer.Argument(None, help="an experiment, e.g. main; see --list"),
-        every: bool = typer.Option(False, "--list", help="print all experiments with minutes and what they reproduce, run nothing"),
-        preset: str = typer.Option("lab", help="a named set of parameters: tiny (a minute), lab (minutes)"),
-        p: list[str] = typer.Option([], "-p", help="key=value, repeatable; see --dry-run for all keys"),
-        seed: int = typer.Option(None, help="random seed of data, training and attack"),
-        dry_run: bool = typer.Option(False, "--dry-run", help="print every parameter with its meaning, run nothing"),
-        force: bool = typer.Option(False, "--force", help="compute everything again")):
+def run(
+    name: str = typer.Argument(None, help="an experiment, e.g. main; see --list"),
+    every: bool = typer.Option(
+        False,
+        "--list",
+        help="print all experiments with minutes and what they reproduce, run nothing",
+    ),
+    preset: str = typer.Option(
+        "lab", help="a named set of parameters: tiny (a minute), lab (minutes)"
+    ),
+    p: list[str] = typer.Option([], "-p", help="key=value, repeatable; see --dry-run for all keys"),
+    seed: int = typer.Option(None, help="random seed of data, training and attack"),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="print every parameter with its meaning, run nothing"
+    ),
+    force: bool = typer.Option(False, "--force", help="compute everything again"),
+):
     "Run an experiment: a notebook with parameters. What has not changed is reused; an interrupted run continues."
     if every or name is None:
         for e in experiments().values():
             also = f"also called {', '.join(e.also)}" if e.also else ""
-            print(_hang(f"{e.name:17s}{e.minutes.get(preset, '?'):>3} min", " · ".join(filter(None, (e.title, e.reproduces, also))), 26))
+            print(
+                _hang(
+                    f"{e.name:17s}{e.minutes.get(preset, '?'):>3} min",
+                    " · ".join(filter(None, (e.title, e.reproduces, also))),
+                    26,
+                )
+            )
         return
     given = _options(p)
     if dry_run:
@@ -262,38 +450,71 @@ def run(name: str = typer.Argument(None, help="an experiment, e.g. main; see --l
             print(_hang(f"{k:15s} {json.dumps(plan.passed[k], ensure_ascii=False)}", text, 40))
         return
     alone("run")
-    try: out = run_notebook(name, preset, given, seed, force)
-    except KeyboardInterrupt: raise typer.Exit(_say("stopped; finished stages are kept, so the same command continues", 130)) from None
+    try:
+        out = run_notebook(name, preset, given, seed, force)
+    except KeyboardInterrupt:
+        raise typer.Exit(
+            _say("stopped; finished stages are kept, so the same command continues", 130)
+        ) from None
     print(f"results in {out}")
-    if state := _not_purified(out): raise typer.Exit(_say(f"nothing was purified ({state}); card.md there says why", 3))
+    if state := _not_purified(out):
+        raise typer.Exit(_say(f"nothing was purified ({state}); card.md there says why", 3))
 
 # %% ../nbs/25_cli.ipynb #1056077f
 @app.command("table")
-def table_(name: str = typer.Argument("main", help="a run, e.g. main"),
-           preset: str = typer.Option("lab", help="only runs of this preset"),
-           config: str = typer.Option(None, help="another configuration than the newest (its 8 digits end the folder's name)"),
-           against: str = typer.Option(None, help="compare whole paths with this method, e.g. LFPM: at equal clean accuracy, and at equal attack success"),
-           as_json: bool = typer.Option(False, "--json", help="nothing but JSON on stdout, rates in percent")):
+def table_(
+    name: str = typer.Argument("main", help="a run, e.g. main"),
+    preset: str = typer.Option("lab", help="only runs of this preset"),
+    config: str = typer.Option(
+        None, help="another configuration than the newest (its 8 digits end the folder's name)"
+    ),
+    against: str = typer.Option(
+        None,
+        help="compare whole paths with this method, e.g. LFPM: at equal clean accuracy, and at equal attack success",
+    ),
+    as_json: bool = typer.Option(
+        False, "--json", help="nothing but JSON on stdout, rates in percent"
+    ),
+):
     "Print mean ± std of a run over its seeds. The newest configuration is taken; others are never mixed in."
     df, info = load_runs(name, preset, config)
-    t = table(df) if against is None else versus(df, choose(against, df[df.kind == "path"].method.unique(), "method with a path"))
+    t = (
+        table(df)
+        if against is None
+        else versus(
+            df, choose(against, df[df.kind == "path"].method.unique(), "method with a path")
+        )
+    )
     if as_json:
         print(t.to_json(orient="records", double_precision=4))
     else:
         print(to_markdown(t, COLUMNS if against is None else VERSUS))
         made = "".join(f" (made as {was}: {how})" for was, how in info["made"].items())
-        print(f"\nconfiguration {info['config']}{made}, figure: {info['folders'][-1] / 'path.html'}")
-    for folder, why in info["left"].items(): print(f"(left out: {folder}: {why})", file=sys.stderr)
-    if info["others"]: print(f"({info['others']} finished runs of other configurations are not in this table: {', '.join(info['known'])})", file=sys.stderr)
+        print(
+            f"\nconfiguration {info['config']}{made}, figure: {info['folders'][-1] / 'path.html'}"
+        )
+    for folder, why in info["left"].items():
+        print(f"(left out: {folder}: {why})", file=sys.stderr)
+    if info["others"]:
+        print(
+            f"({info['others']} finished runs of other configurations are not in this table: {', '.join(info['known'])})",
+            file=sys.stderr,
+        )
 
 # %% ../nbs/25_cli.ipynb #5e0a7c31
 from .report import Report
 
 
 @app.command("report")
-def report_(out: str = typer.Option(None, help="folder of the page (default: runs/report)"),
-            preset: str = typer.Option("lab", help="only results of this preset"),
-            gallery: bool = typer.Option(False, "--gallery", help="also write data/gallery (data/gallery-PRESET but for lab), the small pictures and tables that the kit shows on GitHub")):
+def report_(
+    out: str = typer.Option(None, help="folder of the page (default: runs/report)"),
+    preset: str = typer.Option("lab", help="only results of this preset"),
+    gallery: bool = typer.Option(
+        False,
+        "--gallery",
+        help="also write data/gallery (data/gallery-PRESET but for lab), the small pictures and tables that the kit shows on GitHub",
+    ),
+):
     "Judge the claims of both papers by the results there are. Every table and figure stands beside the printed one, in one HTML file that needs no network."
     r = Report.of(preset)
     shown = proj_path("data", "gallery" if r.preset == "lab" else f"gallery-{r.preset}")
@@ -302,30 +523,57 @@ def report_(out: str = typer.Option(None, help="folder of the page (default: run
 
 # %% ../nbs/25_cli.ipynb #89bfa3c7
 @app.command("sweep")
-def sweep_(file: str = typer.Argument(..., help="a YAML file, or a shipped sweep, e.g. all-lab"),
-           workers: int = typer.Option(2, help="worker processes on this machine"),
-           scheduler: str = typer.Option(None, help="address of a Dask scheduler instead, e.g. tcp://10.0.0.1:8786"),
-           threads: int = typer.Option(1, help="threads of each run; part of its configuration"),
-           resume: bool = typer.Option(False, "--resume", help="keep what is finished, do the rest"),
-           force: bool = typer.Option(False, "--force", help="compute everything again"),
-           dry_run: bool = typer.Option(False, "--dry-run", help="list the runs, do nothing")):
+def sweep_(
+    file: str = typer.Argument(..., help="a YAML file, or a shipped sweep, e.g. all-lab"),
+    workers: int = typer.Option(2, help="worker processes on this machine"),
+    scheduler: str = typer.Option(
+        None, help="address of a Dask scheduler instead, e.g. tcp://10.0.0.1:8786"
+    ),
+    threads: int = typer.Option(1, help="threads of each run; part of its configuration"),
+    resume: bool = typer.Option(False, "--resume", help="keep what is finished, do the rest"),
+    force: bool = typer.Option(False, "--force", help="compute everything again"),
+    dry_run: bool = typer.Option(False, "--dry-run", help="list the runs, do nothing"),
+):
     "Run many experiments from one file, several at a time. One that fails is recorded and the rest go on."
     if dry_run:
         t = overview(file, threads)
-        for r in t.itertuples(): print(f"{r.run:40s} {r.preset:6s} {f'{r.minutes:g} min' if r.minutes else '':8s} {r.folder or 'to do'}")
+        for r in t.itertuples():
+            print(
+                f"{r.run:40s} {r.preset:6s} {f'{r.minutes:g} min' if r.minutes else '':8s} {r.folder or 'to do'}"
+            )
         return
     alone("sweep")
-    try: t = sweep(file, workers, scheduler, resume, force, threads)
-    except KeyboardInterrupt: raise typer.Exit(_say("stopped; finished runs and stages are kept, --resume continues", 130)) from None
-    print(t.to_string(index=False, columns=[c for c in ("run", "state", "seconds", "folder", "error") if c in t], na_rep="-"))
-    if (t.state == "failed").any(): raise typer.Exit(_say(f"{(t.state == 'failed').sum()} of {len(t)} runs failed; --resume tries them again", 1))
+    try:
+        t = sweep(file, workers, scheduler, resume, force, threads)
+    except KeyboardInterrupt:
+        raise typer.Exit(
+            _say("stopped; finished runs and stages are kept, --resume continues", 130)
+        ) from None
+    print(
+        t.to_string(
+            index=False,
+            columns=[c for c in ("run", "state", "seconds", "folder", "error") if c in t],
+            na_rep="-",
+        )
+    )
+    if (t.state == "failed").any():
+        raise typer.Exit(
+            _say(
+                f"{(t.state == 'failed').sum()} of {len(t)} runs failed; --resume tries them again",
+                1,
+            )
+        )
 
 # %% ../nbs/25_cli.ipynb #fcc2aa9d
 @app.command("record")
-def record_(seed: int = typer.Option(0, help="seed of the recorded lab"),
-            folder: str = typer.Option(None, help="where to (default: data/recorded/lab, what the lessons open)")):
+def record_(
+    seed: int = typer.Option(0, help="seed of the recorded lab"),
+    folder: str = typer.Option(
+        None, help="where to (default: data/recorded/lab, what the lessons open)"
+    ),
+):
     "Write the recorded lab that lessons and explorers open (minutes). Preset lab is trained once more where needed."
-    names = ["LFPM", "fine-tuning", "SAM", "PAM"]                      # what the lessons compare
+    names = ["LFPM", "fine-tuning", "SAM", "PAM"]  # what the lessons compare
     lab = Lab(settings_of("main", "lab", dict(defences=names), seed))
     print(f"recorded in {record(lab, folder or proj_path('data', 'recorded', 'lab'))}")
 
@@ -337,12 +585,19 @@ from .formats import fitted, read_tower
 # %% ../nbs/25_cli.ipynb #4572bcdd
 def _explored(run: str | None, models: tuple | None):
     "(the core to show or None for the recorded lab, the same as an expression, words)."
-    if run and models: raise ValueError("--run and --models are two different things to walk; give one")
-    if run: return open_run(run), f"open_run({run!r})", f"Run {Path(run).name}"
-    if not models: return None, None, None
+    if run and models:
+        raise ValueError("--run and --models are two different things to walk; give one")
+    if run:
+        return open_run(run), f"open_run({run!r})", f"Run {Path(run).name}"
+    if not models:
+        return None, None, None
     files, lab = [str(Path(m).resolve()) for m in models], load_recorded()
     name = Path(models[1]).name
-    return between(lab, *(fitted(read_tower(f), lab.clip) for f in files), name), TWO.format(files=files, name=name), f"From {Path(models[0]).name} to {name}"
+    return (
+        between(lab, *(fitted(read_tower(f), lab.clip) for f in files), name),
+        TWO.format(files=files, name=name),
+        f"From {Path(models[0]).name} to {name}",
+    )
 
 # %% ../nbs/25_cli.ipynb #2bd30004
 def _guard(folder: str, port: int, token: str) -> dict:
@@ -350,8 +605,12 @@ def _guard(folder: str, port: int, token: str) -> dict:
     that makes Voilà read them. ValueError if the port is taken: Voilà would take another one, and the
     token would be told to whoever has this one."""
     with socket.socket() as s:
-        try: s.bind(("127.0.0.1", port))
-        except OSError as e: raise ValueError(f"port {port} cannot be had ({e.strerror}); give another --port") from None
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError as e:
+            raise ValueError(
+                f"port {port} cannot be had ({e.strerror}); give another --port"
+            ) from None
     server = dict(auto_token=True, port_retries=0, tornado_settings=dict(allow_remote_access=False))
     kernels = dict(cull_idle_timeout=120, cull_interval=20)
     write_json(Path(folder) / "voila.json", dict(Voila=server, MappingKernelManager=kernels))
@@ -360,21 +619,51 @@ def _guard(folder: str, port: int, token: str) -> dict:
 
 # %% ../nbs/25_cli.ipynb #5467560e
 @app.command()
-def explore(port: int = typer.Option(8866, help="port on this machine"),
-            run: str = typer.Option(None, help="folder of a finished main run instead of the recorded lab, e.g. runs/main/tiny-s0-1a2b3c4d; its models come from $LFPM_CACHE"),
-            models: tuple[str, str] = typer.Option(None, metavar="A B", help="two safetensors files of one pretrained origin (the lab's CLIP), start and end; pictures and trigger are the recorded lab's"),
-            html: str = typer.Option(None, help="write a page with a slider to this file instead, which works without Python"),
-            cdn: bool = typer.Option(False, help="with --html: a small page that fetches plotly.js when it is opened")):
+def explore(
+    port: int = typer.Option(8866, help="port on this machine"),
+    run: str = typer.Option(
+        None,
+        help="folder of a finished main run instead of the recorded lab, e.g. runs/main/tiny-s0-1a2b3c4d; its models come from $LFPM_CACHE",
+    ),
+    models: tuple[str, str] = typer.Option(
+        None,
+        metavar="A B",
+        help="two safetensors files of one pretrained origin (the lab's CLIP), start and end; pictures and trigger are the recorded lab's",
+    ),
+    html: str = typer.Option(
+        None, help="write a page with a slider to this file instead, which works without Python"
+    ),
+    cdn: bool = typer.Option(
+        False, help="with --html: a small page that fetches plotly.js when it is opened"
+    ),
+):
     "Slide λ in a browser (Voilà, on this machine only). Ctrl-C ends it; without options it shows the recorded lab."
-    if html: _try_page(html, *(models or ()))
-    core, made, words = _explored(run and str(Path(run).resolve()), models)      # bad input is refused here, not on the page
+    if html:
+        _try_page(html, *(models or ()))
+    core, made, words = _explored(
+        run and str(Path(run).resolve()), models
+    )  # bad input is refused here, not on the page
     if html:
         print(f"written: {PathExplorer(core or load_recorded()).save_html(html, cdn)}")
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                      # as an exit, so that Voilà ends with it
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # as an exit, so that Voilà ends with it
     with tempfile.TemporaryDirectory() as d, contextlib.suppress(KeyboardInterrupt):
         page = str(page_of(made, words, d) if core else proj_path("nbs", "explore", "path.ipynb"))
         token = secrets.token_urlsafe(16)
         env = os.environ | voila_template(d) | _guard(d, port, token)
         print(f"http://127.0.0.1:{port}/?token={token}  (Ctrl-C ends it)", flush=True)
-        subprocess.run([sys.executable, "-m", "voila", page, "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--template=lfpm"], env=env)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "voila",
+                page,
+                "--no-browser",
+                f"--port={port}",
+                "--Voila.ip=127.0.0.1",
+                "--template=lfpm",
+            ],
+            env=env,
+        )

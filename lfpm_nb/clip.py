@@ -15,25 +15,28 @@ from functools import lru_cache
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from .core import (Progress, amp, check_same, choose, device, generator, load_state, method, proj_path, save_state, write_json, writing)
+from .core import Progress, amp, check_same, choose, device, generator, load_state, method
+from .core import proj_path, save_state, write_json, writing
 from .checkpoints import INTS, load_weights, weights_sha
 from .realdata import imagenet
 
 # %% ../nbs/03_clip.ipynb #c525ee6b
 @lru_cache(None)
 def _bpe():
-    import open_clip                      # half of this kit's start-up time, and most commands need no model
+    import open_clip  # half of this kit's start-up time, and most commands need no model
+
     return open_clip.SimpleTokenizer()
 
 # %% ../nbs/03_clip.ipynb #686f27e2
 class Tokenizer:
     """CLIP's BPE restricted to `ids` (original token numbers). Calling it gives int64 (N, context), zero-padded:
     start, tokens, end; longer texts are cut. `unread(text)` lists the words pretraining never saw whole."""
+
     def __init__(self, ids: list[int], context: int):
         bpe = _bpe()
         base = list(range(512)) + [bpe.sot_token_id]
         self.ids = sorted(set(ids) - {bpe.eot_token_id} | set(base)) + [bpe.eot_token_id]
-        self.new = {old: i + 1 for i, old in enumerate(self.ids)}      # 0 is padding
+        self.new = {old: i + 1 for i, old in enumerate(self.ids)}  # 0 is padding
         self.context, self.size = context, len(self.ids) + 1
         self._cache = {}
 
@@ -42,14 +45,15 @@ class Tokenizer:
         out = torch.zeros(len(texts), self.context, dtype=torch.long)
         sot, eot = self.new[_bpe().sot_token_id], self.size - 1
         for row, t in zip(out, texts):
-            ids = [sot] + self.tokens(t)[:self.context - 2] + [eot]
-            row[:len(ids)] = torch.tensor(ids)
+            ids = [sot] + self.tokens(t)[: self.context - 2] + [eot]
+            row[: len(ids)] = torch.tensor(ids)
         return out
 
 # %% ../nbs/03_clip.ipynb #934f1f4c
 @method(Tokenizer)
 def _spell(self, old: int) -> list[int]:
-    if old in self.new: return [self.new[old]]
+    if old in self.new:
+        return [self.new[old]]
     enc, word = _bpe().encoder, _bpe().decoder[old]
     body, end = (word[:-4], "</w>") if word.endswith("</w>") else (word, "")
     return [self.new[enc[c]] for c in body[:-1]] + [self.new[enc[body[-1] + end]]]
@@ -57,7 +61,8 @@ def _spell(self, old: int) -> list[int]:
 
 @method(Tokenizer)
 def tokens(self, text: str) -> list[int]:
-    if text not in self._cache: self._cache[text] = [i for t in _bpe().encode(text) for i in self._spell(t)]
+    if text not in self._cache:
+        self._cache[text] = [i for t in _bpe().encode(text) for i in self._spell(t)]
     return self._cache[text]
 
 
@@ -69,12 +74,15 @@ def unread(self, text: str) -> list[str]:
 @dataclass
 class Clip:
     "An open_clip model with its preprocessing. `card` keeps name, quick_gelu, mean, std, vocabulary, training and sha256."
+
     model: torch.nn.Module
     tokenizer: object
     card: dict
 
     @property
-    def visual(self) -> torch.nn.Module: return self.model.visual
+    def visual(self) -> torch.nn.Module:
+        return self.model.visual
+
     @property
     def size(self) -> int:
         s = self.visual.image_size
@@ -94,7 +102,9 @@ class Clip:
 # %% ../nbs/03_clip.ipynb #c10d0663
 @lru_cache(None)
 def _per_channel(values: tuple, dev: torch.device) -> torch.Tensor:
-    return torch.tensor(values, device=dev).view(1, 3, 1, 1)      # once for each device: it waits for a copy
+    return torch.tensor(values, device=dev).view(
+        1, 3, 1, 1
+    )  # once for each device: it waits for a copy
 
 
 @method(Clip)
@@ -105,20 +115,27 @@ def normalise(self, x: torch.Tensor) -> torch.Tensor:
     return (x - mean) / std
 
 # %% ../nbs/03_clip.ipynb #2f4369ef
-def qkv(W: torch.Tensor, b: torch.Tensor, z: torch.Tensor, heads: int, n: int = 3) -> list[torch.Tensor]:
+def qkv(
+    W: torch.Tensor, b: torch.Tensor, z: torch.Tensor, heads: int, n: int = 3
+) -> list[torch.Tensor]:
     "Queries, keys and values (N, heads, L, d_h) of z (N, L, width) under an attention's in_proj, or n of them under a part of it: views of one product."
     return [y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in F.linear(z, W, b).chunk(n, -1)]
 
 
-def attend(attn: torch.nn.MultiheadAttention, z: torch.Tensor, tokens: int | None = None) -> torch.Tensor:
+def attend(
+    attn: torch.nn.MultiheadAttention, z: torch.Tensor, tokens: int | None = None
+) -> torch.Tensor:
     "Self-attention on z (N, L, width): what comes out at the first `tokens` places, or at all. On a CPU by plain matrix products (notebook core)."
     W, b, h, d = attn.in_proj_weight, attn.in_proj_bias, attn.num_heads, attn.embed_dim
-    if tokens is None: q, k, v = qkv(W, b, z, h)
+    if tokens is None:
+        q, k, v = qkv(W, b, z, h)
     else:
         (W_q, W_kv), (b_q, b_kv) = W.split((d, 2 * d)), b.split((d, 2 * d))
         (q,), (k, v) = qkv(W_q, b_q, z[:, :tokens], h, 1), qkv(W_kv, b_kv, z, h, 2)
-    if z.device.type == "cpu": mixed = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
-    else: mixed = F.scaled_dot_product_attention(q, k, v)
+    if z.device.type == "cpu":
+        mixed = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v)
     return attn.out_proj(mixed.transpose(1, 2).flatten(2))
 
 # %% ../nbs/03_clip.ipynb #4514b400
@@ -135,15 +152,18 @@ def _passes() -> list:
     class Tower(Transformer):
         def forward(self, x, attn_mask=None):
             *blocks, last = self.resblocks
-            for b in blocks: x = b(x)
+            for b in blocks:
+                x = b(x)
             return last(x, tokens=1)
+
     return [(Transformer, Tower), (ResidualAttentionBlock, Block)]
 
 # %% ../nbs/03_clip.ipynb #a2e34781
 def lighter(visual: torch.nn.Module) -> None:
     "From here on the tower computes of its last block only the class token: the transformer gives (N, 1, width). Weights and their names stay."
     ours = dict(_passes())
-    for m in visual.modules(): m.__class__ = ours.get(type(m), type(m))
+    for m in visual.modules():
+        m.__class__ = ours.get(type(m), type(m))
 
 
 @contextlib.contextmanager
@@ -151,38 +171,55 @@ def whole(visual: torch.nn.Module):
     "Inside, the tower is open_clip's own again: every block gives all its tokens, and its attention is called as a module. Then it is what it was."
     theirs = {ours: own for own, ours in _passes()}
     changed = [(m, type(m)) for m in visual.modules() if type(m) in theirs]
-    for m, kind in changed: m.__class__ = theirs[kind]
-    try: yield visual
+    for m, kind in changed:
+        m.__class__ = theirs[kind]
+    try:
+        yield visual
     finally:
-        for m, kind in changed: m.__class__ = kind
+        for m, kind in changed:
+            m.__class__ = kind
 
 # %% ../nbs/03_clip.ipynb #6c403b5f
 def data_cards() -> dict[str, Path]:
     "{backbone: path of its JSON card} of the shipped backbones."
-    return {p.name.removesuffix(".card.json"): p for p in sorted(proj_path("data").glob("*.card.json"))}
+    return {
+        p.name.removesuffix(".card.json"): p for p in sorted(proj_path("data").glob("*.card.json"))
+    }
 
 
 def data_card(name: str) -> dict:
     "The JSON card of a backbone in data/; ValueError naming the nearest one and how to make one for an unknown name."
-    try: name = choose(name, data_cards(), "backbone")
+    try:
+        name = choose(name, data_cards(), "backbone")
     except ValueError as e:
-        raise ValueError(f"{e} To make one: lfpm run pretrain (for lfpm-real: --preset small-real, with real pictures under $LFPM_DATA; see lfpm data list). "
-                         "A published one: open_clip's name, such as ViT-B-32-quickgelu, or NAME:FILE with weights of your own") from None
+        raise ValueError(
+            f"{e} To make one: lfpm run pretrain (for lfpm-real: --preset small-real, with real pictures under $LFPM_DATA; see lfpm data list). "
+            "A published one: open_clip's name, such as ViT-B-32-quickgelu, or NAME:FILE with weights of your own"
+        ) from None
     return json.loads(data_cards()[name].read_text(encoding="utf-8"))
 
 
 def build_clip(card: dict) -> Clip:
     "An untrained `Clip` from a card (open_clip registers the config, so `open_clip.create_model(card['name'])` works too)."
     import open_clip
+
     with tempfile.TemporaryDirectory() as d:
         path = Path(d) / f"{card['name']}.json"
         path.write_text(json.dumps(card["config"]), encoding="utf-8")
         open_clip.add_model_config(path)
-        logging.disable(logging.WARNING)          # it would warn that no weights are loaded: they come next, from our own file
-        try: model = open_clip.create_model(card["name"], force_quick_gelu=card["quick_gelu"])
-        finally: logging.disable(logging.NOTSET)
+        logging.disable(
+            logging.WARNING
+        )  # it would warn that no weights are loaded: they come next, from our own file
+        try:
+            model = open_clip.create_model(card["name"], force_quick_gelu=card["quick_gelu"])
+        finally:
+            logging.disable(logging.NOTSET)
     lighter(model.visual)
-    return Clip(model.float().eval(), Tokenizer(card["vocab"], card["config"]["text_cfg"]["context_length"]), card)
+    return Clip(
+        model.float().eval(),
+        Tokenizer(card["vocab"], card["config"]["text_cfg"]["context_length"]),
+        card,
+    )
 
 # %% ../nbs/03_clip.ipynb #3c13d169
 def _shipped(name: str, path=None) -> Clip:
@@ -190,11 +227,20 @@ def _shipped(name: str, path=None) -> Clip:
     path = Path(path or proj_path("data", f"{card['name']}.safetensors"))
     state, meta = load_state(path)
     if meta.get("quick_gelu", str(card["quick_gelu"])) != str(card["quick_gelu"]):
-        raise ValueError(f"{path} was trained with quick_gelu={meta['quick_gelu']}, the card says {card['quick_gelu']}; features would be silently wrong")
+        raise ValueError(
+            f"{path} was trained with quick_gelu={meta['quick_gelu']}, the card says {card['quick_gelu']}; features would be silently wrong"
+        )
     clip = build_clip(card)
-    check_same(clip.model.state_dict(), {k: v.float() for k, v in state.items()}, f"backbone {card['name']} and {path.name}")
+    check_same(
+        clip.model.state_dict(),
+        {k: v.float() for k, v in state.items()},
+        f"backbone {card['name']} and {path.name}",
+    )
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
-    if sha != card["sha256"]: raise ValueError(f"{path} has sha256 {sha[:12]}…, its card says {card['sha256'][:12]}…; restore the file or its card")
+    if sha != card["sha256"]:
+        raise ValueError(
+            f"{path} has sha256 {sha[:12]}…, its card says {card['sha256'][:12]}…; restore the file or its card"
+        )
     clip.model.load_state_dict({k: v.float() for k, v in state.items()})
     clip.model.to(device()).requires_grad_(False)
     return clip
@@ -203,34 +249,60 @@ def _shipped(name: str, path=None) -> Clip:
 def plain_models() -> list[str]:
     "open_clip's model names that are a ViT with class token beside CLIP's own text transformer."
     import open_clip
+
     def plain(c):
         v, t = c["vision_cfg"], c["text_cfg"]
-        odd = "timm_model_name" in v or "hf_model_name" in t or v.get("attentional_pool") or v.get("pool_type", "tok") != "tok" or "multimodal_cfg" in c or "custom_text" in c
+        odd = (
+            "timm_model_name" in v
+            or "hf_model_name" in t
+            or v.get("attentional_pool")
+            or v.get("pool_type", "tok") != "tok"
+            or "multimodal_cfg" in c
+            or "custom_text" in c
+        )
         return not odd and isinstance(v.get("layers"), int)
+
     return [n for n in open_clip.list_models() if plain(open_clip.get_model_config(n))]
 
 
 def untrained(name: str) -> Clip:
     "One of open_clip's models with its tokenizer and preprocessing, weights random; nothing is downloaded."
     import open_clip
-    logging.disable(logging.WARNING)              # it would warn that no weights are loaded: they come later
-    try: model = open_clip.create_model(name)
-    finally: logging.disable(logging.NOTSET)
+
+    logging.disable(logging.WARNING)  # it would warn that no weights are loaded: they come later
+    try:
+        model = open_clip.create_model(name)
+    finally:
+        logging.disable(logging.NOTSET)
     lighter(model.visual)
     pre = model.visual.preprocess_cfg
-    card = dict(name=name, quick_gelu=bool(open_clip.get_model_config(name).get("quick_gelu")), mean=list(pre["mean"]), std=list(pre["std"]))
+    card = dict(
+        name=name,
+        quick_gelu=bool(open_clip.get_model_config(name).get("quick_gelu")),
+        mean=list(pre["mean"]),
+        std=list(pre["std"]),
+    )
     return Clip(model.float().eval(), open_clip.get_tokenizer(name), card)
 
 # %% ../nbs/03_clip.ipynb #dd8dd475
 def _openai(name: str, quick_gelu: bool) -> Path:
     "OpenAI's weights of an open_clip model, downloaded by open_clip unless they are at hand."
     import open_clip
+
     own = f"give weights of your own: {name}:FILE.safetensors"
     cfg = open_clip.get_pretrained_cfg(name, "openai")
-    if not cfg: raise ValueError(f"OpenAI published no weights of {name}; {own}")
-    if not quick_gelu: raise ValueError(f"OpenAI trained with QuickGELU and {name} computes GELU: features would be silently wrong; use {name}-quickgelu, or {own}")
-    try: return Path(open_clip.download_pretrained(cfg))
-    except Exception as e: raise RuntimeError(f"OpenAI's weights of {name} could not be fetched ({type(e).__name__}: {e}); {own}") from None
+    if not cfg:
+        raise ValueError(f"OpenAI published no weights of {name}; {own}")
+    if not quick_gelu:
+        raise ValueError(
+            f"OpenAI trained with QuickGELU and {name} computes GELU: features would be silently wrong; use {name}-quickgelu, or {own}"
+        )
+    try:
+        return Path(open_clip.download_pretrained(cfg))
+    except Exception as e:
+        raise RuntimeError(
+            f"OpenAI's weights of {name} could not be fetched ({type(e).__name__}: {e}); {own}"
+        ) from None
 
 # %% ../nbs/03_clip.ipynb #7c8f21e0
 def _published(name: str, path=None) -> Clip:
@@ -238,14 +310,29 @@ def _published(name: str, path=None) -> Clip:
     path = Path(path or _openai(name, clip.card["quick_gelu"]))
     w = load_weights(path)
     state = {k: v for k, v in w.state.items() if k not in INTS}
-    meta = ({"quick_gelu": "True"} if INTS[0] in w.state else {}) | w.meta         # OpenAI's own file
+    meta = ({"quick_gelu": "True"} if INTS[0] in w.state else {}) | w.meta  # OpenAI's own file
     if meta.get("quick_gelu", str(clip.card["quick_gelu"])) != str(clip.card["quick_gelu"]):
-        raise ValueError(f"{path} was trained with quick_gelu={meta['quick_gelu']}, {name} has {clip.card['quick_gelu']}; features would be silently wrong")
-    try: check_same(clip.model.state_dict(), {k: v.float() for k, v in state.items()}, f"{name} and {path.name}")
-    except ValueError as e: raise ValueError(f"{e} Expected open_clip's names, both towers; other files: lfpm convert {path} OUT.safetensors --to open_clip") from None
+        raise ValueError(
+            f"{path} was trained with quick_gelu={meta['quick_gelu']}, {name} has {clip.card['quick_gelu']}; features would be silently wrong"
+        )
+    try:
+        check_same(
+            clip.model.state_dict(),
+            {k: v.float() for k, v in state.items()},
+            f"{name} and {path.name}",
+        )
+    except ValueError as e:
+        raise ValueError(
+            f"{e} Expected open_clip's names, both towers; other files: lfpm convert {path} OUT.safetensors --to open_clip"
+        ) from None
     clip.model.load_state_dict(state)
     clip.model.to(device()).requires_grad_(False)
-    clip.card |= dict(sha256=w.sha256, open_domain=dict(name="imagenet", classes=list(imagenet().classes), templates=list(imagenet().templates)))
+    clip.card |= dict(
+        sha256=w.sha256,
+        open_domain=dict(
+            name="imagenet", classes=list(imagenet().classes), templates=list(imagenet().templates)
+        ),
+    )
     return clip
 
 # %% ../nbs/03_clip.ipynb #08799967
@@ -253,21 +340,26 @@ def load_clip(name: str = "lfpm-lab", path=None) -> Clip:
     """A backbone by name: a shipped one (weights from `path`, default `data/<name>.safetensors`; their sha256 must be the card's), or one of open_clip's with
     OpenAI's weights or those in a file (`NAME:FILE`, or `path`). Missing, damaged, foreign files and the wrong activation are refused with the reason."""
     name, _, file = str(name).partition(":")
-    if name not in data_cards() and name in plain_models(): return _published(name, path or file)
+    if name not in data_cards() and name in plain_models():
+        return _published(name, path or file)
     return _shipped(name, path or file)
 
 
 def weights_id(name: str) -> str:
     "What tells a backbone's weights from others: its card's sha256, its file's, or `openai`; nothing is loaded."
     name, _, file = str(name).partition(":")
-    if name in data_cards() or name not in plain_models(): return data_card(name)["sha256"]
+    if name in data_cards() or name not in plain_models():
+        return data_card(name)["sha256"]
     return weights_sha(file) if file else "openai"
 
 # %% ../nbs/03_clip.ipynb #75904246
-def encode(visual: torch.nn.Module, x: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
+def encode(
+    visual: torch.nn.Module, x: torch.Tensor, prompt: torch.Tensor | None = None
+) -> torch.Tensor:
     """Un-normalised features (N, d) of normalised images (N, 3, H, W); `prompt` (k, width) adds k tokens after `ln_pre`
     (VPT-shallow, Jia et al. 2022; LFPM Sec. 4.1)."""
-    if prompt is None: return visual(x)
+    if prompt is None:
+        return visual(x)
     t = visual._embeds(x)
     t = torch.cat([t[:, :1], prompt.to(t.dtype).expand(len(t), -1, -1), t[:, 1:]], 1)
     pooled, _ = visual._pool(visual.transformer(t))
@@ -275,20 +367,29 @@ def encode(visual: torch.nn.Module, x: torch.Tensor, prompt: torch.Tensor | None
 
 
 @torch.no_grad()
-def features(clip: Clip, visual: torch.nn.Module, x: torch.Tensor, prompt=None, batch: int = 512,
-             dtype: torch.dtype | None = None) -> torch.Tensor:
+def features(
+    clip: Clip,
+    visual: torch.nn.Module,
+    x: torch.Tensor,
+    prompt=None,
+    batch: int = 512,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """Features (N, d) of uint8 images, batched, kept in float32. `dtype`: what the tower computes in,
     by default `precision`; torch.float32 where single pictures count (notebook core)."""
     dev = next(visual.parameters()).device
     with amp(dev, dtype):
-        return torch.cat([encode(visual, clip.normalise(b.to(dev)), prompt).float() for b in x.split(batch)])
+        return torch.cat(
+            [encode(visual, clip.normalise(b.to(dev)), prompt).float() for b in x.split(batch)]
+        )
 
 # %% ../nbs/03_clip.ipynb #8f00d931
 def encode_text(model, t: torch.Tensor) -> torch.Tensor:
     """open_clip's text features (N, d) of tokens (N, context). CLIP's 77 places are mostly padding: behind the longest text they are cut off, which no feature
     notices, since under the causal mask nothing behind the end token is read. Our own backbones' 24 places stay as they are: cutting would change the last bits of every
     recorded result and save nothing."""
-    if t.shape[1] <= 32: return model.encode_text(t)
+    if t.shape[1] <= 32:
+        return model.encode_text(t)
     n = int((t != 0).sum(1).max())
     x = model.token_embedding(t[:, :n]) + model.positional_embedding[:n]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:n, :n]))
@@ -301,7 +402,12 @@ def zero_shot_head(clip: Clip, classes: list[str], templates: list[str]) -> torc
     dev = next(clip.model.parameters()).device
     texts = [t.format(c) for c in classes for t in templates]
     with torch.autocast(dev.type, enabled=False):
-        e = torch.cat([encode_text(clip.model, clip.tokenizer(texts[i:i + 512]).to(dev)).float() for i in range(0, len(texts), 512)])
+        e = torch.cat(
+            [
+                encode_text(clip.model, clip.tokenizer(texts[i : i + 512]).to(dev)).float()
+                for i in range(0, len(texts), 512)
+            ]
+        )
     w = F.normalize(e, dim=-1).view(len(classes), len(templates), -1).mean(1)
     return clip.model.logit_scale.exp() * F.normalize(w, dim=-1)
 
@@ -313,7 +419,9 @@ def logits(h: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
         return F.normalize(h.float(), dim=-1) @ W.t()
 
 # %% ../nbs/03_clip.ipynb #ed28d71e
-def clip_loss(img: torch.Tensor, txt: torch.Tensor, scale: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+def clip_loss(
+    img: torch.Tensor, txt: torch.Tensor, scale: torch.Tensor, group: torch.Tensor
+) -> torch.Tensor:
     "Symmetric cross-entropy of unit features (N, d); rows with equal `group` (N,) are positives of one another."
     sim = scale * img @ txt.t()
     same = (group[:, None] == group[None]).float()
@@ -324,6 +432,7 @@ def clip_loss(img: torch.Tensor, txt: torch.Tensor, scale: torch.Tensor, group: 
 @dataclass
 class PretrainConfig:
     "A pretraining run. `pool` images are drawn afresh every `reuse` passes; `steps` of `batch`."
+
     steps: int = 4000
     batch: int = 256
     pool: int = 25600
@@ -337,15 +446,43 @@ class PretrainConfig:
 def lr_at(step: int, total: int, lr: float, warmup: int) -> float:
     "Linear warm-up, then cosine to 0 (the schedule of task_vectors and BadMerging); `warmup` is cut to a tenth of short runs."
     w = min(warmup, max(1, total // 10))
-    return lr * (step + 1) / w if step < w else 0.5 * lr * (1 + math.cos(math.pi * (step - w) / max(1, total - w)))
+    return (
+        lr * (step + 1) / w
+        if step < w
+        else 0.5 * lr * (1 + math.cos(math.pi * (step - w) / max(1, total - w)))
+    )
 
 # %% ../nbs/03_clip.ipynb #c5c0939b
-def lab_config(width: int = 192, layers: int = 4, mlp_ratio: float = 2.5, patch: int = 8, size: int = 32, embed: int = 128,
-               text_width: int = 128, text_layers: int = 2, context: int = 24) -> dict:
+def lab_config(
+    width: int = 192,
+    layers: int = 4,
+    mlp_ratio: float = 2.5,
+    patch: int = 8,
+    size: int = 32,
+    embed: int = 128,
+    text_width: int = 128,
+    text_layers: int = 2,
+    context: int = 24,
+) -> dict:
     "open_clip config of the lab CLIP (vocab_size is filled in with the vocabulary). Heads are 64 wide: the fast size for bf16 attention."
-    return dict(embed_dim=embed,
-                vision_cfg=dict(image_size=size, layers=layers, width=width, head_width=64, patch_size=patch, mlp_ratio=mlp_ratio),
-                text_cfg=dict(context_length=context, width=text_width, heads=text_width // 64, layers=text_layers, mlp_ratio=2.0))
+    return dict(
+        embed_dim=embed,
+        vision_cfg=dict(
+            image_size=size,
+            layers=layers,
+            width=width,
+            head_width=64,
+            patch_size=patch,
+            mlp_ratio=mlp_ratio,
+        ),
+        text_cfg=dict(
+            context_length=context,
+            width=text_width,
+            heads=text_width // 64,
+            layers=text_layers,
+            mlp_ratio=2.0,
+        ),
+    )
 
 
 def new_card(name: str, config: dict, captions: list[str], **extra) -> dict:
@@ -353,23 +490,41 @@ def new_card(name: str, config: dict, captions: list[str], **extra) -> dict:
     ids = sorted({i for c in set(captions) for i in _bpe().encode(c)})
     size = Tokenizer(ids, 8).size
     config = {**config, "text_cfg": {**config["text_cfg"], "vocab_size": size}}
-    return dict(name=name, config=config, quick_gelu=False, mean=[0.5] * 3, std=[0.25] * 3, vocab=ids, **extra)
+    return dict(
+        name=name,
+        config=config,
+        quick_gelu=False,
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        vocab=ids,
+        **extra,
+    )
 
 # %% ../nbs/03_clip.ipynb #3e10ea84
 class _Resume:
     "Model, optimiser, step and losses in one tensors-only file, written by rename; loading it runs no code."
-    def __init__(self, path): self.path = Path(path)
+
+    def __init__(self, path):
+        self.path = Path(path)
+
     def load(self, model, opt) -> tuple[int, list]:
-        if not self.path.exists(): return 0, []
+        if not self.path.exists():
+            return 0, []
         try:
             s = torch.load(self.path, weights_only=True)
-            model.load_state_dict(s["model"]); opt.load_state_dict(s["opt"])
+            model.load_state_dict(s["model"])
+            opt.load_state_dict(s["opt"])
         except Exception as e:
-            raise ValueError(f"{self.path} is damaged or of another model ({type(e).__name__}); delete it to start again") from None
+            raise ValueError(
+                f"{self.path} is damaged or of another model ({type(e).__name__}); delete it to start again"
+            ) from None
         return s["step"], s["losses"]
+
     def save(self, model, opt, step, losses):
         with writing(self.path) as tmp:
-            torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), step=step, losses=losses), tmp)
+            torch.save(
+                dict(model=model.state_dict(), opt=opt.state_dict(), step=step, losses=losses), tmp
+            )
 
 # %% ../nbs/03_clip.ipynb #f3e67fce
 def _pools(draw, tok, cfg: PretrainConfig, start: int):
@@ -380,9 +535,12 @@ def _pools(draw, tok, cfg: PretrainConfig, start: int):
         if i == 0 or step == start:
             x, caps = draw(cfg.pool, (cfg.seed, r))
             t = tok(caps)
-            perms = [torch.randperm(cfg.pool, generator=generator("pretrain", cfg.seed, r, k)) for k in range(cfg.reuse)]
+            perms = [
+                torch.randperm(cfg.pool, generator=generator("pretrain", cfg.seed, r, k))
+                for k in range(cfg.reuse)
+            ]
         k, j = divmod(i, per)
-        b = perms[k][j * cfg.batch:(j + 1) * cfg.batch]
+        b = perms[k][j * cfg.batch : (j + 1) * cfg.batch]
         yield step, x[b], t[b]
 
 # %% ../nbs/03_clip.ipynb #d500e199
@@ -390,20 +548,37 @@ def pretrain(clip: Clip, draw, cfg: PretrainConfig, checkpoint, every: int = 250
     """Train both towers contrastively; `draw(n, seed) -> (uint8 images, captions)`. Continues from `checkpoint` when it exists and
     saves there every `every` steps. Returns the losses; `clip.model` is trained in place."""
     model, dev = clip.model.to(device()).train().requires_grad_(True), device()
-    opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True)
+    opt = torch.optim.AdamW(
+        model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True
+    )
     resume = _Resume(checkpoint)
     start, losses = resume.load(model, opt)
-    bar = Progress(_pools(draw, clip.tokenizer, cfg, start), "pretrain", total=max(1, cfg.steps - start))
+    bar = Progress(
+        _pools(draw, clip.tokenizer, cfg, start), "pretrain", total=max(1, cfg.steps - start)
+    )
     for step, x, t in bar:
-        for p in opt.param_groups: p["lr"] = lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
-        t, group = t.to(dev).unique(dim=0, return_inverse=True)      # equal captions are encoded once and are positives of each other
-        with amp(): hi, ht = model.encode_image(clip.normalise(x.to(dev))), model.encode_text(t)[group]
-        loss = clip_loss(F.normalize(hi.float(), dim=-1), F.normalize(ht.float(), dim=-1), model.logit_scale.exp(), group)
-        opt.zero_grad(); loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0); opt.step()
+        for p in opt.param_groups:
+            p["lr"] = lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
+        t, group = t.to(dev).unique(
+            dim=0, return_inverse=True
+        )  # equal captions are encoded once and are positives of each other
+        with amp():
+            hi, ht = model.encode_image(clip.normalise(x.to(dev))), model.encode_text(t)[group]
+        loss = clip_loss(
+            F.normalize(hi.float(), dim=-1),
+            F.normalize(ht.float(), dim=-1),
+            model.logit_scale.exp(),
+            group,
+        )
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
         model.logit_scale.data.clamp_(max=math.log(100))
-        losses.append(loss.item()); bar.note = f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}"
-        if (step + 1) % every == 0 or step + 1 == cfg.steps: resume.save(model, opt, step + 1, losses)
+        losses.append(loss.item())
+        bar.note = f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}"
+        if (step + 1) % every == 0 or step + 1 == cfg.steps:
+            resume.save(model, opt, step + 1, losses)
     model.eval().requires_grad_(False)
     return losses
 
@@ -414,6 +589,10 @@ def ship_clip(clip: Clip, folder=None, **training) -> Path:
     path = folder / f"{clip.card['name']}.safetensors"
     state = {k: v.half() for k, v in clip.model.state_dict().items()}
     save_state(path, state, quick_gelu=clip.card["quick_gelu"], name=clip.card["name"])
-    card = {**clip.card, "training": training, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    card = {
+        **clip.card,
+        "training": training,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
     write_json(folder / f"{card['name']}.card.json", card)
     return path

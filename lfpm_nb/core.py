@@ -40,17 +40,25 @@ def cache_dir() -> Path:
 def device() -> torch.device:
     "`$LFPM_DEVICE` if set, else CUDA when present (of several processes each takes its own), else CPU."
     cuda = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-    return torch.device(os.environ.get("LFPM_DEVICE") or (cuda if torch.cuda.is_available() else "cpu"))
+    return torch.device(
+        os.environ.get("LFPM_DEVICE") or (cuda if torch.cuda.is_available() else "cpu")
+    )
 
 # %% ../nbs/00_core.ipynb #5be1a0c7
 def precision(dev: torch.device | str | None = None) -> torch.dtype:
     """What matrix products on `dev` (default `device()`) are computed in: bfloat16 where the hardware has it (a CPU: AVX-512; CUDA: from Ampere on), else float32.
     `$LFPM_AMP` (1 or 0) overrules."""
     dev, wish = torch.device(dev or device()), os.environ.get("LFPM_AMP", "")
-    if wish not in ("", "0", "1"): raise ValueError(f"LFPM_AMP is {wish!r}; expected 1 (bfloat16), 0 (float32) or nothing (the faster of the two)")
-    if wish: return torch.bfloat16 if wish == "1" else torch.float32
-    if dev.type == "cpu": native = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    else: native = dev.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if wish not in ("", "0", "1"):
+        raise ValueError(
+            f"LFPM_AMP is {wish!r}; expected 1 (bfloat16), 0 (float32) or nothing (the faster of the two)"
+        )
+    if wish:
+        return torch.bfloat16 if wish == "1" else torch.float32
+    if dev.type == "cpu":
+        native = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    else:
+        native = dev.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
 
 
@@ -61,14 +69,16 @@ def amp(dev: torch.device | str | None = None, dtype: torch.dtype | None = None)
     dev = torch.device(dev or device())
     dtype = dtype or precision(dev)
     plain = sdpa_kernel(SDPBackend.MATH) if dev.type == "cpu" else contextlib.nullcontext()
-    with plain, torch.autocast(dev.type, torch.bfloat16, enabled=dtype == torch.bfloat16): yield
+    with plain, torch.autocast(dev.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        yield
 
 # %% ../nbs/00_core.ipynb #2f36bd96
 def resident(*tensors: torch.Tensor) -> tuple:
     "The tensors on `device()`, if those not yet there need at most half of its free memory; else as they are."
     dev = device()
     size = sum(t.numel() * t.element_size() for t in tensors if t.device.type != dev.type)
-    if dev.type == "cuda" and size > torch.cuda.mem_get_info(dev)[0] / 2: return tensors
+    if dev.type == "cuda" and size > torch.cuda.mem_get_info(dev)[0] / 2:
+        return tensors
     return tuple(t.to(dev) for t in tensors)
 
 
@@ -88,22 +98,40 @@ def versions() -> dict:
     "What a result depends on besides its parameters: library versions, device, precision, threads."
     mods = dict(libraries(), lfpm_nb=metadata.version("lfpm_nb"))
     dev = device()
-    name = torch.cuda.get_device_name(dev) if dev.type == "cuda" else platform.processor() or platform.machine()
-    return dict(python=platform.python_version(), **mods, device=dev.type, device_name=name, precision=str(precision(dev)).removeprefix("torch."),
-                threads=torch.get_num_threads())
+    name = (
+        torch.cuda.get_device_name(dev)
+        if dev.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return dict(
+        python=platform.python_version(),
+        **mods,
+        device=dev.type,
+        device_name=name,
+        precision=str(precision(dev)).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
 
 # %% ../nbs/00_core.ipynb #b3af7e1f
 def cpu_name() -> str:
     "The processor's model: sums round differently from one to the next, so a run says which it had. It is no part of a configuration, and seeds may come from several machines."
-    try: return next(l.partition(":")[2].strip() for l in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if l.startswith("model name"))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    try:
+        return next(
+            l.partition(":")[2].strip()
+            for l in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            if l.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 # %% ../nbs/00_core.ipynb #0c5450af
 @functools.cache
 def team():
     "accelerate's state of the processes started together, or None for one alone."
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2: return None
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return None
     from accelerate import PartialState
+
     return PartialState(cpu=device().type == "cpu")
 
 
@@ -114,30 +142,42 @@ def first() -> bool:
 
 def agreed(answer: bool) -> bool:
     "The first process's answer, in all of them."
-    if team() is None: return answer
+    if team() is None:
+        return answer
     from accelerate.utils import broadcast_object_list
+
     return broadcast_object_list([answer])[0]
 
 # %% ../nbs/00_core.ipynb #6a49126a
 def share(i: torch.Tensor) -> torch.Tensor:
     "This process's part of a batch of indices (n,): of the first half and of the second alike, since an attacker poisons one of them. ValueError below two images each."
-    if team() is None: return i
+    if team() is None:
+        return i
     k, n, half = team().process_index, team().num_processes, len(i) // 2
-    if half < n: raise ValueError(f"a batch of {len(i)} images for {n} processes; expected at least 2 for each: take a larger batch or fewer processes")
+    if half < n:
+        raise ValueError(
+            f"a batch of {len(i)} images for {n} processes; expected at least 2 for each: take a larger batch or fewer processes"
+        )
     return torch.cat([i[:half][k::n], i[half:][k::n]])
 
 
 def everywhere(n: int, *values: torch.Tensor) -> tuple:
     "Means of tensors over all processes, each weighted by its n images; the same tensors for one process alone."
-    if team() is None: return values
+    if team() is None:
+        return values
     from accelerate.utils import reduce
-    weight, *sums = reduce([torch.full((), float(n), device=device()), *[n * v.detach() for v in values]], "sum")
+
+    weight, *sums = reduce(
+        [torch.full((), float(n), device=device()), *[n * v.detach() for v in values]], "sum"
+    )
     return tuple(s / weight for s in sums)
 
 # %% ../nbs/00_core.ipynb #be8a7875
 def stable_seed(*parts) -> int:
     "A 63-bit seed from any printable parts (blake2b of their repr): same parts, same seed, on every machine."
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+    )
 
 
 def generator(*parts) -> torch.Generator:
@@ -158,8 +198,11 @@ def choose(name: str, options, kind: str) -> str:
     "`name` as spelt in `options` (case is ignored); ValueError naming the nearest match otherwise."
     low = {str(o).lower(): o for o in options}
     if not isinstance(name, str):
-        raise ValueError(f"{kind} is {short(name)}; expected text, one of: {', '.join(low.values())}")
-    if name.lower() in low: return low[name.lower()]
+        raise ValueError(
+            f"{kind} is {short(name)}; expected text, one of: {', '.join(low.values())}"
+        )
+    if name.lower() in low:
+        return low[name.lower()]
     near = difflib.get_close_matches(name.lower(), low, 1, 0.5) if len(name) < 160 else []
     hint = f"did you mean {low[near[0]]!r}?" if near else f"known: {', '.join(map(str, options))}."
     raise ValueError(f"unknown {kind} {short(name)}; {hint}")
@@ -173,25 +216,33 @@ def printable(text) -> str:
 # %% ../nbs/00_core.ipynb #42a1af9e
 def _plain_function(t):
     "What a cached or otherwise wrapped function wraps, where the wrapper itself has no code."
-    while not hasattr(t, "__code__") and hasattr(t, "__wrapped__"): t = t.__wrapped__
+    while not hasattr(t, "__code__") and hasattr(t, "__wrapped__"):
+        t = t.__wrapped__
     return t
 
 
 class Registry(dict):
     """Methods of one kind by short name. An entry keeps the function, a long name and what it needs
     (`images`: unlabelled images, `labels`, `training`, `heads`, `pretrained`)."""
-    def __init__(self, kind: str): super().__init__(); self.kind = kind
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
 
     def register(self, name: str, long: str, needs: tuple = (), source: str = ""):
         "Decorator: `@merges.register('TA', long='Task Arithmetic', needs=('pretrained',))`."
         if name.lower() == "all" or {",", ":"} & set(name):
-            raise ValueError(f"a {self.kind} cannot be called {name!r}: lists are split at commas, "
-                             "options stand behind colons, and all means every one")
+            raise ValueError(
+                f"a {self.kind} cannot be called {name!r}: lists are split at commas, "
+                "options stand behind colons, and all means every one"
+            )
+
         def add(f):
             if not isinstance(_plain_function(f), types.FunctionType):
                 raise TypeError(f"{name} is {short(f)}; expected a function (def or lambda)")
             self[name] = dict(f=f, long=long, needs=tuple(needs), source=source)
             return f
+
         return add
 
     def find(self, name: str) -> str:
@@ -202,7 +253,11 @@ class Registry(dict):
     def accepts(self, name: str, settings: dict) -> dict:
         "Those of `settings` that are options (parameters with a default) of the method: an experiment offers all it has, each takes its own."
         options = inspect.signature(self[self.find(name)]["f"]).parameters.values()
-        return {p.name: settings[p.name] for p in options if p.default is not p.empty and p.name in settings}
+        return {
+            p.name: settings[p.name]
+            for p in options
+            if p.default is not p.empty and p.name in settings
+        }
 
     def __call__(self, name: str, *args, **options):
         "Run the method called `name`."
@@ -211,32 +266,48 @@ class Registry(dict):
 # %% ../nbs/00_core.ipynb #fab89399
 def method(cls, once: bool = False):
     "Decorator: add a function to `cls` as a method, or with `once` as a property computed on first use."
+
     def add(f):
         f.__qualname__ = f"{cls.__qualname__}.{f.__name__}"
         m = functools.cached_property(f) if once else f
-        if once: m.__set_name__(cls, f.__name__)
+        if once:
+            m.__set_name__(cls, f.__name__)
         setattr(cls, f.__name__, m)
         return m
+
     return add
 
 # %% ../nbs/00_core.ipynb #487e94a5
 def content_hash(*things, n: int = 12) -> str:
     "Hex digest (n digits) of nested dicts, lists, tensors, dataclasses and plain values, by content."
     h = hashlib.blake2b(digest_size=20)
+
     def eat(x):
         if isinstance(x, torch.Tensor):
             t = x.detach().cpu().contiguous()
-            h.update(f"T{t.dtype}{tuple(t.shape)}".encode()); h.update(t.reshape(-1).view(torch.uint8).numpy())
+            h.update(f"T{t.dtype}{tuple(t.shape)}".encode())
+            h.update(t.reshape(-1).view(torch.uint8).numpy())
         elif isinstance(x, dict):
             h.update(f"D{len(x)}".encode())
-            for k in sorted(x, key=repr): h.update(f"K{k!r}".encode()); eat(x[k])
+            for k in sorted(x, key=repr):
+                h.update(f"K{k!r}".encode())
+                eat(x[k])
         elif isinstance(x, (list, tuple)):
             h.update(f"L{len(x)}".encode())
-            for v in x: eat(v)
-        elif is_dataclass(x): h.update(type(x).__name__.encode()); eat({f: getattr(x, f) for f in x.__dataclass_fields__})
-        elif isinstance(x, (str, int, float, bool, bytes, type(None), Path)): h.update(f"V{x!r};".encode())
-        else: raise TypeError(f"cannot hash a {type(x).__name__} by content; pass tensors, dataclasses or plain values")
-    for x in things: eat(x)
+            for v in x:
+                eat(v)
+        elif is_dataclass(x):
+            h.update(type(x).__name__.encode())
+            eat({f: getattr(x, f) for f in x.__dataclass_fields__})
+        elif isinstance(x, (str, int, float, bool, bytes, type(None), Path)):
+            h.update(f"V{x!r};".encode())
+        else:
+            raise TypeError(
+                f"cannot hash a {type(x).__name__} by content; pass tensors, dataclasses or plain values"
+            )
+
+    for x in things:
+        eat(x)
     return h.hexdigest()[:n]
 
 # %% ../nbs/00_core.ipynb #dcbd604c
@@ -245,7 +316,10 @@ def as_it_runs(source: str) -> str:
     "Python source without comments, docstrings and layout: what can change a result."
     tree = ast.parse(source)
     for n in ast.walk(tree):
-        if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(n, clean=False) is not None:
+        if (
+            isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(n, clean=False) is not None
+        ):
             n.body = n.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
@@ -255,7 +329,10 @@ def imported(source: str) -> tuple[str, ...]:
     "Names of the library's modules that a source imports, in whichever spelling."
     out = []
     for n in ast.walk(ast.parse(source)):
-        if not isinstance(n, ast.ImportFrom) or not (n.level or n.module.split(".")[0] == "lfpm_nb"): continue
+        if not isinstance(n, ast.ImportFrom) or not (
+            n.level or n.module.split(".")[0] == "lfpm_nb"
+        ):
+            continue
         inside = (n.module or "").removeprefix("lfpm_nb").lstrip(".")
         out += [inside] if inside else [a.name for a in n.names]
     return tuple(out)
@@ -269,11 +346,14 @@ def _home(t) -> tuple[str, str]:
     ("file", path) or ("typed", "") for what was typed into a notebook or a prompt."""
     name = t.__name__ if isinstance(t, types.ModuleType) else t.__module__ or ""
     package, *inside = name.split(".")
-    if package == "lfpm_nb": return "library", ".".join(inside) or "core"
+    if package == "lfpm_nb":
+        return "library", ".".join(inside) or "core"
     module = t if isinstance(t, types.ModuleType) else sys.modules.get(name)
     file = t.__code__.co_filename if hasattr(t, "__code__") else getattr(module, "__file__", None)
-    if file is None: return ("typed", "") if name == "__main__" else ("installed", "")
-    if file.startswith(_INSTALLED) or file.startswith("<frozen"): return "installed", ""
+    if file is None:
+        return ("typed", "") if name == "__main__" else ("installed", "")
+    if file.startswith(_INSTALLED) or file.startswith("<frozen"):
+        return "installed", ""
     return ("file", file) if Path(file).is_file() else ("typed", "")
 
 
@@ -283,7 +363,8 @@ def _from_outside(f) -> dict:
         parts = [getattr(v, "__func__", getattr(v, "fget", v)) for v in vars(f).values()]
         out = {f"base {b.__qualname__}": b for b in f.__bases__}
         for part in parts:
-            if hasattr(part, "__code__"): out |= _from_outside(part)
+            if hasattr(part, "__code__"):
+                out |= _from_outside(part)
         return out
     code, names, todo = f.__code__, set(), [f.__code__]
     while todo:
@@ -296,7 +377,8 @@ def _from_outside(f) -> dict:
     if not code.co_filename.startswith(_INSTALLED):
         out |= {n: f.__globals__[n] for n in names & f.__globals__.keys()}
     for n, cell in zip(code.co_freevars, f.__closure__ or ()):
-        with contextlib.suppress(ValueError): out[n] = cell.cell_contents      # an empty cell
+        with contextlib.suppress(ValueError):
+            out[n] = cell.cell_contents  # an empty cell
     return out
 
 # %% ../nbs/00_core.ipynb #38d5f108
@@ -306,18 +388,23 @@ def _source(f) -> str:
     if code and code.co_name == "<lambda>":
         consts = [k for k in code.co_consts if not isinstance(k, types.CodeType)]
         return repr((code.co_code, consts, code.co_names))
-    try: return as_it_runs(textwrap.dedent(inspect.getsource(code or f)))
+    try:
+        return as_it_runs(textwrap.dedent(inspect.getsource(code or f)))
     except (OSError, TypeError, SyntaxError):
-        raise ValueError(f"the source of {f.__qualname__} cannot be found; "
-                         "write it into a file and name that under plugins") from None
+        raise ValueError(
+            f"the source of {f.__qualname__} cannot be found; "
+            "write it into a file and name that under plugins"
+        ) from None
 
 
 def _modules_in(source: str) -> list:
     "Modules that a file of one's own imports and that lie in files of one's own."
     names = set()
     for n in ast.walk(ast.parse(source)):
-        if isinstance(n, ast.Import): names |= {a.name for a in n.names}
-        elif isinstance(n, ast.ImportFrom) and n.module: names.add(n.module)
+        if isinstance(n, ast.Import):
+            names |= {a.name for a in n.names}
+        elif isinstance(n, ast.ImportFrom) and n.module:
+            names.add(n.module)
     found = [sys.modules[n] for n in names if n in sys.modules]
     return [m for m in found if _home(m)[0] == "file"]
 
@@ -331,18 +418,23 @@ def code_hash(*things) -> str:
     while todo:
         t = todo.pop()
         if isinstance(t, str):
-            if t in library: continue
+            if t in library:
+                continue
             source = (Path(__file__).parent / f"{t}.py").read_text(encoding="utf-8")
             library[t] = as_it_runs(source)
             todo += imported(source)
             continue
         t = _plain_function(t)
         if not isinstance(t, (types.FunctionType, types.ModuleType, type)):
-            raise TypeError(f"{short(t)} is no function; a registered method must be one (def or lambda)")
+            raise TypeError(
+                f"{short(t)} is no function; a registered method must be one (def or lambda)"
+            )
         kind, where = _home(t)
-        if kind == "library": todo.append(where)
+        if kind == "library":
+            todo.append(where)
         elif kind == "file" and where not in own:
-            with tokenize.open(where) as f: source = f.read()       # as Python reads it
+            with tokenize.open(where) as f:
+                source = f.read()  # as Python reads it
             own[where] = as_it_runs(source)
             todo += [*imported(source), *_modules_in(source)]
         elif id(t) not in own and (kind == "typed" or getattr(t, "__closure__", None)):
@@ -360,55 +452,73 @@ def _sorted_out(f) -> tuple[list, str]:
         if isinstance(v, types.MethodType):
             used.append(v.__func__)
             v = None if _home(v.__func__)[0] == "installed" else v.__self__
-        if isinstance(v, (torch.dtype, torch.device)): v = str(v)
-        if isinstance(v, Registry): used += [m["f"] for m in v.values()]
-        elif isinstance(v, (types.FunctionType, types.ModuleType, type)): used.append(v)
-        elif not isinstance(v, types.BuiltinFunctionType): plain[k] = v
-    try: return used, content_hash(plain)
+        if isinstance(v, (torch.dtype, torch.device)):
+            v = str(v)
+        if isinstance(v, Registry):
+            used += [m["f"] for m in v.values()]
+        elif isinstance(v, (types.FunctionType, types.ModuleType, type)):
+            used.append(v)
+        elif not isinstance(v, types.BuiltinFunctionType):
+            plain[k] = v
+    try:
+        return used, content_hash(plain)
     except TypeError as e:
-        raise TypeError(f"{f.__qualname__} uses {', '.join(plain)} from outside itself: {e}. "
-                        "Make such a thing inside the function, or an option of it") from None
+        raise TypeError(
+            f"{f.__qualname__} uses {', '.join(plain)} from outside itself: {e}. "
+            "Make such a thing inside the function, or an option of it"
+        ) from None
 
 # %% ../nbs/00_core.ipynb #397d22a8
 @contextlib.contextmanager
 def writing(path):
     "Yield a temporary path in the same folder; rename it to `path` on success, delete it on any failure. Of several processes the first one's file counts."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(fd); tmp = Path(tmp)
+    os.close(fd)
+    tmp = Path(tmp)
     try:
         yield tmp
         os.chmod(tmp, 0o644)
-        if first(): os.replace(tmp, path)
+        if first():
+            os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
 
 
 def write_json(path, obj) -> None:
     "Write `obj` as indented JSON, by rename."
-    with writing(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str) + "\n", encoding="utf-8")
+    with writing(path) as tmp:
+        tmp.write_text(json.dumps(obj, indent=1, default=str) + "\n", encoding="utf-8")
 
 # %% ../nbs/00_core.ipynb #b048aba0
 def _save(path, state: dict, meta: dict) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    try: save_file(tensors, path, {k: str(v) for k, v in meta.items()})
-    except SafetensorError as e: raise OSError(f"the weights could not be written to {path.parent} ({e})") from None
+    try:
+        save_file(tensors, path, {k: str(v) for k, v in meta.items()})
+    except SafetensorError as e:
+        raise OSError(f"the weights could not be written to {path.parent} ({e})") from None
 
 
 def save_state(path, state: dict, **meta) -> None:
     "Save a state dict as safetensors with string metadata, by rename."
-    with writing(path) as tmp: _save(tmp, state, meta)
+    with writing(path) as tmp:
+        _save(tmp, state, meta)
 
 
 def load_state(path) -> tuple[dict, dict]:
     "(state dict, metadata) from a safetensors file. Other people's files: notebook checkpoints."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .safetensors file")
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .safetensors file")
     try:
-        with safe_open(path, "pt") as f: meta = f.metadata() or {}
+        with safe_open(path, "pt") as f:
+            meta = f.metadata() or {}
         return load_file(path), meta
     except SafetensorError as e:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({e}); fetch or write it again") from None
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file ({e}); fetch or write it again"
+        ) from None
 
 # %% ../nbs/00_core.ipynb #c9efeea6
 _DAMAGED = "is damaged: its bytes have another hash than the one they were written with"
@@ -417,15 +527,18 @@ _DAMAGED = "is damaged: its bytes have another hash than the one they were writt
 def file_sha(path) -> str:
     "sha256 of a file, read in pieces."
     h = hashlib.sha256()
-    if not Path(path).is_file(): raise FileNotFoundError(f"no file {path}; a pipe or a folder has no hash")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}; a pipe or a folder has no hash")
     with open(path, "rb") as f:
-        for piece in iter(lambda: f.read(2 ** 20), b""): h.update(piece)
+        for piece in iter(lambda: f.read(2**20), b""):
+            h.update(piece)
     return h.hexdigest()
 
 
 def checked(path, sha: str) -> Path:
     "`path`, if its bytes have this SHA-256; ValueError if they have another."
-    if file_sha(path) != sha: raise ValueError(f"{path} {_DAMAGED}")
+    if file_sha(path) != sha:
+        raise ValueError(f"{path} {_DAMAGED}")
     return Path(path)
 
 # %% ../nbs/00_core.ipynb #075e4aec
@@ -435,10 +548,12 @@ _SEAL = re.compile(rb'"seal": ?"([0-9a-f]{64})"')
 def _seal(path) -> tuple[int, str, str]:
     "(place of a file's hash of itself, that hash, what it should be); ValueError if it has none."
     with open(path, "rb") as f:
-        if not os.fstat(f.fileno()).st_size: raise ValueError("is empty")
+        if not os.fstat(f.fileno()).st_size:
+            raise ValueError("is empty")
         with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
             found = _SEAL.search(data)
-            if not found: raise ValueError("carries no hash of itself")
+            if not found:
+                raise ValueError("carries no hash of itself")
             at, end = found.span(1)
             h = hashlib.sha256(view[:at])
             h.update(b"0" * 64)
@@ -458,27 +573,54 @@ def save_sealed(path, state: dict, **meta) -> None:
 
 def damage(path) -> str:
     "Why a file of `save_sealed` cannot be trusted; '' if all its bits are as they were written."
-    try: _, said, digest = _seal(path)
-    except (OSError, ValueError) as e: return str(e)
+    try:
+        _, said, digest = _seal(path)
+    except (OSError, ValueError) as e:
+        return str(e)
     return "" if said == digest else _DAMAGED
 
 # %% ../nbs/00_core.ipynb #cd64b068
 def check_same(a: dict, b: dict, what: str = "models") -> None:
     "ValueError listing the first three differences in keys, shapes or kinds, or the first non-finite tensor of `b`."
-    diff = [f"{k} only in the first" for k in a.keys() - b.keys()] + [f"{k} only in the second" for k in b.keys() - a.keys()]
-    diff += [f"{k}: {tuple(a[k].shape)} vs {tuple(b[k].shape)}" for k in a.keys() & b.keys() if a[k].shape != b[k].shape]
-    diff += [f"{k}: {a[k].dtype} vs {b[k].dtype}" for k in a.keys() & b.keys() if a[k].is_floating_point() != b[k].is_floating_point()]
-    if diff: raise ValueError(f"{what} differ in {len(diff)} places ({'; '.join(sorted(diff)[:3])}); they must come from one architecture")
+    diff = [f"{k} only in the first" for k in a.keys() - b.keys()] + [
+        f"{k} only in the second" for k in b.keys() - a.keys()
+    ]
+    diff += [
+        f"{k}: {tuple(a[k].shape)} vs {tuple(b[k].shape)}"
+        for k in a.keys() & b.keys()
+        if a[k].shape != b[k].shape
+    ]
+    diff += [
+        f"{k}: {a[k].dtype} vs {b[k].dtype}"
+        for k in a.keys() & b.keys()
+        if a[k].is_floating_point() != b[k].is_floating_point()
+    ]
+    if diff:
+        raise ValueError(
+            f"{what} differ in {len(diff)} places ({'; '.join(sorted(diff)[:3])}); they must come from one architecture"
+        )
     # a sum is fifteen times cheaper than isfinite and cannot be finite when an entry is not; only then each entry is asked
-    bad = [k for k, v in b.items() if v.is_floating_point() and not v.sum().isfinite() and not v.isfinite().all()]
-    if bad: raise ValueError(f"{what}: {len(bad)} tensors hold NaN or infinity (first: {bad[0]}); refuse this checkpoint or fine-tune it again")
+    bad = [
+        k
+        for k, v in b.items()
+        if v.is_floating_point() and not v.sum().isfinite() and not v.isfinite().all()
+    ]
+    if bad:
+        raise ValueError(
+            f"{what}: {len(bad)} tensors hold NaN or infinity (first: {bad[0]}); refuse this checkpoint or fine-tune it again"
+        )
 
 # %% ../nbs/00_core.ipynb #3b8986b1
 class Progress:
     "`for x in Progress(xs, 'fine-tune letters')`: prints name, share done and time left; `note` adds a value such as the loss: a text, or what gives one when a line is printed."
+
     def __init__(self, it, name: str, total: int | None = None, every: float = 0.5):
         self.it, self.name, self.total = it, name, total or len(it)
-        self.every, self.note, self.quiet = every, "", os.environ.get("LFPM_QUIET") == "1" or not first()
+        self.every, self.note, self.quiet = (
+            every,
+            "",
+            os.environ.get("LFPM_QUIET") == "1" or not first(),
+        )
 
     def __iter__(self):
         t0 = last = time.time()
@@ -486,21 +628,29 @@ class Progress:
         for i, x in enumerate(self.it):
             yield x
             now, done = time.time(), i + 1
-            if self.quiet or not (live and now - last > self.every or done == self.total): continue
+            if self.quiet or not (live and now - last > self.every or done == self.total):
+                continue
             last, left = now, (now - t0) / done * (self.total - done)
             tail = f"{now - t0:.0f} s" if done == self.total else f"{left:.0f} s left"
             note = self.note() if callable(self.note) else self.note
-            print(f"{self.name}: {done}/{self.total}, {tail}{'  ' + note if note else ''}    ",
-                  end="\r" if live and done < self.total else "\n", file=sys.stderr, flush=True)
+            print(
+                f"{self.name}: {done}/{self.total}, {tail}{'  ' + note if note else ''}    ",
+                end="\r" if live and done < self.total else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
 
 # %% ../nbs/00_core.ipynb #f5588553
 class Peak:
     """`with Peak() as peak: …`, then `peak.mb`: the most memory held inside above what was held before, in MB. On a GPU the allocator's
     count, on Linux the process's resident memory (granularity: pages), None elsewhere. What was freed before goes back to the system first:
     kept for reuse it would count for nothing, and the second of two equal trainings would need no memory."""
+
     def __enter__(self):
         self.cuda, self.mb = device().type == "cuda", None
-        if self.cuda: torch.cuda.reset_peak_memory_stats(); self.start = torch.cuda.memory_allocated()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
         elif sys.platform == "linux":
             self._trim()
             self.start = self._resident("VmRSS")
@@ -508,28 +658,41 @@ class Peak:
         return self
 
     def _resident(self, what: str) -> int:
-        return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
+        return 1024 * int(
+            re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]
+        )
 
     def _trim(self):
-        with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)      # glibc's
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc's
 
     def _reset(self):
-        try: Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")            # the kernel forgets its high-water mark
-        except OSError: self.start = None
+        try:
+            Path("/proc/self/clear_refs").write_text(
+                "5", encoding="utf-8"
+            )  # the kernel forgets its high-water mark
+        except OSError:
+            self.start = None
 
     def __exit__(self, *_):
-        if self.cuda: self.mb = (torch.cuda.max_memory_allocated() - self.start) / 2**20
-        elif getattr(self, "start", None): self.mb = max(0, self._resident("VmHWM") - self.start) / 2**20
+        if self.cuda:
+            self.mb = (torch.cuda.max_memory_allocated() - self.start) / 2**20
+        elif getattr(self, "start", None):
+            self.mb = max(0, self._resident("VmHWM") - self.start) / 2**20
 
 # %% ../nbs/00_core.ipynb #e742953c
 class Diverged(FloatingPointError):
     "An optimisation met NaN or infinity; `state` holds the last good weights."
-    def __init__(self, message: str, state: dict): super().__init__(message); self.state = state
+
+    def __init__(self, message: str, state: dict):
+        super().__init__(message)
+        self.state = state
 
 # %% ../nbs/00_core.ipynb #3267b977
 class Stages:
     """Content-addressed cache of stage results under `root`; `log` keeps (name, seconds, reused) of this process. Of several processes
     that want one stage, one computes and the others wait for it; a `team` computes it together. `force` (default: `$LFPM_FORCE`) computes each stage once more, but only once."""
+
     def __init__(self, root: Path | None = None, force: bool | None = None):
         self.root, self.log, self.fresh = Path(root or cache_dir()), [], set()
         self.force = os.environ.get("LFPM_FORCE") == "1" if force is None else force
@@ -540,11 +703,14 @@ class Stages:
         machine = (libraries(), torch.get_num_threads(), device().type, str(precision()))
         path = self.root / name / f"{content_hash(key, *machine, n=20)}{mark}.safetensors"
         (self.root / "locks").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / "locks" / f"{name}-{path.stem}.lock")      # let go by the system even when its holder is killed
+        lock = FileLock(
+            self.root / "locks" / f"{name}-{path.stem}.lock"
+        )  # let go by the system even when its holder is killed
         with lock if first() else contextlib.nullcontext():
             again = self.force and path not in self.fresh
             kept = agreed(first() and not again and self._kept(path))
-            if not kept: return self._compute(name, path, compute, poisoned)
+            if not kept:
+                return self._compute(name, path, compute, poisoned)
         tensors, meta = load_state(path)
         record = json.loads(meta["record"])
         self.log.append((name, record["seconds"], True))
@@ -552,19 +718,24 @@ class Stages:
 
     def _kept(self, path: Path) -> bool:
         "Whether a stage's file is there as it was written; a line on stderr if it was changed."
-        if not path.exists(): return False
-        if why := damage(path): print(f"lfpm: {path} {why}; it counts as absent", file=sys.stderr)
+        if not path.exists():
+            return False
+        if why := damage(path):
+            print(f"lfpm: {path} {why}; it counts as absent", file=sys.stderr)
         return not why
 
     def _compute(self, name: str, path: Path, compute, poisoned: bool) -> tuple[dict, dict]:
         t0, cpu0 = time.time(), time.process_time()
         try:
-            with Peak() as peak: tensors, record = compute()
+            with Peak() as peak:
+                tensors, record = compute()
         except Diverged as e:
             last = path.with_name(f"{path.stem}-diverged.safetensors")
             save_state(last, e.state, poisoned=poisoned)
             raise Diverged(f"{e}. The last good weights are in {last}", e.state) from None
-        took = dict(seconds=round(time.time() - t0, 3), cpu_seconds=round(time.process_time() - cpu0, 3))
+        took = dict(
+            seconds=round(time.time() - t0, 3), cpu_seconds=round(time.process_time() - cpu0, 3)
+        )
         record = {**record, **took, "peak_mb": peak.mb}
         save_sealed(path, tensors, record=json.dumps(record), poisoned=poisoned)
         self.fresh.add(path)

@@ -21,8 +21,10 @@ from .path import Path
 # %% ../nbs/15_ctl.ipynb #dedc184f
 class _Elementary(TorchFunctionMode):
     "Layer norm from sums, products and a root: its fused form has wrong derivatives from the third order on (torch 2.15)."
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.layer_norm: return self.norm(*args, **(kwargs or {}))
+        if func is F.layer_norm:
+            return self.norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def norm(self, x, shape, weight=None, bias=None, eps=1e-5):
@@ -36,18 +38,30 @@ class _Elementary(TorchFunctionMode):
 @contextlib.contextmanager
 def exact():
     "No autocast, attention by matrix products, elementary layer norm: what runs inside can be differentiated any number of times."
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), _Elementary(): yield
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        _Elementary(),
+    ):
+        yield
 
 # %% ../nbs/15_ctl.ipynb #73309d79
-def layers(visual: torch.nn.Module, x: torch.Tensor, prompt: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def layers(
+    visual: torch.nn.Module, x: torch.Tensor, prompt: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     "{'block 1': (N, tokens, width), ..., 'feature': (N, d)} of normalised images x (N, 3, H, W), in the tower's own precision."
     out, hooks = {}, []
     for k, block in enumerate(visual.transformer.resblocks, 1):
-        hooks.append(block.register_forward_hook(lambda m, args, y, name=f"block {k}": out.update({name: y})))
+        hooks.append(
+            block.register_forward_hook(lambda m, args, y, name=f"block {k}": out.update({name: y}))
+        )
     try:
-        with exact(), whole(visual): h = encode(visual, x, prompt)
+        with exact(), whole(visual):
+            h = encode(visual, x, prompt)
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
     return out | {"feature": h}
 
 # %% ../nbs/15_ctl.ipynb #99a4d5e4
@@ -58,63 +72,91 @@ def _between(path: Path, x: torch.Tensor, lam: float, prompt, ends: tuple) -> di
 
 
 @torch.no_grad()
-def deviation(clip: Clip, a: dict, b: dict, x: torch.Tensor, lam: float, prompt: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def deviation(
+    clip: Clip, a: dict, b: dict, x: torch.Tensor, lam: float, prompt: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """{layer: delta_lam} on uint8 images x between state dicts a and b, shapes as in `layers` (LFPM Theorem 3.1). float32."""
     path = Path(clip, a, b)
     xs = clip.normalise(x.to(next(path.visual.parameters()).device))
-    ends = tuple(layers(path.at(s), xs, prompt) for s in (0., 1.))
+    ends = tuple(layers(path.at(s), xs, prompt) for s in (0.0, 1.0))
     return {k: h - mix for k, (h, mix) in _between(path, xs, lam, prompt, ends).items()}
 
 # %% ../nbs/15_ctl.ipynb #782e3156
 def sums(A: torch.Tensor, B: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     "(5, N) float64: <A,B>, |A|^2, |B|^2, |A-B|^2, |change|^2 of each sample (row) of three arrays of one shape (N, ...)."
     A, B, C = (v.detach().double().flatten(1) for v in (A, B, change))
-    return torch.stack([(u * v).sum(1) for u, v in ((A, B), (A, A), (B, B), (A - B, A - B), (C, C))]).cpu()
+    return torch.stack(
+        [(u * v).sum(1) for u, v in ((A, B), (A, A), (B, B), (A - B, A - B), (C, C))]
+    ).cpu()
 
 
 def _ratios(s: torch.Tensor) -> dict:
     ab, aa, bb, dd, cc = s
-    return dict(coefficient=ab / bb, cosine=ab / (aa * bb).sqrt(), relative=(dd / cc.where(cc > 0, torch.nan)).sqrt())
+    return dict(
+        coefficient=ab / bb,
+        cosine=ab / (aa * bb).sqrt(),
+        relative=(dd / cc.where(cc > 0, torch.nan)).sqrt(),
+    )
 
 
 def linearity(s: torch.Tensor) -> dict:
     """`coefficient`, `cosine` (flattened), `coefficient_mean`, `coefficient_std`, `cosine_mean`, `cosine_std` (per sample), `relative` =
     |A-B| / |change| (flattened; NaN when nothing changes), `deviation` = root mean square over samples of |A-B|, `n`, from (5, N) `sums`."""
     flat, each, n = _ratios(s.sum(1)), _ratios(s), s.shape[1]
-    per = {f"{k}_{how}": f(each[k]).item() for k in ("coefficient", "cosine") for how, f in (("mean", torch.mean), ("std", lambda v: v.std(correction=0)))}
-    return {k: v.item() for k, v in flat.items()} | per | dict(deviation=(s[3].sum() / n).sqrt().item(), n=n)
+    per = {
+        f"{k}_{how}": f(each[k]).item()
+        for k in ("coefficient", "cosine")
+        for how, f in (("mean", torch.mean), ("std", lambda v: v.std(correction=0)))
+    }
+    return (
+        {k: v.item() for k, v in flat.items()}
+        | per
+        | dict(deviation=(s[3].sum() / n).sqrt().item(), n=n)
+    )
 
 # %% ../nbs/15_ctl.ipynb #99d6acfc
 @torch.no_grad()
-def ctl_curve(clip: Clip, a: dict, b: dict, x: torch.Tensor, lams: list[float], prompt: torch.Tensor | None = None, batch: int = 256) -> list[dict]:
+def ctl_curve(
+    clip: Clip,
+    a: dict,
+    b: dict,
+    x: torch.Tensor,
+    lams: list[float],
+    prompt: torch.Tensor | None = None,
+    batch: int = 256,
+) -> list[dict]:
     """Rows (lam, block, and all of `linearity`) for every lam and every layer between state dicts a (lam = 0) and b, on uint8 images x (N, 3, H, W)
     (LFPM Eq 82, Fig 5). `block` is 'block 1', ..., 'feature'. `prompt` (k, width) is given to every model. float32 features, float64 sums."""
-    if len(x) == 0: raise ValueError("x holds no images; expected uint8 (N, 3, H, W) with N >= 1")
+    if len(x) == 0:
+        raise ValueError("x holds no images; expected uint8 (N, 3, H, W) with N >= 1")
     path, found = Path(clip, a, b), {}
     dev = next(path.visual.parameters()).device
     for part in x.split(batch):
         xs = clip.normalise(part.to(dev))
-        ends = tuple(layers(path.at(s), xs, prompt) for s in (0., 1.))
+        ends = tuple(layers(path.at(s), xs, prompt) for s in (0.0, 1.0))
         for lam in lams:
             for k, (h, mix) in _between(path, xs, lam, prompt, ends).items():
                 found.setdefault((lam, k), []).append(sums(h, mix, ends[1][k] - ends[0][k]))
     return [dict(lam=lam, block=k, **linearity(torch.cat(s, 1))) for (lam, k), s in found.items()]
 
 
-def ctl_per_block(clip: Clip, a: dict, b: dict, x: torch.Tensor, lam: float, prompt: torch.Tensor | None = None) -> list[dict]:
+def ctl_per_block(
+    clip: Clip, a: dict, b: dict, x: torch.Tensor, lam: float, prompt: torch.Tensor | None = None
+) -> list[dict]:
     "`ctl_curve` at one lam: a row for each transformer block and one for the output feature."
     return ctl_curve(clip, a, b, x, [lam], prompt)
 
 # %% ../nbs/15_ctl.ipynb #085b3b02
 def weight_kernel(lam: float, t):
     "w_lam(t): the hat over [0, 1] with its peak lam (1-lam) at t = lam; t a number or an array (LFPM Theorem 3.1)."
-    if not 0 <= lam <= 1: raise ValueError(f"lam is {lam}; expected a number in [0, 1]")
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam is {lam}; expected a number in [0, 1]")
     return np.minimum(np.asarray(t) * (1 - lam), lam * (1 - np.asarray(t)))
 
 
 def nodes(lams: list[float], per: int = 4) -> tuple[np.ndarray, np.ndarray]:
     "(t, weights): Gauss-Legendre on every piece of [0, 1] between neighbouring lams, so that each kernel's kink is the border of a piece."
-    edges, (u, w) = sorted({0., 1., *lams}), np.polynomial.legendre.leggauss(per)
+    edges, (u, w) = sorted({0.0, 1.0, *lams}), np.polynomial.legendre.leggauss(per)
     pieces = [(lo + (hi - lo) * (u + 1) / 2, (hi - lo) * w / 2) for lo, hi in zip(edges, edges[1:])]
     return tuple(np.concatenate(v) for v in zip(*pieces))
 
@@ -127,19 +169,25 @@ def between(a: dict, b: dict, t) -> dict:
 def _slope(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     "dy/dt for a vector y and a number t, itself differentiable: two reverse passes."
     u = torch.zeros_like(y, requires_grad=True)
-    s, = torch.autograd.grad((u * y).sum(), t, create_graph=True)
+    (s,) = torch.autograd.grad((u * y).sum(), t, create_graph=True)
     return torch.autograd.grad(s, u, create_graph=True)[0]
 
 
 def second(f, a: dict, b: dict, t: float) -> torch.Tensor:
     "d^2/dt^2 f(theta_t) = Delta^T H(theta_t) Delta for every output of f(dict of tensors) -> tensor, by reverse mode; same shape as f's."
-    t = torch.tensor(float(t), dtype=next(iter(a.values())).dtype, device=next(iter(a.values())).device, requires_grad=True)
+    t = torch.tensor(
+        float(t),
+        dtype=next(iter(a.values())).dtype,
+        device=next(iter(a.values())).device,
+        requires_grad=True,
+    )
     with exact():
         y = f(between(a, b, t))
         return _slope(_slope(y.flatten(), t), t).detach().view(y.shape)
 
 # %% ../nbs/15_ctl.ipynb #d619cc86
-def _norm(v) -> float: return v.double().norm().item()
+def _norm(v) -> float:
+    return v.double().norm().item()
 
 
 def check_theorem(f, a: dict, b: dict, lams: list[float], per: int = 4) -> list[dict]:
@@ -147,54 +195,94 @@ def check_theorem(f, a: dict, b: dict, lams: list[float], per: int = 4) -> list[
     of minus the path integral, of their difference over `measured`, and the bounds of LFPM Eq 10 and 11 (M: see the notebook)."""
     t, w = nodes(lams, per)
     bends = torch.stack([second(f, a, b, s) for s in t])
-    with torch.no_grad(), exact(): at = {s: f(between(a, b, s)) for s in {0., 1., *lams}}
+    with torch.no_grad(), exact():
+        at = {s: f(between(a, b, s)) for s in {0.0, 1.0, *lams}}
     sizes, rows = np.array([_norm(v) for v in bends]), []
     for lam in lams:
-        delta, hat = at[lam] - (1 - lam) * at[0.] - lam * at[1.], w * weight_kernel(lam, t)
+        delta, hat = at[lam] - (1 - lam) * at[0.0] - lam * at[1.0], w * weight_kernel(lam, t)
         integral = -torch.tensordot(torch.tensor(hat).to(bends), bends, 1)
-        rows.append(dict(lam=lam, measured=_norm(delta), integral=_norm(integral), error=_norm(delta - integral) / max(_norm(delta), 1e-300),
-                         eq10=float(hat @ sizes), eq11=lam * (1 - lam) / 2 * float(sizes.max())))
+        rows.append(
+            dict(
+                lam=lam,
+                measured=_norm(delta),
+                integral=_norm(integral),
+                error=_norm(delta - integral) / max(_norm(delta), 1e-300),
+                eq10=float(hat @ sizes),
+                eq11=lam * (1 - lam) / 2 * float(sizes.max()),
+            )
+        )
     return rows
 
 # %% ../nbs/15_ctl.ipynb #1e58095d
-def tower(clip: Clip, x: torch.Tensor, prompt: torch.Tensor | None = None, layer: str | None = "feature"):
+def tower(
+    clip: Clip, x: torch.Tensor, prompt: torch.Tensor | None = None, layer: str | None = "feature"
+):
     "f(state dict) -> output of one layer (see `layers`; None: the dict of all) on uint8 images x, differentiable, in the state's own precision."
     visual = clip.with_state(clip.state())
     xs = clip.normalise(x.to(next(visual.parameters()).device))
+
     def f(theta):
         kind = next(v.dtype for v in theta.values() if v.is_floating_point())
-        with exact(): out = _call(visual.to(kind), theta, xs.to(kind), prompt if prompt is None else prompt.to(kind))
+        with exact():
+            out = _call(
+                visual.to(kind), theta, xs.to(kind), prompt if prompt is None else prompt.to(kind)
+            )
         return out if layer is None else out[layer]
+
     return f
 
 
 class _Layers(torch.nn.Module):
-    def __init__(self, visual): super().__init__(); self.visual = visual
-    def forward(self, x, prompt): return layers(self.visual, x, prompt)
+    def __init__(self, visual):
+        super().__init__()
+        self.visual = visual
+
+    def forward(self, x, prompt):
+        return layers(self.visual, x, prompt)
 
 
 def _call(visual, theta: dict, x, prompt) -> dict:
-    return functional_call(_Layers(visual), {f"visual.{k}": v for k, v in theta.items()}, (x, prompt))
+    return functional_call(
+        _Layers(visual), {f"visual.{k}": v for k, v in theta.items()}, (x, prompt)
+    )
 
 
 def doubled(*states: dict) -> tuple[dict, ...]:
     "State dicts in float64 on `device()`, without their integer buffers."
-    return tuple({k: v.to(device(), torch.float64) for k, v in s.items() if v.is_floating_point()} for s in states)
+    return tuple(
+        {k: v.to(device(), torch.float64) for k, v in s.items() if v.is_floating_point()}
+        for s in states
+    )
 
 # %% ../nbs/15_ctl.ipynb #198ed3cf
-def valid_range(rows: list[dict], block: str = "feature", within: float = 0.05) -> tuple[float, float]:
+def valid_range(
+    rows: list[dict], block: str = "feature", within: float = 0.05
+) -> tuple[float, float]:
     """(low, high): CTL holds on [0, low] and on [high, 1], i.e. coefficient and cosine are within `within` of 1 at all of those grid points of
     `ctl_curve`'s rows (LFPM App. E.5). It holds everywhere if low = 1 and high = 0."""
-    of = sorted((r["lam"], max(abs(r["coefficient"] - 1), abs(r["cosine"] - 1)) <= within) for r in rows if r["block"] == block)
-    if not of: raise ValueError(f"no rows of block {block!r}; expected one of {sorted({r['block'] for r in rows})}")
+    of = sorted(
+        (r["lam"], max(abs(r["coefficient"] - 1), abs(r["cosine"] - 1)) <= within)
+        for r in rows
+        if r["block"] == block
+    )
+    if not of:
+        raise ValueError(
+            f"no rows of block {block!r}; expected one of {sorted({r['block'] for r in rows})}"
+        )
+
     def reach(points):
         last = None
         for lam, good in points:
-            if not good: return last
+            if not good:
+                return last
             last = lam
         return last
+
     low, high = reach(of), reach(reversed(of))
-    if low is None or high is None: raise ValueError("CTL fails at an end of the rows' λ range; give rows from λ = 0 to 1, where the deviation is zero")
+    if low is None or high is None:
+        raise ValueError(
+            "CTL fails at an end of the rows' λ range; give rows from λ = 0 to 1, where the deviation is zero"
+        )
     return low, high
 
 # %% ../nbs/15_ctl.ipynb #cc295b7f
@@ -212,5 +300,8 @@ def row_space(W: torch.Tensor) -> torch.Tensor:
 
 def feature_span(h: torch.Tensor, k: int) -> torch.Tensor:
     "The k leading directions (d, k) of unit features h (N, d): the k-dimensional subspace closest to all of them (not centred)."
-    if not 1 <= k <= min(h.shape): raise ValueError(f"k is {k}; expected 1 .. {min(h.shape)} for features of shape {tuple(h.shape)}")
+    if not 1 <= k <= min(h.shape):
+        raise ValueError(
+            f"k is {k}; expected 1 .. {min(h.shape)} for features of shape {tuple(h.shape)}"
+        )
     return torch.linalg.svd(F.normalize(h.double(), dim=-1), full_matrices=False)[2][:k].t()

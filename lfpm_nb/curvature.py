@@ -21,23 +21,44 @@ def hvp(f, theta: dict, v: dict) -> dict:
     "H v of a scalar f(dict of tensors) at theta: the gradient of <grad f, v>, both by reverse mode (Pearlmutter 1994; LFPM Eq 84)."
     theta = {k: t.detach().requires_grad_(True) for k, t in theta.items()}
     with exact():
-        g = torch.autograd.grad(f(theta), list(theta.values()), create_graph=True, materialize_grads=True)
+        g = torch.autograd.grad(
+            f(theta), list(theta.values()), create_graph=True, materialize_grads=True
+        )
         slope = sum((x * v[k]).sum() for k, x in zip(theta, g))
-        return dict(zip(theta, torch.autograd.grad(slope, list(theta.values()), materialize_grads=True)))
+        return dict(
+            zip(theta, torch.autograd.grad(slope, list(theta.values()), materialize_grads=True))
+        )
 
 
 def gradient(f, theta: dict) -> dict:
     "grad f of a scalar f(dict of tensors)."
     theta = {k: t.detach().requires_grad_(True) for k, t in theta.items()}
-    with exact(): return dict(zip(theta, torch.autograd.grad(f(theta), list(theta.values()), materialize_grads=True)))
+    with exact():
+        return dict(
+            zip(theta, torch.autograd.grad(f(theta), list(theta.values()), materialize_grads=True))
+        )
 
 
 def third(f, a: dict, b: dict, t: float) -> dict:
     "grad (Delta^T H(theta) Delta) = nabla^3 f[Delta, Delta] at theta_t, by three reverse passes."
     delta = {k: b[k] - v for k, v in a.items()}
     theta = {k: v.detach().requires_grad_(True) for k, v in between(a, b, t).items()}
-    along = lambda y: sum((g * v).sum() for g, v in zip(torch.autograd.grad(y, list(theta.values()), create_graph=True, materialize_grads=True), delta.values()))
-    with exact(): return dict(zip(theta, torch.autograd.grad(along(along(f(theta))), list(theta.values()), materialize_grads=True)))
+    along = lambda y: sum(
+        (g * v).sum()
+        for g, v in zip(
+            torch.autograd.grad(y, list(theta.values()), create_graph=True, materialize_grads=True),
+            delta.values(),
+        )
+    )
+    with exact():
+        return dict(
+            zip(
+                theta,
+                torch.autograd.grad(
+                    along(along(f(theta))), list(theta.values()), materialize_grads=True
+                ),
+            )
+        )
 
 # %% ../nbs/15a_curvature.ipynb #0c1cf311
 def check_gradients(f, a: dict, b: dict, lams: list[float], per: int = 4) -> list[dict]:
@@ -45,15 +66,29 @@ def check_gradients(f, a: dict, b: dict, lams: list[float], per: int = 4) -> lis
     relative distance of minus the path integral of nabla^3 f[Delta, Delta] from it; lam (1-lam)/2 N |Delta|^2; LFPM Eq 23; |grad f(theta_lam)|."""
     t, w = nodes(lams, per)
     flat = lambda d: torch.cat([v.flatten() for v in d.values()])
-    delta, at = {k: b[k] - v for k, v in a.items()}, {s: flat(gradient(f, between(a, b, s))) for s in {0., 1., *lams}}
+    delta, at = (
+        {k: b[k] - v for k, v in a.items()},
+        {s: flat(gradient(f, between(a, b, s))) for s in {0.0, 1.0, *lams}},
+    )
     turns = torch.stack([flat(third(f, a, b, s)) for s in t])
     n = max(v.norm().item() for v in turns)
     m, rows = max(norm(hvp(f, between(a, b, s), delta)) for s in t), []
     for lam in lams:
-        e, hat = at[lam] - (1 - lam) * at[0.] - lam * at[1.], torch.tensor(w * weight_kernel(lam, t)).to(turns)
+        e, hat = (
+            at[lam] - (1 - lam) * at[0.0] - lam * at[1.0],
+            torch.tensor(w * weight_kernel(lam, t)).to(turns),
+        )
         size = e.norm().item()
-        rows.append(dict(lam=lam, measured=size, error=(e + hat @ turns).norm().item() / max(size, 1e-300), tight=lam * (1 - lam) / 2 * n,
-                         paper=lam * (1 - lam) * (2 * m + n / 2), gradient=at[lam].norm().item()))
+        rows.append(
+            dict(
+                lam=lam,
+                measured=size,
+                error=(e + hat @ turns).norm().item() / max(size, 1e-300),
+                tight=lam * (1 - lam) / 2 * n,
+                paper=lam * (1 - lam) * (2 * m + n / 2),
+                gradient=at[lam].norm().item(),
+            )
+        )
     return rows
 
 # %% ../nbs/15a_curvature.ipynb #0158c30b
@@ -71,44 +106,75 @@ def readings(f, y: torch.Tensor, W: torch.Tensor, mm: dict, anti: dict, s: float
     """Relative error |g - grad L(theta_s)| / |grad L(theta_s)| of three gradients g: `features` (G_anti + G_mm of the loss of interpolated features),
     `losses` (the mix of the ends' loss gradients), `twice` (s G_anti + (1-s) G_mm). f: state dict -> features (N, d) (LFPM Eq 24)."""
     L, flat = loss_of(f, y, W), lambda d: torch.cat([v.flatten() for v in d.values()])
-    anti = {k: anti[k] for k in mm}                     # one order: gradients lie side by side below
+    anti = {k: anti[k] for k in mm}  # one order: gradients lie side by side below
     ends = [{k: v.detach().requires_grad_(True) for k, v in e.items()} for e in (mm, anti)]
     with exact():
         h_m, h_a = map(f, ends)
-        g = torch.autograd.grad(ce((1 - s) * h_m + s * h_a, y, W), [v for e in ends for v in e.values()], materialize_grads=True)
-    G_m, G_a = (torch.cat([v.flatten() for v in part]) for part in (g[:len(mm)], g[len(mm):]))
+        g = torch.autograd.grad(
+            ce((1 - s) * h_m + s * h_a, y, W),
+            [v for e in ends for v in e.values()],
+            materialize_grads=True,
+        )
+    G_m, G_a = (torch.cat([v.flatten() for v in part]) for part in (g[: len(mm)], g[len(mm) :]))
     true = flat(gradient(L, between(mm, anti, s)))
-    tried = dict(features=G_a + G_m, losses=(1 - s) * flat(gradient(L, mm)) + s * flat(gradient(L, anti)), twice=s * G_a + (1 - s) * G_m)
+    tried = dict(
+        features=G_a + G_m,
+        losses=(1 - s) * flat(gradient(L, mm)) + s * flat(gradient(L, anti)),
+        twice=s * G_a + (1 - s) * G_m,
+    )
     return {k: ((v - true).norm() / true.norm()).item() for k, v in tried.items()}
 
 # %% ../nbs/15a_curvature.ipynb #63e6c484
 def along(f, a: dict, b: dict, t: float, difference: float = 0.0) -> float:
     """d^2/dt^2 of a scalar f at theta_t: Delta^T H Delta by reverse mode twice, or with `difference` = h > 0 from gradients at t - h and t + h
     (Pearlmutter 1994; LFPM Eq 84, 85)."""
-    if not difference: return second(f, a, b, t).item()
+    if not difference:
+        return second(f, a, b, t).item()
     delta = {k: b[k] - v for k, v in a.items()}
-    slope = lambda s: sum((g * d).sum() for g, d in zip(gradient(f, between(a, b, s)).values(), delta.values())).item()
+    slope = lambda s: sum(
+        (g * d).sum() for g, d in zip(gradient(f, between(a, b, s)).values(), delta.values())
+    ).item()
     return (slope(t + difference) - slope(t - difference)) / (2 * difference)
 
 
 def bend(f, a: dict, b: dict, t: float, h: float = 1e-3) -> torch.Tensor:
     "`ctl.second` by (f(t+h) - 2 f(t) + f(t-h)) / h^2, without gradients; float64 only."
-    with torch.no_grad(): return (f(between(a, b, t + h)) - 2 * f(between(a, b, t)) + f(between(a, b, t - h))) / h**2
+    with torch.no_grad():
+        return (f(between(a, b, t + h)) - 2 * f(between(a, b, t)) + f(between(a, b, t - h))) / h**2
 
 # %% ../nbs/15a_curvature.ipynb #47489199
-def curvature(clip: Clip, a: dict, b: dict, x: torch.Tensor, y: torch.Tensor, W: torch.Tensor, prompt: torch.Tensor | None = None, points: int = 5,
-              difference: float = 0.0) -> dict:
+def curvature(
+    clip: Clip,
+    a: dict,
+    b: dict,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    W: torch.Tensor,
+    prompt: torch.Tensor | None = None,
+    points: int = 5,
+    difference: float = 0.0,
+) -> dict:
     """Curvature of the loss and of the feature on uint8 images x, labels y, head W, along the path between state dicts a and b, in float64, averaged over
     `points` evenly spaced t with both ends: E, E_signed, delta, E_over_delta, rayleigh, E_features, bend, n, each explained in the notebook
     (LFPM Alg B.4, Table 13). Quotients are NaN where a equals b. `difference`: see `along`."""
-    if points < 2: raise ValueError(f"points is {points}; expected at least 2, both ends of the path")
+    if points < 2:
+        raise ValueError(f"points is {points}; expected at least 2, both ends of the path")
     f, (a, b) = tower(clip, x, prompt), doubled(a, b)
     delta, L = norm({k: b[k] - v for k, v in a.items()}), loss_of(f, y, W)
     E = [along(L, a, b, t, difference) for t in grid(points)]
     E_f = [bend(f, a, b, t).square().sum(1).mean().sqrt().item() for t in grid(points)]
     size, signed, of_f = (float(np.mean(v)) for v in (np.abs(E), E, E_f))
     over = lambda v, k: v / delta**k if delta else float("nan")
-    return dict(E=size, E_signed=signed, delta=delta, E_over_delta=over(size, 1), rayleigh=over(size, 2), E_features=of_f, bend=over(of_f, 2), n=len(x))
+    return dict(
+        E=size,
+        E_signed=signed,
+        delta=delta,
+        E_over_delta=over(size, 1),
+        rayleigh=over(size, 2),
+        E_features=of_f,
+        bend=over(of_f, 2),
+        n=len(x),
+    )
 
 # %% ../nbs/15a_curvature.ipynb #106fc663
 @contextlib.contextmanager
@@ -117,11 +183,19 @@ def snapshots(clip: Clip, at: list[int]):
     trains all weights (adapters have other shapes and are passed over)."""
     named = dict(clip.visual.named_parameters())
     buffers, seen, out = {k: v for k, v in clip.state().items() if k not in named}, [0], {}
+
     def look(opt, args, kwargs):
         params = opt.param_groups[0]["params"]
-        if [p.shape for p in params] != [p.shape for p in named.values()]: return
+        if [p.shape for p in params] != [p.shape for p in named.values()]:
+            return
         seen[0] += 1
-        if seen[0] in at: out[seen[0]] = {k: p.detach().float().cpu().clone() for k, p in zip(named, params)} | buffers
+        if seen[0] in at:
+            out[seen[0]] = {
+                k: p.detach().float().cpu().clone() for k, p in zip(named, params)
+            } | buffers
+
     hook = register_optimizer_step_post_hook(look)
-    try: yield out
-    finally: hook.remove()
+    try:
+        yield out
+    finally:
+        hook.remove()

@@ -23,6 +23,7 @@ from .subspace import Shadow
 class Defended:
     """`end`: the defence's state dict at lam = 1; `lam` used; `rule`: what λ was chosen on (empty for a given number); `log`: knob, loss,
     image passes and, under `strength_rule`, what the rule tried; `strength` used (None for a defence without a knob)."""
+
     end: dict
     lam: float
     rule: dict = field(default_factory=dict)
@@ -33,9 +34,13 @@ class Defended:
 def check_lam(lam) -> float | str:
     "A rule of `lam_rules` by its short name, or a number in [0, 1] as a float; ValueError otherwise."
     with contextlib.suppress(TypeError, ValueError):
-        if 0 <= float(lam) <= 1: return float(lam)
-    with contextlib.suppress(ValueError): return lam_rules.find(lam)
-    raise ValueError(f"lam is {lam!r}; expected a rule ({', '.join(lam_rules)}) or a number in [0, 1]")
+        if 0 <= float(lam) <= 1:
+            return float(lam)
+    with contextlib.suppress(ValueError):
+        return lam_rules.find(lam)
+    raise ValueError(
+        f"lam is {lam!r}; expected a rule ({', '.join(lam_rules)}) or a number in [0, 1]"
+    )
 
 
 def rule_of(lam: float | str) -> str:
@@ -46,6 +51,7 @@ def rule_of(lam: float | str) -> str:
 @dataclass(frozen=True)
 class Knob:
     "A defence's strength: what it is called, the three values the rule tries, the interval it must lie in, the default."
+
     name: str
     grid: tuple
     within: tuple
@@ -58,21 +64,35 @@ defences, knobs = Registry("defence"), {}
 def defence(name: str, knob: str, grid: tuple, within: tuple, **about):
     """Decorator: `defences.register(name, **about)` for f(merged, clip, shadow, prompts, strengths, seed, strength=default) -> (state dict at
     lam = 1, dict with the losses under 'loss'), and its `Knob`."""
+
     def add(f):
-        knobs[name] = Knob(knob, tuple(grid), tuple(within), inspect.signature(f).parameters["strength"].default)
+        knobs[name] = Knob(
+            knob, tuple(grid), tuple(within), inspect.signature(f).parameters["strength"].default
+        )
         return defences.register(name, **about)(f)
+
     return add
 
 # %% ../nbs/16_defend.ipynb #66977d5e
 def check_strength(method: str, strength) -> float | str | None:
     "'rule', or the number for a number or 'default' (None if the method was registered without a knob); ValueError naming the interval otherwise."
     k = knobs.get(method)
-    if isinstance(strength, str) and strength == "default": return k and k.default
-    if k is None: raise ValueError(f"{method} has no strength, got {strength!r}; use 'default', or register it with `defence(...)` and a knob")
-    if isinstance(strength, str) and strength == "rule": return "rule"
-    try: ok = k.within[0] <= float(strength) <= k.within[1]
-    except (TypeError, ValueError): ok = False
-    if not ok: raise ValueError(f"strength is {strength!r}; expected 'default', 'rule' or {method}'s {k.name}, a number in {list(k.within)}")
+    if isinstance(strength, str) and strength == "default":
+        return k and k.default
+    if k is None:
+        raise ValueError(
+            f"{method} has no strength, got {strength!r}; use 'default', or register it with `defence(...)` and a knob"
+        )
+    if isinstance(strength, str) and strength == "rule":
+        return "rule"
+    try:
+        ok = k.within[0] <= float(strength) <= k.within[1]
+    except (TypeError, ValueError):
+        ok = False
+    if not ok:
+        raise ValueError(
+            f"strength is {strength!r}; expected 'default', 'rule' or {method}'s {k.name}, a number in {list(k.within)}"
+        )
     return float(strength)
 
 # %% ../nbs/16_defend.ipynb #ab74a3f0
@@ -80,11 +100,16 @@ def check_strength(method: str, strength) -> float | str | None:
 def counting(clip: Clip):
     "Yields {'passes': image passes so far} through any tower like `clip.visual`: 1 where a gradient can flow back, 1/3 elsewhere."
     kind, n = type(clip.visual.transformer), dict(passes=0.0)
+
     def count(m, args, out):
-        if isinstance(m, kind): n["passes"] += len(out) * (1 if out.requires_grad else 1 / 3)
+        if isinstance(m, kind):
+            n["passes"] += len(out) * (1 if out.requires_grad else 1 / 3)
+
     hook = torch.nn.modules.module.register_module_forward_hook(count)
-    try: yield n
-    finally: hook.remove()
+    try:
+        yield n
+    finally:
+        hook.remove()
 
 
 def halved(s: Strengths) -> Strengths:
@@ -92,11 +117,23 @@ def halved(s: Strengths) -> Strengths:
     return replace(s, epochs=max(1, s.epochs // 2))
 
 
-def train_defence(method: str, merged: dict, clip: Clip, shadow: Shadow, prompts: torch.Tensor, s: Strengths, seed: int = 0,
-                  strength: float | None = None, half: bool = False) -> tuple[dict, dict]:
+def train_defence(
+    method: str,
+    merged: dict,
+    clip: Clip,
+    shadow: Shadow,
+    prompts: torch.Tensor,
+    s: Strengths,
+    seed: int = 0,
+    strength: float | None = None,
+    half: bool = False,
+) -> tuple[dict, dict]:
     "(state dict at lam = 1, log with `passes`) of one registered defence at one strength (None: its default); `half` for the rule's trials."
     option = {} if strength is None else dict(strength=check_strength(method, strength))
-    with counting(clip) as n: end, log = defences(method, merged, clip, shadow, prompts, halved(s) if half else s, seed, **option)
+    with counting(clip) as n:
+        end, log = defences(
+            method, merged, clip, shadow, prompts, halved(s) if half else s, seed, **option
+        )
     check_same(merged, end, f"the merged model and {method}'s")
     return end, {**log, "passes": round(n["passes"])}
 
@@ -104,11 +141,21 @@ def train_defence(method: str, merged: dict, clip: Clip, shadow: Shadow, prompts
 def prefer(tried: list[dict], floor: float) -> dict:
     "The entry with the lowest `prompted` among those whose `accuracy` is at least `floor`; with the highest accuracy if there are none."
     keep = [t for t in tried if t["accuracy"] >= floor]
-    return min(keep, key=lambda t: t["prompted"]) if keep else max(tried, key=lambda t: t["accuracy"])
+    return (
+        min(keep, key=lambda t: t["prompted"]) if keep else max(tried, key=lambda t: t["accuracy"])
+    )
 
 
-def choose_strength(clip: Clip, merged: dict, ends: dict, shadow: Shadow, prompts: torch.Tensor, rule: str = "knee", loss: float = 0.02,
-                    lookout: Lookout | None = None) -> dict:
+def choose_strength(
+    clip: Clip,
+    merged: dict,
+    ends: dict,
+    shadow: Shadow,
+    prompts: torch.Tensor,
+    rule: str = "knee",
+    loss: float = 0.02,
+    lookout: Lookout | None = None,
+) -> dict:
     """{'strength', 'floor', 'tried': [{strength, lam, accuracy, prompted}]} for candidates {strength: state dict at lam = 1}, each judged at the λ
     that the named rule chooses by held-out shadow accuracy (a share) and held-out prompted loss (nats). `loss`: the accuracy that may be lost.
     `lookout`: this merge's, if it is at hand."""
@@ -117,28 +164,67 @@ def choose_strength(clip: Clip, merged: dict, ends: dict, shadow: Shadow, prompt
         chosen = lookout.choose(end, rule)
         at = next(point for point in chosen["curve"] if point["lam"] == chosen["lam"])
         right = accuracy(clip, Path(clip, merged, end).at(at["lam"]), shadow)
-        tried.append(dict(strength=strength, lam=at["lam"], accuracy=right, prompted=at["prompted"]))
+        tried.append(
+            dict(strength=strength, lam=at["lam"], accuracy=right, prompted=at["prompted"])
+        )
     floor = accuracy(clip, clip.with_state(merged), shadow) - loss - 1e-9
     return dict(strength=prefer(tried, floor)["strength"], floor=floor, tried=tried)
 
 # %% ../nbs/16_defend.ipynb #d96f34b0
-def train_end(method: str, merged: dict, clip: Clip, shadow: Shadow, seed: int, rule: str, strengths: Strengths, mined: tuple, strength,
-              lookout: Lookout | None = None) -> tuple[dict, dict]:
-    "(state dict at lam = 1, log with the `strength` used) of a defence, after `stage_one`; with strength \"rule\" the half-trained candidates are judged by the named rule for λ."
-    value, knob, choice, (found, first) = check_strength(method, strength), knobs.get(method), {}, mined
+def train_end(
+    method: str,
+    merged: dict,
+    clip: Clip,
+    shadow: Shadow,
+    seed: int,
+    rule: str,
+    strengths: Strengths,
+    mined: tuple,
+    strength,
+    lookout: Lookout | None = None,
+) -> tuple[dict, dict]:
+    '(state dict at lam = 1, log with the `strength` used) of a defence, after `stage_one`; with strength "rule" the half-trained candidates are judged by the named rule for λ.'
+    value, knob, choice, (found, first) = (
+        check_strength(method, strength),
+        knobs.get(method),
+        {},
+        mined,
+    )
     used, p = replace(strengths, rank=first["rank"], rho=first["rho"]), found["p"]
     train = partial(train_defence, method, merged, clip, shadow, p, used, seed)
     if value == "rule":
         half = {v: train(v, half=True) for v in knob.grid}
-        choice = choose_strength(clip, merged, {v: end for v, (end, _) in half.items()}, shadow, p, rule, lookout=lookout)
+        choice = choose_strength(
+            clip, merged, {v: end for v, (end, _) in half.items()}, shadow, p, rule, lookout=lookout
+        )
         value = choice["strength"]
-        choice |= dict(rule="choose_strength", epochs=halved(used).epochs, passes=[log["passes"] for _, log in half.values()])
+        choice |= dict(
+            rule="choose_strength",
+            epochs=halved(used).epochs,
+            passes=[log["passes"] for _, log in half.values()],
+        )
     end, log = train(value)
-    return end, dict(rank=used.rank, rho=used.rho, knob=knob and knob.name, strength=value, strength_rule=choice, **log)
+    return end, dict(
+        rank=used.rank,
+        rho=used.rho,
+        knob=knob and knob.name,
+        strength=value,
+        strength_rule=choice,
+        **log,
+    )
 
 
-def defend(method: str, merged: dict, clip: Clip, shadow: Shadow, seed: int = 0, lam: float | str = "knee", strengths: Strengths = Strengths(),
-           mined: tuple | None = None, strength: float | str = "default") -> tuple[dict, Defended]:
+def defend(
+    method: str,
+    merged: dict,
+    clip: Clip,
+    shadow: Shadow,
+    seed: int = 0,
+    lam: float | str = "knee",
+    strengths: Strengths = Strengths(),
+    mined: tuple | None = None,
+    strength: float | str = "default",
+) -> tuple[dict, Defended]:
     """(purified state dict, Defended) of the registered defence on the state dict `merged`. `lam` is a rule of `lam_rules` or a number in [0, 1], `strength` "default",
     "rule" or a number for the defence's knob. `mined`: what `stage_one` returned, if it is at hand. Nothing here sees a trigger, a target or task data."""
     lam, method = check_lam(lam), defences.find(method)
@@ -146,13 +232,20 @@ def defend(method: str, merged: dict, clip: Clip, shadow: Shadow, seed: int = 0,
     check_same(clip.visual.state_dict(), merged, "this backbone and the merged model")
     mined, by = mined or stage_one(clip, merged, shadow, strengths, seed), rule_of(lam)
     lookout = Lookout(clip, merged, shadow, mined[0]["p"])
-    end, log = train_end(method, merged, clip, shadow, seed, by, strengths, mined, strength, lookout)
+    end, log = train_end(
+        method, merged, clip, shadow, seed, by, strengths, mined, strength, lookout
+    )
     rule = lookout.choose(end, by) if isinstance(lam, str) else {}
     lam, value = rule.get("lam", lam), log.pop("strength")
     return lerp(merged, end, lam), Defended(end, lam, rule, log, value)
 
 # %% ../nbs/16_defend.ipynb #a7b2ffe5
-_by_rate = dict(knob="learning-rate factor", grid=(0.5, 1.0, 2.0), within=(0.0, 10.0), needs=("shadow labels", "training", "pretrained"))
+_by_rate = dict(
+    knob="learning-rate factor",
+    grid=(0.5, 1.0, 2.0),
+    within=(0.0, 10.0),
+    needs=("shadow labels", "training", "pretrained"),
+)
 
 
 @defence("LFPM", long="Linear Feature Path Minimization", source="arXiv 2606.12498", **_by_rate)
@@ -164,11 +257,24 @@ def lfpm(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
 @defence("fine-tuning", long="Fine-tuning on the shadow set", **_by_rate)
 def fine_tuning(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
     "The same images, prompts, steps and learning rate as LFPM; the loss of the model alone: no worst case, no path, no accumulation."
-    return train_anti(clip, merged, shadow, p, replace(s, lr=s.lr * strength, B=False, C=False), seed, "fine-tuning")
+    return train_anti(
+        clip,
+        merged,
+        shadow,
+        p,
+        replace(s, lr=s.lr * strength, B=False, C=False),
+        seed,
+        "fine-tuning",
+    )
 
 
 @defence("fine-tuning-clean", long="Fine-tuning on the shadow set, without prompts", **_by_rate)
 def fine_tuning_clean(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
     "Half of `fine-tuning`: the plain images only, always from the merged model."
-    def loss(visual, x, y, _): return terms(clip, partial(encode, visual), shadow.W, x, y, (None,))
-    return train_on_shadow(clip, merged, shadow, p, replace(s, lr=s.lr * strength), seed, "fine-tuning-clean", loss)
+
+    def loss(visual, x, y, _):
+        return terms(clip, partial(encode, visual), shadow.W, x, y, (None,))
+
+    return train_on_shadow(
+        clip, merged, shadow, p, replace(s, lr=s.lr * strength), seed, "fine-tuning-clean", loss
+    )

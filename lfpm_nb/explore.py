@@ -31,52 +31,126 @@ KEEP = ("CA", "ASR_T", "ASR_N")
 
 def grid_of(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     "Recorded averages of one method's path: lam, CA, ASR_T, ASR_N (percent), sorted; ValueError with fewer than two points."
-    at = rows[(rows.kind == "path") & (rows.task == "average") & (rows.method == name) & rows.metric.isin(KEEP)]
-    g = at.pivot_table(index="lam", columns="metric", values="value").reindex(columns=list(KEEP)).reset_index()
-    if len(g) < 2: raise ValueError(f"the path of {name} has {len(g)} recorded points; at least 2 are needed: run it with lam_n=21")
+    at = rows[
+        (rows.kind == "path")
+        & (rows.task == "average")
+        & (rows.method == name)
+        & rows.metric.isin(KEEP)
+    ]
+    g = (
+        at.pivot_table(index="lam", columns="metric", values="value")
+        .reindex(columns=list(KEEP))
+        .reset_index()
+    )
+    if len(g) < 2:
+        raise ValueError(
+            f"the path of {name} has {len(g)} recorded points; at least 2 are needed: run it with lam_n=21"
+        )
     return g
 
 
 def read_grid(g: pd.DataFrame, lam: float) -> dict:
     "Values of a recorded grid at lam, linear between its points; `on` says whether lam is one of them."
-    return {k: float(np.interp(lam, g.lam, g[k])) for k in KEEP} | dict(on=bool(np.isclose(g.lam, lam).any()))
+    return {k: float(np.interp(lam, g.lam, g[k])) for k in KEEP} | dict(
+        on=bool(np.isclose(g.lam, lam).any())
+    )
 
 # %% ../nbs/20_explore.ipynb #070a059d
 def same_origin(a: dict, b: dict, what: str, least: float = 0.5) -> None:
     "ValueError unless two state dicts have one architecture, and weight matrices with a cosine of at least `least`."
     check_same(a, b, what)
-    flat = lambda m: torch.cat([m[k].detach().flatten() for k, v in a.items() if v.is_floating_point() and v.dim() > 1])
+    flat = lambda m: torch.cat(
+        [m[k].detach().flatten() for k, v in a.items() if v.is_floating_point() and v.dim() > 1]
+    )
     cos = F.cosine_similarity(flat(a), flat(b), 0).item()
-    if cos < least: raise ValueError(f"{what}: their weights have a cosine of {cos:.2f}; expected two models fine-tuned from the same pretrained one, whose cosine is above 0.9")
+    if cos < least:
+        raise ValueError(
+            f"{what}: their weights have a cosine of {cos:.2f}; expected two models fine-tuned from the same pretrained one, whose cosine is above 0.9"
+        )
 
 
 def few(n: int, most: int = 4096) -> int:
     "n, refused unless it is 1 to `most`: pictures stay in memory and are run at every stop of a slider."
-    if not 1 <= n <= most: raise ValueError(f"n is {n}; expected 1 to {most}: every picture stays in memory and is run at every stop of the slider")
+    if not 1 <= n <= most:
+        raise ValueError(
+            f"n is {n}; expected 1 to {most}: every picture stays in memory and is run at every stop of the slider"
+        )
     return n
 
 # %% ../nbs/20_explore.ipynb #ef52664b
 class PathCore:
     """Models between `start` and `ends[name]` (state dicts) on pictures of `suite`'s first attacked task. `rows`: recorded tidy rows, `chosen`:
     {name: the rule's lam}, where there is one, `flat`: {name: {"CA": percent, "ASR_T": percent}} of reference lines. `n` pictures, each plain and triggered."""
-    def __init__(self, clip: Clip, start: dict, ends: dict, suite: Suite, rows: pd.DataFrame, chosen: dict, flat: dict, n: int = 256):
-        if not ends: raise ValueError("no path to walk: give at least one end model, e.g. {'LFPM': theta_anti}")
-        if not suite.goals: raise ValueError("no triggered images: the suite has no attacked task; give one a Goal(class, trigger)")
-        for name, end in ends.items(): same_origin(start, end, f"the start and the end called {name}")
-        self.clip, self.start, self.ends, self.suite, self.chosen, self.flat = clip, start, ends, suite, chosen, flat
+
+    def __init__(
+        self,
+        clip: Clip,
+        start: dict,
+        ends: dict,
+        suite: Suite,
+        rows: pd.DataFrame,
+        chosen: dict,
+        flat: dict,
+        n: int = 256,
+    ):
+        if not ends:
+            raise ValueError(
+                "no path to walk: give at least one end model, e.g. {'LFPM': theta_anti}"
+            )
+        if not suite.goals:
+            raise ValueError(
+                "no triggered images: the suite has no attacked task; give one a Goal(class, trigger)"
+            )
+        for name, end in ends.items():
+            same_origin(start, end, f"the start and the end called {name}")
+        self.clip, self.start, self.ends, self.suite, self.chosen, self.flat = (
+            clip,
+            start,
+            ends,
+            suite,
+            chosen,
+            flat,
+        )
         self.grids, self.lam, self.lock = {m: grid_of(rows, m) for m in ends}, 0.0, threading.Lock()
         self.task = next(t for t in suite.tasks if t.name in suite.goals)
-        self._images(few(n)); self.select(next(iter(ends)))
+        self._images(few(n))
+        self.select(next(iter(ends)))
 
     @classmethod
-    def of(cls, lab: Lab, methods=None, n: int = 256, rows: pd.DataFrame | None = None) -> "PathCore":
+    def of(
+        cls, lab: Lab, methods=None, n: int = 256, rows: pd.DataFrame | None = None
+    ) -> "PathCore":
         "A core on a lab's first merge, poisoned, and on its defences (default: all). A `Recorded` lab brings its `rows`."
-        rows, first, names = lab.recorded if rows is None else rows, lab.P.merges[0], methods or lab.P.defences
+        rows, first, names = (
+            lab.recorded if rows is None else rows,
+            lab.P.merges[0],
+            methods or lab.P.defences,
+        )
         theta = lab.merged(first)[0]
-        found = {m: lab.defended(choose(m, lab.P.defences, "defence of this lab"), theta)[1] for m in names}
-        at = rows[(rows.kind == "model") & (rows.task == "average") & (rows.method == f"{first} (clean)")].set_index("metric").value
+        found = {
+            m: lab.defended(choose(m, lab.P.defences, "defence of this lab"), theta)[1]
+            for m in names
+        }
+        at = (
+            rows[
+                (rows.kind == "model")
+                & (rows.task == "average")
+                & (rows.method == f"{first} (clean)")
+            ]
+            .set_index("metric")
+            .value
+        )
         flat = {f"{first} (clean), same trigger": {k: float(at[k]) for k in KEEP[:2]}}
-        return cls(lab.clip, theta, {m: d.end for m, d in found.items()}, lab.suite, rows, {m: d.lam for m, d in found.items()}, flat, n)
+        return cls(
+            lab.clip,
+            theta,
+            {m: d.end for m, d in found.items()},
+            lab.suite,
+            rows,
+            {m: d.lam for m, d in found.items()},
+            flat,
+            n,
+        )
 
 # %% ../nbs/20_explore.ipynb #442e9b4e
 @method(PathCore)
@@ -102,7 +176,7 @@ def select(self, name: str) -> None:
     "Walk the path to another defence's end; the 2-D map (PCA over five λ) and the coarse pictures of drags are made once a path. Interrupted, nothing has changed."
     with self.lock:
         path = Path(self.clip, self.start, self.ends[choose(name, self.ends, "defence")])
-        hs = {lam: self._features(path, lam) for lam in (0., .25, .5, .75, 1.)}
+        hs = {lam: self._features(path, lam) for lam in (0.0, 0.25, 0.5, 0.75, 1.0)}
         where = axes(torch.cat(list(hs.values())))
         coarse = {lam: self._look(h, where) for lam, h in hs.items()}
         self.name, self.path, self.cache, self.axes, self.coarse = name, path, {}, where, coarse
@@ -118,17 +192,27 @@ def _features(self, path: Path, lam: float) -> torch.Tensor:
 def _look(self, h: torch.Tensor, axes: tuple) -> dict:
     "What is shown of unit features (2n, d) on a map of these axes: predicted classes, map positions, CA and ASR_T on these n pictures (percent)."
     p = logits(h, self.W.cpu()).argmax(1)
-    plain, hit = p[:self.n], p[self.n:]
-    return dict(pred=p, xy=(h - axes[0]) @ axes[1], CA=100 * (plain == self.y).float().mean().item(), ASR_T=100 * (hit == self.target).float().mean().item())
+    plain, hit = p[: self.n], p[self.n :]
+    return dict(
+        pred=p,
+        xy=(h - axes[0]) @ axes[1],
+        CA=100 * (plain == self.y).float().mean().item(),
+        ASR_T=100 * (hit == self.target).float().mean().item(),
+    )
 
 
 @method(PathCore)
 def move(self, lam: float) -> dict:
     "At once: recorded values at lam for every defence, and the nearest coarse look at the current one."
-    if not 0 <= lam <= 1: raise ValueError(f"lam is {lam}; expected a number in [0, 1]")
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam is {lam}; expected a number in [0, 1]")
     self.lam = lam
     near = min(self.coarse, key=lambda l: abs(l - lam))
-    return dict(values={m: read_grid(g, lam) for m, g in self.grids.items()}, look=self.cache.get(round(lam, 6), self.coarse[near]), at=near)
+    return dict(
+        values={m: read_grid(g, lam) for m, g in self.grids.items()},
+        look=self.cache.get(round(lam, 6), self.coarse[near]),
+        at=near,
+    )
 
 
 @method(PathCore)
@@ -136,40 +220,62 @@ def exact(self, lam: float) -> dict:
     "The model at exactly lam on the n pictures, cached. An interruption leaves nothing half-written: weights are mixed anew each time."
     with self.lock:
         key = round(lam, 6)
-        if key not in self.cache: self.cache[key] = self._look(self._features(self.path, lam), self.axes)
+        if key not in self.cache:
+            self.cache[key] = self._look(self._features(self.path, lam), self.axes)
         return self.cache[key]
 
 # %% ../nbs/20_explore.ipynb #066d3652
 @method(PathCore)
 def row(self, lam: float, path_n: int = 150) -> dict:
     "All tasks at exactly lam, measured as the recording was (`suite.first(path_n)`): {CA, ASR_T, ASR_N} in percent."
-    with self.lock: rows = measure(self.clip, self.path.at(lam), self.suite.first(path_n), floors=False)
+    with self.lock:
+        rows = measure(self.clip, self.path.at(lam), self.suite.first(path_n), floors=False)
     return {k: average(rows, k) for k in KEEP}
 
 # %% ../nbs/20_explore.ipynb #47691b46
 class Ready(Stages):
     "Stages that were computed before: a missing one is refused instead of computed for minutes."
+
     def _compute(self, name, path, compute, poisoned):
-        raise FileNotFoundError(f"the models of this run are not in {self.root}: {name} is missing, damaged, or was made by "
-                                "other code or versions. Run it again with the same settings and --force")
+        raise FileNotFoundError(
+            f"the models of this run are not in {self.root}: {name} is missing, damaged, or was made by "
+            "other code or versions. Run it again with the same settings and --force"
+        )
 
 
 def open_run(folder, methods=None, n: int = 256) -> PathCore:
     "A core on a finished run's folder, e.g. runs/main/tiny-s0-1a2b3c4d; its models come from `$LFPM_CACHE`, nothing is trained."
     run = look(folder)
     if isinstance(run, str):
-        raise FileNotFoundError(f"no finished run in {folder} ({run}); expected the folder that `lfpm run main` printed")
-    try: P, threads = MainParams(**run.params["params"]), int(run.params["versions"]["threads"])
-    except (TypeError, KeyError, ValueError): raise ValueError(f"{folder} is a run of another notebook than main; an explorer needs a merge, its defences and their paths") from None
-    torch.set_num_threads(threads)                                      # stages are kept by number of threads
+        raise FileNotFoundError(
+            f"no finished run in {folder} ({run}); expected the folder that `lfpm run main` printed"
+        )
+    try:
+        P, threads = MainParams(**run.params["params"]), int(run.params["versions"]["threads"])
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(
+            f"{folder} is a run of another notebook than main; an explorer needs a merge, its defences and their paths"
+        ) from None
+    torch.set_num_threads(threads)  # stages are kept by number of threads
     return PathCore.of(Lab(P, Ready()), methods, n, run.rows)
 
 
-def between(lab: Lab, a: dict, b: dict, name: str = "the second", n: int = 256, points: int = 11, images: int = 64) -> PathCore:
+def between(
+    lab: Lab,
+    a: dict,
+    b: dict,
+    name: str = "the second",
+    n: int = 256,
+    points: int = 11,
+    images: int = 64,
+) -> PathCore:
     "A core between two state dicts, on a lab's pictures and trigger; the grid is measured here on `images` a task."
-    same_origin(lab.clip.state(), a, "the pretrained model and the first"); same_origin(a, b, "the two models")
+    same_origin(lab.clip.state(), a, "the pretrained model and the first")
+    same_origin(a, b, "the two models")
     cut = [replace(t, test_x=t.test_x[:images], test_y=t.test_y[:images]) for t in lab.suite.tasks]
-    rows = pd.DataFrame(measure_path(lab.clip, a, b, replace(lab.suite, tasks=cut), points)).assign(kind="path", method=name)
+    rows = pd.DataFrame(measure_path(lab.clip, a, b, replace(lab.suite, tasks=cut), points)).assign(
+        kind="path", method=name
+    )
     return PathCore(lab.clip, a, {name: b}, lab.suite, rows, {}, {}, n)
 
 # %% ../nbs/20_explore.ipynb #b0571f5c
@@ -178,12 +284,14 @@ def readout(core: PathCore, moved: dict, exact: dict | None = None) -> str:
     v = moved["values"][core.name]
     kind = "recorded" if v["on"] else "interpolated"
     text = f"<b>{html.escape(core.name)}, λ = {core.lam:.3f}</b> · {kind}: CA {v['CA']:.1f} %, ASR(T) {v['ASR_T']:.1f} %, ASR(N) {v['ASR_N']:.1f} %"
-    if exact: text += f" · exact on {core.n} pictures of {core.task.name}: CA {exact['CA']:.1f} %, ASR(T) {exact['ASR_T']:.1f} %"
+    if exact:
+        text += f" · exact on {core.n} pictures of {core.task.name}: CA {exact['CA']:.1f} %, ASR(T) {exact['ASR_T']:.1f} %"
     return text
 
 # %% ../nbs/20_explore.ipynb #20fbdcb2
 def _png(x: torch.Tensor) -> str:
     from PIL import Image
+
     buffer = io.BytesIO()
     Image.fromarray(x.permute(1, 2, 0).cpu().numpy()).save(buffer, "png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -191,86 +299,189 @@ def _png(x: torch.Tensor) -> str:
 
 def sheet(core: PathCore, look: dict, show: int = 6) -> str:
     "HTML table of the first pictures, plain above triggered, each with the predicted class: a tick for the true class, a cross for the target."
-    if not hasattr(core, "pngs"): core.pngs = [_png(x) for x in torch.cat([core.x[:show], core.x[core.n:core.n + show]])]
+    if not hasattr(core, "pngs"):
+        core.pngs = [_png(x) for x in torch.cat([core.x[:show], core.x[core.n : core.n + show]])]
     mark = lambda p, y: "✓" if p == y else "✗" if p == core.target else "·"
+
     def cell(i, j):
         p, y = int(look["pred"][i]), int(core.y[i % core.n])
-        return (f"<td style='text-align:center;width:92px;vertical-align:top;font-size:12px;line-height:1.2'><img src='{core.pngs[j]}' width=56 height=56 style='image-rendering:pixelated' alt='{html.escape(core.task.classes[y])}'>"
-                f"<br>{mark(p, y)} {html.escape(core.task.classes[p])}</td>")
+        return (
+            f"<td style='text-align:center;width:92px;vertical-align:top;font-size:12px;line-height:1.2'><img src='{core.pngs[j]}' width=56 height=56 style='image-rendering:pixelated' alt='{html.escape(core.task.classes[y])}'>"
+            f"<br>{mark(p, y)} {html.escape(core.task.classes[p])}</td>"
+        )
+
     k = min(show, core.n)
-    return ("<table><tr><th style='font-size:12px'>plain</th>" + "".join(cell(i, i) for i in range(k)) + "</tr><tr><th style='font-size:12px'>with trigger</th>"
-            + "".join(cell(core.n + i, k + i) for i in range(k)) + f"</tr></table><small>✓ true class, ✗ target class “{html.escape(core.task.classes[core.target])}”, · another</small>")
+    return (
+        "<table><tr><th style='font-size:12px'>plain</th>"
+        + "".join(cell(i, i) for i in range(k))
+        + "</tr><tr><th style='font-size:12px'>with trigger</th>"
+        + "".join(cell(core.n + i, k + i) for i in range(k))
+        + f"</tr></table><small>✓ true class, ✗ target class “{html.escape(core.task.classes[core.target])}”, · another</small>"
+    )
 
 # %% ../nbs/20_explore.ipynb #c83e383d
 def figure(core: PathCore):
     "The plotly figure: CA, then attack success along λ for every defence with markers at lam, the walked path's area shaded, and the map. Traces keep their order."
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
-    fig = make_subplots(2, 2, specs=[[{}, {"rowspan": 2}], [{}, None]], column_widths=[.56, .44], vertical_spacing=.16, horizontal_spacing=.08,
-                        subplot_titles=["clean accuracy CA, %", "features (PCA of the path)", "attack success ASR(T), thin: ASR(N), %"])
+
+    fig = make_subplots(
+        2,
+        2,
+        specs=[[{}, {"rowspan": 2}], [{}, None]],
+        column_widths=[0.56, 0.44],
+        vertical_spacing=0.16,
+        horizontal_spacing=0.08,
+        subplot_titles=[
+            "clean accuracy CA, %",
+            "features (PCA of the path)",
+            "attack success ASR(T), thin: ASR(N), %",
+        ],
+    )
     look = styles(core.grids)
     for m, g in core.grids.items():
         colour, dash, mark = look[m]
         for k, row, width in (("CA", 1, 2), ("ASR_T", 2, 2), ("ASR_N", 2, 1)):
-            line, shape = dict(color=colour, dash=dash, width=width), dict(symbol=MARKS[mark], size=7, maxdisplayed=6)
-            fig.add_scatter(x=g.lam, y=g[k], name=m if k == "CA" else f"{m}, {k}", legendgroup=m, showlegend=k == "CA", mode="lines" if k == "ASR_N" else "lines+markers", line=line, marker=shape, row=row, col=1,
-                            opacity=.45 if k == "ASR_N" else 1, hovertemplate=f"{m}, {k}: %{{y:.1f}} % at λ %{{x:.2f}}<extra></extra>")
+            line, shape = (
+                dict(color=colour, dash=dash, width=width),
+                dict(symbol=MARKS[mark], size=7, maxdisplayed=6),
+            )
+            fig.add_scatter(
+                x=g.lam,
+                y=g[k],
+                name=m if k == "CA" else f"{m}, {k}",
+                legendgroup=m,
+                showlegend=k == "CA",
+                mode="lines" if k == "ASR_N" else "lines+markers",
+                line=line,
+                marker=shape,
+                row=row,
+                col=1,
+                opacity=0.45 if k == "ASR_N" else 1,
+                hovertemplate=f"{m}, {k}: %{{y:.1f}} % at λ %{{x:.2f}}<extra></extra>",
+            )
     for name, v in core.flat.items():
-        for row, k in ((1, "CA"), (2, "ASR_T")): fig.add_scatter(x=[0, 1], y=[v[k]] * 2, name=name, legendgroup=name, showlegend=row == 1, mode="lines", line=dict(color="dimgray", width=1.5, dash="longdash"), row=row, col=1)
+        for row, k in ((1, "CA"), (2, "ASR_T")):
+            fig.add_scatter(
+                x=[0, 1],
+                y=[v[k]] * 2,
+                name=name,
+                legendgroup=name,
+                showlegend=row == 1,
+                mode="lines",
+                line=dict(color="dimgray", width=1.5, dash="longdash"),
+                row=row,
+                col=1,
+            )
     return _parts(core, fig)
 
 # %% ../nbs/20_explore.ipynb #bbc128a0
 def _parts(core: PathCore, fig):
     "Adds what moves: the shaded Path-ASR, markers (CA, ASR_T, ASR_N), plain and triggered points; their indices are in `fig.layout.meta`."
     g, n = core.grids[core.name], len(fig.data)
-    fig.add_scatter(x=g.lam, y=g.ASR_T, fill="tozeroy", mode="none", fillcolor="rgba(0,114,178,.12)", name=f"Path-ASR {integrate(list(g.ASR_T)):.1f} %", row=2, col=1)
+    fig.add_scatter(
+        x=g.lam,
+        y=g.ASR_T,
+        fill="tozeroy",
+        mode="none",
+        fillcolor="rgba(0,114,178,.12)",
+        name=f"Path-ASR {integrate(list(g.ASR_T)):.1f} %",
+        row=2,
+        col=1,
+    )
     now, xy = read_grid(g, core.lam), core.exact(core.lam)["xy"].numpy()
     for row, keys, symbol in ((1, ["CA"], "circle"), (2, ["ASR_T", "ASR_N"], "diamond")):
-        fig.add_scatter(x=[core.lam] * len(keys), y=[now[k] for k in keys], mode="markers", name="here", showlegend=False, row=row, col=1,
-                        marker=dict(size=13, symbol=symbol, color="black", line=dict(color="white", width=1.5)))
-    for name, part, symbol, colour in (("plain", xy[:core.n], "circle-open", "#0072b2"), ("with trigger", xy[core.n:], "x", "#d55e00")):
-        fig.add_scatter(x=part[:, 0], y=part[:, 1], mode="markers", name=name, marker=dict(symbol=symbol, color=colour, size=6), hoverinfo="skip", row=1, col=2)
-    fig.update_yaxes(range=[-2, 102], row=2, col=1); fig.update_xaxes(title="λ: 0 the start, 1 the end", row=2, col=1)
+        fig.add_scatter(
+            x=[core.lam] * len(keys),
+            y=[now[k] for k in keys],
+            mode="markers",
+            name="here",
+            showlegend=False,
+            row=row,
+            col=1,
+            marker=dict(size=13, symbol=symbol, color="black", line=dict(color="white", width=1.5)),
+        )
+    for name, part, symbol, colour in (
+        ("plain", xy[: core.n], "circle-open", "#0072b2"),
+        ("with trigger", xy[core.n :], "x", "#d55e00"),
+    ):
+        fig.add_scatter(
+            x=part[:, 0],
+            y=part[:, 1],
+            mode="markers",
+            name=name,
+            marker=dict(symbol=symbol, color=colour, size=6),
+            hoverinfo="skip",
+            row=1,
+            col=2,
+        )
+    fig.update_yaxes(range=[-2, 102], row=2, col=1)
+    fig.update_xaxes(title="λ: 0 the start, 1 the end", row=2, col=1)
     fig.update_annotations(font_size=14)
-    fig.update_xaxes(range=[-1.1, 1.1], showticklabels=False, row=1, col=2); fig.update_yaxes(range=[-1.1, 1.1], showticklabels=False, row=1, col=2)
-    return fig.update_layout(height=470 + 18 * max(0, len(core.grids) // 3 - 1), font=dict(size=12), margin=dict(l=45, r=10, t=30, b=40), template="plotly_white", legend=dict(orientation="h", y=-.13), meta=dict(moving=n))
+    fig.update_xaxes(range=[-1.1, 1.1], showticklabels=False, row=1, col=2)
+    fig.update_yaxes(range=[-1.1, 1.1], showticklabels=False, row=1, col=2)
+    return fig.update_layout(
+        height=470 + 18 * max(0, len(core.grids) // 3 - 1),
+        font=dict(size=12),
+        margin=dict(l=45, r=10, t=30, b=40),
+        template="plotly_white",
+        legend=dict(orientation="h", y=-0.13),
+        meta=dict(moving=n),
+    )
 
 # %% ../nbs/20_explore.ipynb #1733a783
 class Resting:
     """A view of `core`. Work waits until nothing has moved for `rest` seconds, in a thread of its own; only the newest result is drawn, an error is shown
     in `self.state`. A subclass builds `self.view` from `self.parts` in `_build`."""
-    def __init__(self, core, rest: float = .15): self.core, self.rest, self.timer, self.ticket, self.view, self.parts = core, rest, None, 0, None, []
+
+    def __init__(self, core, rest: float = 0.15):
+        self.core, self.rest, self.timer, self.ticket, self.view, self.parts = (
+            core,
+            rest,
+            None,
+            0,
+            None,
+            [],
+        )
 
     def static(self) -> bytes:
         "The view as one picture, PNG bytes: its core's, where there is one."
         return self.core.static()
 
     def guard(self, f) -> None:
-        try: f()
-        except Exception as e: self.state.value = f"<b>error:</b> {html.escape(f'{type(e).__name__}: {e}')}"
+        try:
+            f()
+        except Exception as e:
+            self.state.value = f"<b>error:</b> {html.escape(f'{type(e).__name__}: {e}')}"
 
     def settle(self) -> None:
         "What was waiting is no longer wanted."
         self.ticket += 1
-        if self.timer: self.timer.cancel()
+        if self.timer:
+            self.timer.cancel()
 
     def later(self, compute, draw) -> None:
         self.settle()
         self.timer = threading.Timer(self.rest, self._run, (compute, draw, self.ticket))
-        self.timer.daemon = True; self.timer.start()
+        self.timer.daemon = True
+        self.timer.start()
 
     def _run(self, compute, draw, ticket: int) -> None:
         def f():
             found = compute()
-            if ticket == self.ticket: draw(found)
+            if ticket == self.ticket:
+                draw(found)
+
         self.guard(f)
 
 # %% ../nbs/20_explore.ipynb #87833594
 @method(Resting)
 def show(self):
     "The widget, built once: a second call gives the same one."
-    if self.core is None: raise ValueError("this explorer was closed; make a new one")
-    if self.view is None: self._build()
+    if self.core is None:
+        raise ValueError("this explorer was closed; make a new one")
+    if self.view is None:
+        self._build()
     return self.view
 
 
@@ -278,8 +489,10 @@ def show(self):
 def close(self) -> None:
     "Stop the clock, close the widgets, free models and pictures."
     self.settle()
-    if self.timer: self.timer.join()
-    for w in (*self.parts, self.view) if self.view is not None else (): w.close()
+    if self.timer:
+        self.timer.join()
+    for w in (*self.parts, self.view) if self.view is not None else ():
+        w.close()
     self.view, self.parts, self.timer, self.core = None, [], None, None
 
 
@@ -287,6 +500,7 @@ def close(self) -> None:
 def wide(self, fig):
     "A plotly figure as a widget that is as wide as its cell, also after the window changed."
     import plotly.graph_objects as go
+
     self.fig = go.FigureWidget(fig.update_layout(autosize=True))
     self.fig._config = {**self.fig._config, "responsive": True}
     return self.fig
@@ -295,7 +509,14 @@ def wide(self, fig):
 def number(slider, kind="BoundedFloatText"):
     "A number box linked with a slider."
     import ipywidgets as w
-    box = getattr(w, kind)(slider.value, min=slider.min, max=slider.max, step=slider.step, layout=w.Layout(width="80px"))
+
+    box = getattr(w, kind)(
+        slider.value,
+        min=slider.min,
+        max=slider.max,
+        step=slider.step,
+        layout=w.Layout(width="80px"),
+    )
     w.link((slider, "value"), (box, "value"))
     return box
 
@@ -304,37 +525,61 @@ def number(slider, kind="BoundedFloatText"):
 def slider_row(self, *more, stops=()):
     "The λ slider with its linked number box and a button for each of `stops` [(text, function that gives lam)], as one row."
     import ipywidgets as w
-    self.slider = w.FloatSlider(0., min=0, max=1, step=.005, description="λ (lambda)", readout=False, layout=w.Layout(width="38%"))
+
+    self.slider = w.FloatSlider(
+        0.0,
+        min=0,
+        max=1,
+        step=0.005,
+        description="λ (lambda)",
+        readout=False,
+        layout=w.Layout(width="38%"),
+    )
     self.box = number(self.slider)
     self.buttons = self.stops_at(stops, lambda lam: setattr(self.slider, "value", lam))
     self.parts += [*more, self.slider, self.box, *self.buttons]
-    return w.HBox([*more, self.slider, self.box, *self.buttons], layout=w.Layout(flex_flow="row wrap"))
+    return w.HBox(
+        [*more, self.slider, self.box, *self.buttons], layout=w.Layout(flex_flow="row wrap")
+    )
 
 
 @method(Resting)
 def stops_at(self, stops, go) -> list:
     "Buttons that call `go(value())` for each of `stops` [(text, value)]."
     import ipywidgets as w
+
     buttons = [w.Button(description=text, layout=w.Layout(width="auto")) for text, _ in stops]
-    for b, (_, value) in zip(buttons, stops): b.on_click(lambda _, value=value: go(value()))
+    for b, (_, value) in zip(buttons, stops):
+        b.on_click(lambda _, value=value: go(value()))
     return buttons
 
 # %% ../nbs/20_explore.ipynb #bfdfb492
 class PathExplorer(Resting):
     """The widget on a `PathCore` (or on a `Recorded` lab). `show()` or the last line of a cell displays it; `close()` frees everything. Where widgets
     do not run (GitHub, `LFPM_STATIC=1`), its picture stands in. `rest`: seconds of stillness before the exact evaluation."""
-    def __init__(self, lab, methods=None, n: int = 256, rest: float = .15):
+
+    def __init__(self, lab, methods=None, n: int = 256, rest: float = 0.15):
         super().__init__(lab if isinstance(lab, PathCore) else PathCore.of(lab, methods, n), rest)
 
     def _build(self):
         import ipywidgets as w
+
         c = self.core
         self.wide(figure(c))
-        self.pick = w.Dropdown(options=list(c.ends), value=c.name, description="defence" if c.chosen else "end", layout=w.Layout(width="220px"), style=dict(description_width="60px"))
+        self.pick = w.Dropdown(
+            options=list(c.ends),
+            value=c.name,
+            description="defence" if c.chosen else "end",
+            layout=w.Layout(width="220px"),
+            style=dict(description_width="60px"),
+        )
         self.words, self.pictures, self.state = w.HTML(), w.HTML(), w.HTML()
         rule = [("the rule's λ", lambda: self.core.chosen[self.core.name])] if c.chosen else []
-        row = self.slider_row(self.pick, stops=[("0: start", lambda: 0.), *rule, ("1: end", lambda: 1.)])
-        self.slider.observe(self._moved, "value"); self.pick.observe(self._picked, "value")
+        row = self.slider_row(
+            self.pick, stops=[("0: start", lambda: 0.0), *rule, ("1: end", lambda: 1.0)]
+        )
+        self.slider.observe(self._moved, "value")
+        self.pick.observe(self._picked, "value")
         self.parts += [self.words, self.fig, self.pictures, self.state]
         self.view = w.VBox([row, *self.parts[-4:]])
         self._moved(None)
@@ -347,9 +592,12 @@ def _moved(self, _) -> None:
         moved = c.move(lam)
         self._draw(moved, c.cache.get(round(lam, 6)))
         self.settle()
-        if round(lam, 6) in c.cache: self.state.value = f"exact at λ = {lam:.3f}, n = {c.n}"; return
+        if round(lam, 6) in c.cache:
+            self.state.value = f"exact at λ = {lam:.3f}, n = {c.n}"
+            return
         self.state.value = f"interpolated; pictures and map are those of λ = {moved['at']:.2f}"
         self.later(lambda: c.exact(lam), lambda look: self._rested(lam, look))
+
     self.guard(f)
 
 
@@ -369,9 +617,11 @@ def _draw(self, moved: dict, exact: dict | None) -> None:
         self.fig.data[k + 2].x, self.fig.data[k + 2].y = [c.lam] * 2, [v["ASR_T"], v["ASR_N"]]
         if look is not getattr(self, "shown", None):
             xy = look["xy"].numpy()
-            for i, part in ((k + 3, xy[:c.n]), (k + 4, xy[c.n:])): self.fig.data[i].x, self.fig.data[i].y = part[:, 0], part[:, 1]
+            for i, part in ((k + 3, xy[: c.n]), (k + 4, xy[c.n :])):
+                self.fig.data[i].x, self.fig.data[i].y = part[:, 0], part[:, 1]
     self.words.value = readout(c, moved, exact)
-    if look is not getattr(self, "shown", None): self.pictures.value = sheet(c, look)
+    if look is not getattr(self, "shown", None):
+        self.pictures.value = sheet(c, look)
     self.shown = look
 
 # %% ../nbs/20_explore.ipynb #cfba3dc3
@@ -384,8 +634,13 @@ def _picked(self, change) -> None:
         g = c.grids[c.name]
         with self.fig.batch_update():
             shade = self.fig.data[self.fig.layout.meta["moving"]]
-            shade.x, shade.y, shade.name = list(g.lam), list(g.ASR_T), f"Path-ASR {integrate(list(g.ASR_T)):.1f} %"
+            shade.x, shade.y, shade.name = (
+                list(g.lam),
+                list(g.ASR_T),
+                f"Path-ASR {integrate(list(g.ASR_T)):.1f} %",
+            )
         self._moved(None)
+
     self.guard(f)
 
 # %% ../nbs/20_explore.ipynb #1d809194
@@ -393,7 +648,12 @@ def drawn(draw, width: float, height: float) -> bytes:
     "PNG of what `draw(figure)` makes, in 96 colours: a third of the size, so that a notebook may keep it."
     from matplotlib.figure import Figure
     from PIL import Image
-    fig, whole, small = Figure(figsize=(width, height), layout="constrained"), io.BytesIO(), io.BytesIO()
+
+    fig, whole, small = (
+        Figure(figsize=(width, height), layout="constrained"),
+        io.BytesIO(),
+        io.BytesIO(),
+    )
     draw(fig)
     fig.savefig(whole, format="png", dpi=100)
     Image.open(whole).convert("RGB").quantize(96).save(small, "png", optimize=True)
@@ -412,31 +672,64 @@ def _draw_static(c: PathCore, fig) -> None:
         colour, dash, mark = styles(c.grids)[m]
         for ax, k in ((ca, "CA"), (asr, "ASR_T")):
             ax.plot(g.lam, g[k], color=colour, ls=DASHES[dash], label=m)
-            if m in c.chosen: ax.plot(c.chosen[m], np.interp(c.chosen[m], g.lam, g[k]), mark, color=colour, mfc="none", ms=8)
+            if m in c.chosen:
+                ax.plot(
+                    c.chosen[m],
+                    np.interp(c.chosen[m], g.lam, g[k]),
+                    mark,
+                    color=colour,
+                    mfc="none",
+                    ms=8,
+                )
     for name, v in c.flat.items():
-        for ax, k in ((ca, "CA"), (asr, "ASR_T")): ax.axhline(v[k], color="0.4", lw=1, ls=(0, (6, 2)), label=name)
-    ca.set(title="clean accuracy, %", xlabel="λ"); asr.set(title="attack success ASR(T), %", xlabel="λ", ylim=(-2, 102))
-    for ax, lam in ((a, 0.), (b, c.chosen.get(c.name, 1.))):
+        for ax, k in ((ca, "CA"), (asr, "ASR_T")):
+            ax.axhline(v[k], color="0.4", lw=1, ls=(0, (6, 2)), label=name)
+    ca.set(title="clean accuracy, %", xlabel="λ")
+    asr.set(title="attack success ASR(T), %", xlabel="λ", ylim=(-2, 102))
+    for ax, lam in ((a, 0.0), (b, c.chosen.get(c.name, 1.0))):
         xy = c.exact(lam)["xy"]
-        ax.scatter(*xy[:c.n].T, s=9, fc="none", ec="#0072b2", label="plain"); ax.scatter(*xy[c.n:].T, s=9, marker="x", c="#d55e00", label="with trigger")
-        ax.set(title=f"features at λ = {lam:.2f} ({c.name})", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), xticks=[], yticks=[])
+        ax.scatter(*xy[: c.n].T, s=9, fc="none", ec="#0072b2", label="plain")
+        ax.scatter(*xy[c.n :].T, s=9, marker="x", c="#d55e00", label="with trigger")
+        ax.set(
+            title=f"features at λ = {lam:.2f} ({c.name})",
+            xlim=(-1.1, 1.1),
+            ylim=(-1.1, 1.1),
+            xticks=[],
+            yticks=[],
+        )
     lines, marks = (ax.get_legend_handles_labels() for ax in (ca, a))
-    fig.legend(lines[0] + marks[0], lines[1] + marks[1], loc="outside lower center", ncols=7, fontsize=8, frameon=False)
+    fig.legend(
+        lines[0] + marks[0],
+        lines[1] + marks[1],
+        loc="outside lower center",
+        ncols=7,
+        fontsize=8,
+        frameon=False,
+    )
 
 # %% ../nbs/20_explore.ipynb #52d4e166
 def has_widgets() -> bool:
     "Is there a kernel behind this output that can answer a slider? Not under `LFPM_STATIC=1`, papermill or plain Python."
-    try: from IPython import get_ipython
-    except ImportError: return False
-    return os.environ.get("LFPM_STATIC") != "1" and getattr(get_ipython(), "kernel", None) is not None
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    return (
+        os.environ.get("LFPM_STATIC") != "1" and getattr(get_ipython(), "kernel", None) is not None
+    )
 
 
 @method(Resting)
 def _repr_mimebundle_(self, include=None, exclude=None, **_) -> dict:
     "The picture always; the widget where there is one to talk to. The viewer shows the richest it can."
-    if self.core is None: return {"text/plain": f"{type(self).__name__} (closed)"}
-    picture = {"text/plain": type(self).__name__, "image/png": base64.b64encode(self.static()).decode()}
-    if not has_widgets(): return picture
+    if self.core is None:
+        return {"text/plain": f"{type(self).__name__} (closed)"}
+    picture = {
+        "text/plain": type(self).__name__,
+        "image/png": base64.b64encode(self.static()).decode(),
+    }
+    if not has_widgets():
+        return picture
     bundle = self.show()._repr_mimebundle_()
     return picture | (bundle[0] if isinstance(bundle, tuple) else bundle)
 
@@ -463,10 +756,14 @@ def _looks(core: PathCore) -> tuple[list, list]:
     looks, sheets = [], []
     for lam in np.linspace(0, 1, 11):
         look = core.exact(float(lam))
-        (px, py), (tx, ty) = (np.round(p.double().numpy().T, 2).tolist() for p in (look["xy"][:core.n], look["xy"][core.n:]))
+        (px, py), (tx, ty) = (
+            np.round(p.double().numpy().T, 2).tolist()
+            for p in (look["xy"][: core.n], look["xy"][core.n :])
+        )
         looks.append(dict(lam=float(lam), px=px, py=py, tx=tx, ty=ty))
         page = sheet(core, look)
-        for i, p in enumerate(core.pngs): page = page.replace(f"src='{p}'", f"src='#{i}'")
+        for i, p in enumerate(core.pngs):
+            page = page.replace(f"src='{p}'", f"src='#{i}'")
         sheets.append(page)
     return looks, sheets
 
@@ -475,16 +772,32 @@ def _looks(core: PathCore) -> tuple[list, list]:
 def save_html(self, path, cdn: bool = False) -> File:
     "Write the walked path as one page with a slider; `cdn`: small, but plotly.js is fetched when it is opened."
     from plotly.offline import get_plotlyjs, get_plotlyjs_version
+
     c = self.core
-    c.move(0.)
+    c.move(0.0)
     looks, sheets = _looks(c)
-    plotly = (f'<script src="https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js" charset="utf-8"></script>' if cdn
-              else f"<script>{get_plotlyjs()}</script>")
+    plotly = (
+        f'<script src="https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js" charset="utf-8"></script>'
+        if cdn
+        else f"<script>{get_plotlyjs()}</script>"
+    )
     fig = figure(c)
-    data = dict(fig=json.loads(fig.to_json()), moving=fig.layout.meta["moving"], name=c.name, n=c.n, looks=looks, sheets=sheets, pngs=c.pngs,
-                **{k: [round(float(x), 4) for x in c.grids[c.name][k]] for k in ("lam", *KEEP)})
+    data = dict(
+        fig=json.loads(fig.to_json()),
+        moving=fig.layout.meta["moving"],
+        name=c.name,
+        n=c.n,
+        looks=looks,
+        sheets=sheets,
+        pngs=c.pngs,
+        **{k: [round(float(x), 4) for x in c.grids[c.name][k]] for k in ("lam", *KEEP)},
+    )
     rule = f'<button data-l="{c.chosen[c.name]}">the rule\'s λ</button>' if c.chosen else ""
-    with writing(path) as tmp: tmp.write_text(PAGE % dict(plotly=plotly, rule=rule, data=json.dumps(data).replace("<", "\\u003c")), encoding="utf-8")
+    with writing(path) as tmp:
+        tmp.write_text(
+            PAGE % dict(plotly=plotly, rule=rule, data=json.dumps(data).replace("<", "\\u003c")),
+            encoding="utf-8",
+        )
     return File(path)
 
 # %% ../nbs/20_explore.ipynb #cc3b3e67
@@ -492,13 +805,19 @@ def voila_template(folder) -> dict:
     "Write Voilà's own page template without outside addresses under `folder`; the environment that makes Voilà find it as `lfpm`."
     import shutil
     from jupyter_core.paths import jupyter_path
+
     source = next(File(p) for p in jupyter_path("voila", "templates", "lab") if File(p).is_dir())
     mine = File(folder) / "voila" / "templates" / "lfpm"
     shutil.copytree(source, mine)
     page = mine / "index.html.j2"
-    page.write_text(re.sub(r"^.*<link[^>]*https://.*$\n", "", page.read_text(encoding="utf-8"), flags=re.M), encoding="utf-8")
+    page.write_text(
+        re.sub(r"^.*<link[^>]*https://.*$\n", "", page.read_text(encoding="utf-8"), flags=re.M),
+        encoding="utf-8",
+    )
     (mine / "conf.json").write_text(json.dumps(dict(base_template="lab")), encoding="utf-8")
-    return dict(JUPYTER_PATH=os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")])))
+    return dict(
+        JUPYTER_PATH=os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")]))
+    )
 
 # %% ../nbs/20_explore.ipynb #28d4ba99
 CODE = """from lfpm_nb.explore import PathCore, PathExplorer, between, open_run
@@ -513,10 +832,20 @@ TWO = "between(lab := load_recorded(), *(fitted(read_tower(f), lab.clip) for f i
 def page_of(core: str, words: str, folder) -> File:
     "Write a notebook with one explorer on `core`, an expression that makes a `PathCore`, under a title of `words`: what Voilà serves for a run or for two files."
     import nbformat.v4 as v
+
     # a file's name is text: no tag, no link, no emphasis
-    plain = lambda s: re.sub(r"([\\`*_{}\[\]()#!|~$])", r"\\\1", html.escape(printable(s), quote=False))
-    nb = v.new_notebook(cells=[v.new_markdown_cell(f"# {plain(words)}\n\n> λ = 0 is the start, λ = 1 the end. Drag the slider, type a number, or use the arrow keys once the slider has the focus."),
-                               v.new_code_cell(CODE.format(core=core))], metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")))
+    plain = lambda s: re.sub(
+        r"([\\`*_{}\[\]()#!|~$])", r"\\\1", html.escape(printable(s), quote=False)
+    )
+    nb = v.new_notebook(
+        cells=[
+            v.new_markdown_cell(
+                f"# {plain(words)}\n\n> λ = 0 is the start, λ = 1 the end. Drag the slider, type a number, or use the arrow keys once the slider has the focus."
+            ),
+            v.new_code_cell(CODE.format(core=core)),
+        ],
+        metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")),
+    )
     out = File(folder) / "explorer.ipynb"
     out.write_text(json.dumps(nb), encoding="utf-8")
     return out

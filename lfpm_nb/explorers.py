@@ -27,11 +27,22 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 class MergeCore:
     """theta_pre + sum_t c_t tau_t of a lab's contributors, poisoned or clean, mixed in place; CA per task and ASR(T) on the first `n` test images each,
     for the grid on the first `coarse`."""
+
     def __init__(self, lab: Lab, n: int = 100, coarse: int = 32):
-        self.lab, self.names, self.lock, self.cache, self.grids = lab, list(lab.P.tasks), threading.Lock(), {}, {}
+        self.lab, self.names, self.lock, self.cache, self.grids = (
+            lab,
+            list(lab.P.tasks),
+            threading.Lock(),
+            {},
+            {},
+        )
         base = lab.clip.state()
         self.visual = lab.clip.with_state(base)
-        self.base = {k: v.to(next(self.visual.parameters()).device) for k, v in base.items() if v.is_floating_point()}
+        self.base = {
+            k: v.to(next(self.visual.parameters()).device)
+            for k, v in base.items()
+            if v.is_floating_point()
+        }
         tau = lambda m: {k: m[k].to(v.device) - v for k, v in self.base.items()}
         self.tau = {p: [tau(m) for m in lab.models(p).values()] for p in (True, False)}
         self.out, self.n, self.coarse = self.visual.state_dict(), few(n), min(n, coarse)
@@ -39,15 +50,20 @@ class MergeCore:
     @torch.no_grad()
     def mix(self, coefficients: list[float], poisoned: bool) -> torch.nn.Module:
         "The tower with these coefficients, in the contributors' order."
-        if len(coefficients) != len(self.names): raise ValueError(f"{len(coefficients)} coefficients for {len(self.names)} contributors ({', '.join(self.names)})")
+        if len(coefficients) != len(self.names):
+            raise ValueError(
+                f"{len(coefficients)} coefficients for {len(self.names)} contributors ({', '.join(self.names)})"
+            )
         for k, b in self.base.items():
             self.out[k].copy_(b)
-            for c, tau in zip(coefficients, self.tau[poisoned]): self.out[k].add_(tau[k], alpha=c)
+            for c, tau in zip(coefficients, self.tau[poisoned]):
+                self.out[k].add_(tau[k], alpha=c)
         return self.visual
 
 # %% ../nbs/20a_explorers.ipynb #b6fbb742
 @method(MergeCore)
-def _predict(self, visual, task, x): return logits(features(self.lab.clip, visual, x), self.lab.heads[task.name]).argmax(1).cpu()
+def _predict(self, visual, task, x):
+    return logits(features(self.lab.clip, visual, x), self.lab.heads[task.name]).argmax(1).cpu()
 
 
 @method(MergeCore)
@@ -57,7 +73,13 @@ def _asr(self, visual, n: int) -> float:
     for name, goal in self.lab.suite.goals.items():
         t = self.lab.tasks[name]
         other = (t.test_y != goal.target_class).nonzero()[:n, 0]
-        each.append(100 * (self._predict(visual, t, goal.trigger(t.test_x[other])) == goal.target_class).double().mean().item())
+        each.append(
+            100
+            * (self._predict(visual, t, goal.trigger(t.test_x[other])) == goal.target_class)
+            .double()
+            .mean()
+            .item()
+        )
     return sum(each) / len(each)
 
 
@@ -65,19 +87,23 @@ def _asr(self, visual, n: int) -> float:
 def _look(self, coefficients: list[float], poisoned: bool, n: int) -> dict:
     with self.lock:
         visual, tasks = self.mix(coefficients, poisoned), (self.lab.tasks[k] for k in self.names)
-        right = lambda t: 100 * (self._predict(visual, t, t.test_x[:n]) == t.test_y[:n]).double().mean().item()
+        right = lambda t: (
+            100 * (self._predict(visual, t, t.test_x[:n]) == t.test_y[:n]).double().mean().item()
+        )
         return {t.name: right(t) for t in tasks} | {"ASR(T)": self._asr(visual, n)}
 
 # %% ../nbs/20a_explorers.ipynb #2f6a3a0a
 @method(MergeCore)
-def key(self, coefficients: list[float], poisoned: bool = True) -> tuple: return tuple(round(c, 4) for c in coefficients), poisoned
+def key(self, coefficients: list[float], poisoned: bool = True) -> tuple:
+    return tuple(round(c, 4) for c in coefficients), poisoned
 
 
 @method(MergeCore)
 def exact(self, coefficients: list[float], poisoned: bool = True) -> dict:
     "{task: CA %, ..., 'ASR(T)': %} of the model with these coefficients, cached under their `key`."
     key = self.key(coefficients, poisoned)
-    if key not in self.cache: self.cache[key] = self._look(coefficients, poisoned, self.n)
+    if key not in self.cache:
+        self.cache[key] = self._look(coefficients, poisoned, self.n)
     return self.cache[key]
 
 
@@ -85,10 +111,25 @@ def exact(self, coefficients: list[float], poisoned: bool = True) -> dict:
 def profiles(self, poisoned: bool) -> dict:
     "{'at': coefficients, 'alone': {contributor: figures at each of them, the others at the lab's}}; measured once, then kept on disk."
     if poisoned not in self.grids:
-        scale, at = self.lab.P.scale, sorted({0., self.lab.P.scale, .6, 1.})
-        alone = lambda i: [self._look([c if j == i else scale for j in range(len(self.names))], poisoned, self.coarse) for c in at]
-        key = (code_hash("explorers"), self.base, self.tau[poisoned], self.lab.suite.first(self.coarse), self.coarse)
-        self.grids[poisoned] = self.lab.stages("merge-grid", key, lambda: ({}, dict(at=at, alone={n: alone(i) for i, n in enumerate(self.names)})))[1]
+        scale, at = self.lab.P.scale, sorted({0.0, self.lab.P.scale, 0.6, 1.0})
+        alone = lambda i: [
+            self._look(
+                [c if j == i else scale for j in range(len(self.names))], poisoned, self.coarse
+            )
+            for c in at
+        ]
+        key = (
+            code_hash("explorers"),
+            self.base,
+            self.tau[poisoned],
+            self.lab.suite.first(self.coarse),
+            self.coarse,
+        )
+        self.grids[poisoned] = self.lab.stages(
+            "merge-grid",
+            key,
+            lambda: ({}, dict(at=at, alone={n: alone(i) for i, n in enumerate(self.names)})),
+        )[1]
     return self.grids[poisoned]
 
 # %% ../nbs/20a_explorers.ipynb #b7bd62b6
@@ -96,10 +137,14 @@ def profiles(self, poisoned: bool) -> dict:
 def move(self, coefficients: list[float], poisoned: bool = True) -> dict:
     "The same figures at once: the lab's own, plus what each coefficient does alone, between 0 and 100 %."
     g, scale = self.profiles(poisoned), self.lab.P.scale
+
     def guess(k):
         line = lambda n, c: float(np.interp(c, g["at"], [f[k] for f in g["alone"][n]]))
         here = line(self.names[0], scale)
-        return float(np.clip(here + sum(line(n, c) - here for n, c in zip(self.names, coefficients)), 0, 100))
+        return float(
+            np.clip(here + sum(line(n, c) - here for n, c in zip(self.names, coefficients)), 0, 100)
+        )
+
     return {k: guess(k) for k in (*self.names, "ASR(T)")}
 
 # %% ../nbs/20a_explorers.ipynb #a4320113
@@ -108,42 +153,109 @@ def static(self) -> bytes:
     "Bars of the poisoned and the clean merge at the lab's own coefficient."
     c = [self.lab.P.scale] * len(self.names)
     both = {"poisoned": self.exact(c, True), "clean": self.exact(c, False)}
+
     def draw(fig):
         ax, x = fig.subplots(), np.arange(len(self.names) + 1)
-        for k, ((name, v), hatch) in enumerate(zip(both.items(), ("//", ""))): ax.bar(x + .4 * k - .2, list(v.values()), .38, label=f"{name} contributor", hatch=hatch)
-        ax.set_xticks(x, [*self.names, "ASR(T)"]); ax.set(ylabel=f"% (n = {self.n} a bar)", ylim=(0, 102), title=f"every coefficient {c[0]}")
+        for k, ((name, v), hatch) in enumerate(zip(both.items(), ("//", ""))):
+            ax.bar(
+                x + 0.4 * k - 0.2, list(v.values()), 0.38, label=f"{name} contributor", hatch=hatch
+            )
+        ax.set_xticks(x, [*self.names, "ASR(T)"])
+        ax.set(ylabel=f"% (n = {self.n} a bar)", ylim=(0, 102), title=f"every coefficient {c[0]}")
         fig.legend(loc="outside lower center", ncols=2, frameon=False)
+
     return drawn(draw, 8, 3.6)
 
 # %% ../nbs/20a_explorers.ipynb #42b94393
 class MergeExplorer(Resting):
     "Sliders for every contributor's coefficient, bars of CA and ASR(T); a switch puts the adversary's clean twin in his place."
-    def __init__(self, lab, n: int = 100, rest: float = .15): super().__init__(lab if isinstance(lab, MergeCore) else MergeCore(lab, n), rest)
+
+    def __init__(self, lab, n: int = 100, rest: float = 0.15):
+        super().__init__(lab if isinstance(lab, MergeCore) else MergeCore(lab, n), rest)
 
     def _build(self):
         import ipywidgets as w
         import plotly.graph_objects as go
+
         c, scale = self.core, self.core.lab.P.scale
-        self.sliders = [w.FloatSlider(scale, min=0, max=1, step=.05, description=n, readout=False, layout=w.Layout(width="250px")) for n in c.names]
+        self.sliders = [
+            w.FloatSlider(
+                scale,
+                min=0,
+                max=1,
+                step=0.05,
+                description=n,
+                readout=False,
+                layout=w.Layout(width="250px"),
+            )
+            for n in c.names
+        ]
         self.boxes = [number(x) for x in self.sliders]
-        self.buttons = self.stops_at([("all 0: pretrained", lambda: 0.), (f"all {scale:g}: the lab's", lambda: scale), ("all 1", lambda: 1.)], self._all)
-        self.poisoned = w.ToggleButtons(options=[("poisoned contributor", True), ("clean contributor", False)], style=dict(button_width="170px"))
-        c.profiles(True)                                    # the grid is there before the first drag
-        first = c.exact([scale] * len(c.names))             # what is drawn before a page is there to see it would be lost, so the figure is born with its numbers
-        fig = go.Figure(go.Bar(x=list(first), y=list(first.values()), marker=dict(color=[COLOURS[0]] * len(c.names) + [COLOURS[1]], pattern_shape=[""] * len(c.names) + ["/"]),
-                               texttemplate="%{y:.0f} %", textposition="outside", textangle=0, cliponaxis=False))
-        self.wide(fig.update_layout(height=320, margin=dict(l=40, r=10, t=20, b=30), template="plotly_white", yaxis=dict(range=[0, 108], title="% of images")))
+        self.buttons = self.stops_at(
+            [
+                ("all 0: pretrained", lambda: 0.0),
+                (f"all {scale:g}: the lab's", lambda: scale),
+                ("all 1", lambda: 1.0),
+            ],
+            self._all,
+        )
+        self.poisoned = w.ToggleButtons(
+            options=[("poisoned contributor", True), ("clean contributor", False)],
+            style=dict(button_width="170px"),
+        )
+        c.profiles(True)  # the grid is there before the first drag
+        first = c.exact(
+            [scale] * len(c.names)
+        )  # what is drawn before a page is there to see it would be lost, so the figure is born with its numbers
+        fig = go.Figure(
+            go.Bar(
+                x=list(first),
+                y=list(first.values()),
+                marker=dict(
+                    color=[COLOURS[0]] * len(c.names) + [COLOURS[1]],
+                    pattern_shape=[""] * len(c.names) + ["/"],
+                ),
+                texttemplate="%{y:.0f} %",
+                textposition="outside",
+                textangle=0,
+                cliponaxis=False,
+            )
+        )
+        self.wide(
+            fig.update_layout(
+                height=320,
+                margin=dict(l=40, r=10, t=20, b=30),
+                template="plotly_white",
+                yaxis=dict(range=[0, 108], title="% of images"),
+            )
+        )
         self.state = w.HTML()
-        for x in (*self.sliders, self.poisoned): x.observe(self._moved, "value")
-        self.parts = [self.poisoned, *self.buttons, *self.sliders, *self.boxes, self.fig, self.state]
+        for x in (*self.sliders, self.poisoned):
+            x.observe(self._moved, "value")
+        self.parts = [
+            self.poisoned,
+            *self.buttons,
+            *self.sliders,
+            *self.boxes,
+            self.fig,
+            self.state,
+        ]
         wrap = w.Layout(flex_flow="row wrap")
-        self.view = w.VBox([w.HBox([self.poisoned, *self.buttons], layout=wrap), w.HBox([w.HBox(x) for x in zip(self.sliders, self.boxes)], layout=wrap), self.fig, self.state])
+        self.view = w.VBox(
+            [
+                w.HBox([self.poisoned, *self.buttons], layout=wrap),
+                w.HBox([w.HBox(x) for x in zip(self.sliders, self.boxes)], layout=wrap),
+                self.fig,
+                self.state,
+            ]
+        )
         self._moved(None)
 
 # %% ../nbs/20a_explorers.ipynb #686e8fe5
 @method(MergeExplorer)
 def _all(self, value: float) -> None:
-    for x in self.sliders: x.value = value
+    for x in self.sliders:
+        x.value = value
 
 
 @method(MergeExplorer)
@@ -157,19 +269,43 @@ def _moved(self, _) -> None:
     def f():
         given, c = ([x.value for x in self.sliders], self.poisoned.value), self.core
         self.settle()
-        if c.key(*given) in c.cache: return self._draw(c.exact(*given), f"exact, n = {c.n} a bar")
-        self._draw(c.move(*given), f"interpolated, the effects of single coefficients added up, n = {c.coarse} a bar")
-        self.later(lambda: c.exact(*given), lambda found: self._draw(found, f"exact, n = {c.n} a bar"))
+        if c.key(*given) in c.cache:
+            return self._draw(c.exact(*given), f"exact, n = {c.n} a bar")
+        self._draw(
+            c.move(*given),
+            f"interpolated, the effects of single coefficients added up, n = {c.coarse} a bar",
+        )
+        self.later(
+            lambda: c.exact(*given), lambda found: self._draw(found, f"exact, n = {c.n} a bar")
+        )
+
     self.guard(f)
 
 # %% ../nbs/20a_explorers.ipynb #2acc148a
 class CTLCore:
     """Coefficient and cosine of every block between two state dicts on uint8 images x, on a grid of `points` and exactly at any lam; `prompt` (k, width)
     or None; `rule`: the λ that a rule chose, or None."""
-    def __init__(self, clip, a: dict, b: dict, x: torch.Tensor, prompt=None, points: int = 11, rule: float | None = None):
+
+    def __init__(
+        self,
+        clip,
+        a: dict,
+        b: dict,
+        x: torch.Tensor,
+        prompt=None,
+        points: int = 11,
+        rule: float | None = None,
+    ):
         same_origin(a, b, "the two models")
-        if points < 2: raise ValueError(f"a grid of {points} λ; expected at least 2, the two ends")
-        self.given, self.lock, self.cache, self.n, self.rule = (clip, a, b, x), threading.Lock(), {}, few(len(x)), rule
+        if points < 2:
+            raise ValueError(f"a grid of {points} λ; expected at least 2, the two ends")
+        self.given, self.lock, self.cache, self.n, self.rule = (
+            (clip, a, b, x),
+            threading.Lock(),
+            {},
+            few(len(x)),
+            rule,
+        )
         self.prompt, self.rows = prompt, ctl_curve(*self.given, grid(points), prompt)
         self.blocks = list(dict.fromkeys(r["block"] for r in self.rows))
 
@@ -179,11 +315,18 @@ class CTLCore:
 
     def move(self, lam: float) -> dict:
         "{block: (coefficient, cosine)} between grid points."
-        return {b: tuple(float(np.interp(lam, *self.line(b, k))) for k in ("coefficient", "cosine")) for b in self.blocks}
+        return {
+            b: tuple(float(np.interp(lam, *self.line(b, k))) for k in ("coefficient", "cosine"))
+            for b in self.blocks
+        }
 
     def exact(self, lam: float) -> dict:
         with self.lock:
-            if lam not in self.cache: self.cache[lam] = {r["block"]: (r["coefficient"], r["cosine"]) for r in ctl_curve(*self.given, [lam], self.prompt)}
+            if lam not in self.cache:
+                self.cache[lam] = {
+                    r["block"]: (r["coefficient"], r["cosine"])
+                    for r in ctl_curve(*self.given, [lam], self.prompt)
+                }
             return self.cache[lam]
 
 # %% ../nbs/20a_explorers.ipynb #f90c5642
@@ -191,18 +334,28 @@ class CTLCore:
 def static(self) -> bytes:
     def draw(fig):
         for ax, k in zip(fig.subplots(1, 2, sharex=True), ("coefficient", "cosine")):
-            for b, ls in zip(self.blocks, ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))): ax.plot(*self.line(b, k), ls=ls, label=b)
-            ax.axhline(1, color="0.6", lw=1); ax.set(title=f"{k} (n = {self.n})", xlabel="λ")
-        fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+            for b, ls in zip(self.blocks, ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))):
+                ax.plot(*self.line(b, k), ls=ls, label=b)
+            ax.axhline(1, color="0.6", lw=1)
+            ax.set(title=f"{k} (n = {self.n})", xlabel="λ")
+        fig.legend(
+            *ax.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False
+        )
+
     return drawn(draw, 8, 3.6)
 
 
 class CTLExplorer(Resting):
     "Coefficient and cosine along λ for each block, markers at λ; from the merge to a recorded defence's end, or any two models through a `CTLCore`."
-    def __init__(self, lab, method: str = "LFPM", n: int = 96, rest: float = .15):
-        if isinstance(lab, CTLCore): return super().__init__(lab, rest)
+
+    def __init__(self, lab, method: str = "LFPM", n: int = 96, rest: float = 0.15):
+        if isinstance(lab, CTLCore):
+            return super().__init__(lab, rest)
         theta = lab.both["poisoned"]
-        x, d = next(lab.tasks[t] for t in lab.suite.goals).test_x[:few(n)], lab.defended(method, theta)[1]
+        x, d = (
+            next(lab.tasks[t] for t in lab.suite.goals).test_x[: few(n)],
+            lab.defended(method, theta)[1],
+        )
         super().__init__(CTLCore(lab.clip, theta, d.end, x, rule=d.lam), rest)
 
 # %% ../nbs/20a_explorers.ipynb #46b86850
@@ -210,16 +363,44 @@ class CTLExplorer(Resting):
 def _build(self) -> None:
     import ipywidgets as w
     from plotly.subplots import make_subplots
-    c, fig = self.core, make_subplots(1, 2, subplot_titles=["coefficient", "cosine"], horizontal_spacing=.12)
+
+    c, fig = (
+        self.core,
+        make_subplots(1, 2, subplot_titles=["coefficient", "cosine"], horizontal_spacing=0.12),
+    )
     for i, b in enumerate(c.blocks):
         for col, k in enumerate(("coefficient", "cosine"), 1):
-            fig.add_scatter(x=c.line(b, k)[0], y=c.line(b, k)[1], name=b, legendgroup=b, showlegend=col == 1, mode="lines", line=dict(dash=LINES[i % 6], color=COLOURS[i % 6]), row=1, col=col)
-    for col in (1, 2): fig.add_scatter(x=[0] * len(c.blocks), y=[1] * len(c.blocks), mode="markers", showlegend=False, marker=dict(color="black", size=8), row=1, col=col)
-    fig.update_xaxes(title="λ: 0 one model, 1 the other").update_layout(height=380, margin=dict(l=50, r=10, t=30, b=40), template="plotly_white", legend=dict(orientation="h", y=-.22))
+            fig.add_scatter(
+                x=c.line(b, k)[0],
+                y=c.line(b, k)[1],
+                name=b,
+                legendgroup=b,
+                showlegend=col == 1,
+                mode="lines",
+                line=dict(dash=LINES[i % 6], color=COLOURS[i % 6]),
+                row=1,
+                col=col,
+            )
+    for col in (1, 2):
+        fig.add_scatter(
+            x=[0] * len(c.blocks),
+            y=[1] * len(c.blocks),
+            mode="markers",
+            showlegend=False,
+            marker=dict(color="black", size=8),
+            row=1,
+            col=col,
+        )
+    fig.update_xaxes(title="λ: 0 one model, 1 the other").update_layout(
+        height=380,
+        margin=dict(l=50, r=10, t=30, b=40),
+        template="plotly_white",
+        legend=dict(orientation="h", y=-0.22),
+    )
     self.wide(fig)
     self.words, self.state = w.HTML(), w.HTML()
     rule = [("the rule's λ", lambda: self.core.rule)] if c.rule is not None else []
-    row = self.slider_row(stops=[("0: start", lambda: 0.), *rule, ("1: end", lambda: 1.)])
+    row = self.slider_row(stops=[("0: start", lambda: 0.0), *rule, ("1: end", lambda: 1.0)])
     self.slider.observe(self._moved, "value")
     self.parts += [self.words, self.fig, self.state]
     self.view = w.VBox([row, *self.parts[-3:]])
@@ -229,7 +410,11 @@ def _build(self) -> None:
 @method(CTLExplorer)
 def _draw(self, lam: float, found: dict, kind: str) -> None:
     with self.fig.batch_update():
-        for k in (0, 1): self.fig.data[-2 + k].x, self.fig.data[-2 + k].y = [lam] * len(found), [v[k] for v in found.values()]
+        for k in (0, 1):
+            self.fig.data[-2 + k].x, self.fig.data[-2 + k].y = (
+                [lam] * len(found),
+                [v[k] for v in found.values()],
+            )
     worst = max(found, key=lambda b: abs(found[b][0] - 1))
     self.words.value = f"<b>λ = {lam:.3f}</b>, {kind}: worst coefficient {found[worst][0]:.3f} ({html.escape(worst)}), lowest cosine {min(v[1] for v in found.values()):.3f}"
     self.state.value = f"{kind} at λ = {lam:.3f}, n = {self.core.n}"
@@ -240,32 +425,58 @@ def _moved(self, _) -> None:
     def f():
         lam, c = self.slider.value, self.core
         self.settle()
-        if lam in c.cache: return self._draw(lam, c.cache[lam], "exact")
+        if lam in c.cache:
+            return self._draw(lam, c.cache[lam], "exact")
         self._draw(lam, c.move(lam), "interpolated")
         self.later(lambda: c.exact(lam), lambda found: self._draw(lam, found, "exact"))
+
     self.guard(f)
 
 # %% ../nbs/20a_explorers.ipynb #62d6a9c2
 class SubspaceCore:
     "Energy of feature changes in P_adv, and accuracies of both parts, for the merge of a lab: on a grid of `ranks` and exactly at any up to the last; `n` target-task images."
+
     def __init__(self, lab, n: int = 96, ranks=(1, 2, 4, 8, 16, 32, 64), epochs: int = 2):
-        if len(ranks) < 2: raise ValueError(f"a grid of {len(ranks)} ranks; expected at least 2")
+        if len(ranks) < 2:
+            raise ValueError(f"a grid of {len(ranks)} ranks; expected at least 2")
         self.ranks, self.n, self.cache, self.lock = ranks, few(n), {}, threading.Lock()
         theta, clip = lab.both["poisoned"], lab.clip
         visual, goal = clip.with_state(theta), next(iter(lab.suite.goals.items()))
         t = lab.tasks[goal[0]]
         x, prompt = t.test_x[:n], lab.mined(theta)[0]["p"][0]
-        self.y, self.W, unit = t.test_y[:n], lab.heads[t.name].cpu(), lambda h: F.normalize(h.cpu(), dim=-1)
-        seen = lambda x, p=None: features(clip, visual, x, p, dtype=torch.float32)      # learning U would enlarge bfloat16's rounding
-        self.h = {k: unit(seen(v, p)) for k, v, p in (("plain", x, None), ("with trigger", goal[1].trigger(x), None), ("prompted", x, prompt))}
+        self.y, self.W, unit = (
+            t.test_y[:n],
+            lab.heads[t.name].cpu(),
+            lambda h: F.normalize(h.cpu(), dim=-1),
+        )
+        seen = lambda x, p=None: features(
+            clip, visual, x, p, dtype=torch.float32
+        )  # learning U would enlarge bfloat16's rounding
+        self.h = {
+            k: unit(seen(v, p))
+            for k, v, p in (
+                ("plain", x, None),
+                ("with trigger", goal[1].trigger(x), None),
+                ("prompted", x, prompt),
+            )
+        }
         shadow_h = seen(lab.shadow.train[0])
-        self.basis = lambda r: learn_subspace(shadow_h.cpu(), lab.shadow.train[1], lab.shadow.W.cpu(), r, epochs=epochs, seed=lab.P.seed)[0]
+        self.basis = lambda r: learn_subspace(
+            shadow_h.cpu(),
+            lab.shadow.train[1],
+            lab.shadow.W.cpu(),
+            r,
+            epochs=epochs,
+            seed=lab.P.seed,
+        )[0]
 
     def exact(self, r: int) -> dict:
         "{'change in P_adv': {...}, 'accuracy of P_clean': {...}, 'accuracy of P_adv': {...}}, percent, for the three kinds of pictures."
-        if not self.ranks[0] <= r <= self.ranks[-1]: raise ValueError(f"r is {r}; expected {self.ranks[0]} to {self.ranks[-1]}")
+        if not self.ranks[0] <= r <= self.ranks[-1]:
+            raise ValueError(f"r is {r}; expected {self.ranks[0]} to {self.ranks[-1]}")
         with self.lock:
-            if r not in self.cache: self.cache[r] = self._look(self.basis(r))
+            if r not in self.cache:
+                self.cache[r] = self._look(self.basis(r))
             return self.cache[r]
 
 # %% ../nbs/20a_explorers.ipynb #63deeca9
@@ -273,8 +484,14 @@ class SubspaceCore:
 def _look(self, U) -> dict:
     right = lambda z: 100 * (logits(z, self.W).argmax(1) == self.y).double().mean().item()
     moved = {k: v - self.h["plain"] for k, v in self.h.items() if k != "plain"}
-    return {"change in P_adv": {k: 100 * (p_adv(U, v).square().sum() / v.square().sum()).item() for k, v in moved.items()},
-            "accuracy of P_clean": {k: right(p_clean(U, v)) for k, v in self.h.items()}, "accuracy of P_adv": {k: right(p_adv(U, v)) for k, v in self.h.items()}}
+    return {
+        "change in P_adv": {
+            k: 100 * (p_adv(U, v).square().sum() / v.square().sum()).item()
+            for k, v in moved.items()
+        },
+        "accuracy of P_clean": {k: right(p_clean(U, v)) for k, v in self.h.items()},
+        "accuracy of P_adv": {k: right(p_adv(U, v)) for k, v in self.h.items()},
+    }
 
 
 @method(SubspaceCore, once=True)
@@ -287,37 +504,74 @@ def lines(self) -> dict:
 @method(SubspaceCore)
 def move(self, r: int) -> dict:
     "Like `exact`, between the grid's ranks (linear in log r)."
-    return {part: {k: float(np.interp(np.log(r), np.log(self.ranks), v)) for k, v in kinds.items()} for part, kinds in self.lines.items()}
+    return {
+        part: {k: float(np.interp(np.log(r), np.log(self.ranks), v)) for k, v in kinds.items()}
+        for part, kinds in self.lines.items()
+    }
 
 # %% ../nbs/20a_explorers.ipynb #506cfd2e
 @method(SubspaceCore)
 def static(self) -> bytes:
     def draw(fig):
         for ax, (part, kinds) in zip(fig.subplots(1, 3), self.lines.items()):
-            for k, v in kinds.items(): ax.plot(self.ranks, v, {"plain": "o-", "with trigger": "x--", "prompted": "s:"}[k], color=KINDS[k][0], label=k)
-            ax.set_xscale("log", base=2); ax.set(title=f"{part}, % (n = {self.n})", xlabel="rank r", ylim=(-2, 102))
-        fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+            for k, v in kinds.items():
+                ax.plot(
+                    self.ranks,
+                    v,
+                    {"plain": "o-", "with trigger": "x--", "prompted": "s:"}[k],
+                    color=KINDS[k][0],
+                    label=k,
+                )
+            ax.set_xscale("log", base=2)
+            ax.set(title=f"{part}, % (n = {self.n})", xlabel="rank r", ylim=(-2, 102))
+        fig.legend(
+            *ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+        )
+
     return drawn(draw, 10, 3.6)
 
 
-KINDS = {"plain": (COLOURS[0], "solid", "circle"), "with trigger": (COLOURS[1], "dash", "x"), "prompted": (COLOURS[2], "dot", "square")}
+KINDS = {
+    "plain": (COLOURS[0], "solid", "circle"),
+    "with trigger": (COLOURS[1], "dash", "x"),
+    "prompted": (COLOURS[2], "dot", "square"),
+}
 
 # %% ../nbs/20a_explorers.ipynb #d3f19474
 class SubspaceExplorer(Resting):
     "A slider for the rank r; what P_adv holds of a change, and what P_clean and P_adv still classify, with markers at r."
-    def __init__(self, lab, n: int = 96, rest: float = .15): super().__init__(lab if isinstance(lab, SubspaceCore) else SubspaceCore(lab, n), rest)
+
+    def __init__(self, lab, n: int = 96, rest: float = 0.15):
+        super().__init__(lab if isinstance(lab, SubspaceCore) else SubspaceCore(lab, n), rest)
 
     def _build(self):
         import ipywidgets as w
+
         c, (first, *_, last) = self.core, self.core.ranks
-        self.slider = w.IntSlider(4, min=first, max=last, description="rank r", readout=False, layout=w.Layout(width="38%"))
+        self.slider = w.IntSlider(
+            4,
+            min=first,
+            max=last,
+            description="rank r",
+            readout=False,
+            layout=w.Layout(width="38%"),
+        )
         self.box = number(self.slider, "BoundedIntText")
-        self.buttons = self.stops_at([(f"{first}: the fewest", lambda: first), ("8", lambda: 8), (f"{last}: the most", lambda: last)], lambda r: setattr(self.slider, "value", r))
+        self.buttons = self.stops_at(
+            [
+                (f"{first}: the fewest", lambda: first),
+                ("8", lambda: 8),
+                (f"{last}: the most", lambda: last),
+            ],
+            lambda r: setattr(self.slider, "value", r),
+        )
         self.wide(self._figure())
         self.words, self.state = w.HTML(), w.HTML()
         self.slider.observe(self._moved, "value")
         self.parts = [self.slider, self.box, *self.buttons, self.words, self.fig, self.state]
-        self.view = w.VBox([w.HBox(self.parts[:-3], layout=w.Layout(flex_flow="row wrap")), *self.parts[-3:]])
+        self.view = w.VBox(
+            [w.HBox(self.parts[:-3], layout=w.Layout(flex_flow="row wrap")), *self.parts[-3:]]
+        )
         self._moved(None)
 
 # %% ../nbs/20a_explorers.ipynb #ec6512ce
@@ -325,27 +579,56 @@ class SubspaceExplorer(Resting):
 def _figure(self):
     "Lines over the ranks, one panel a part; the last three traces are the markers at r."
     from plotly.subplots import make_subplots
+
     lines, ranks = self.core.lines, self.core.ranks
     fig = make_subplots(1, 3, subplot_titles=[f"{p}, %" for p in lines])
     for col, (part, kinds) in enumerate(lines.items(), 1):
         for k, v in kinds.items():
-            fig.add_scatter(x=ranks, y=v, name=k, legendgroup=k, showlegend=col == 2, mode="lines+markers", row=1, col=col,
-                            line=dict(color=KINDS[k][0], dash=KINDS[k][1]), marker=dict(symbol=KINDS[k][2], size=7))
+            fig.add_scatter(
+                x=ranks,
+                y=v,
+                name=k,
+                legendgroup=k,
+                showlegend=col == 2,
+                mode="lines+markers",
+                row=1,
+                col=col,
+                line=dict(color=KINDS[k][0], dash=KINDS[k][1]),
+                marker=dict(symbol=KINDS[k][2], size=7),
+            )
     r = self.slider.value
     mark = dict(size=13, color="black", symbol="diamond", line=dict(color="white", width=1.5))
     for col, now in enumerate(self.core.exact(r).values(), 1):
-        fig.add_scatter(x=[r] * len(now), y=list(now.values()), mode="markers", marker=mark, showlegend=False, row=1, col=col)
-    fig.update_xaxes(type="log", tickvals=ranks, title="rank r"); fig.update_yaxes(range=[-2, 102]); fig.update_annotations(font_size=14)
-    return fig.update_layout(height=360, margin=dict(l=40, r=10, t=30, b=40), template="plotly_white", legend=dict(orientation="h", y=-.22))
+        fig.add_scatter(
+            x=[r] * len(now),
+            y=list(now.values()),
+            mode="markers",
+            marker=mark,
+            showlegend=False,
+            row=1,
+            col=col,
+        )
+    fig.update_xaxes(type="log", tickvals=ranks, title="rank r")
+    fig.update_yaxes(range=[-2, 102])
+    fig.update_annotations(font_size=14)
+    return fig.update_layout(
+        height=360,
+        margin=dict(l=40, r=10, t=30, b=40),
+        template="plotly_white",
+        legend=dict(orientation="h", y=-0.22),
+    )
 
 # %% ../nbs/20a_explorers.ipynb #099cde5f
 @method(SubspaceExplorer)
 def _draw(self, r: int, found: dict, kind: str) -> None:
     with self.fig.batch_update():
-        for mark, kinds in zip(self.fig.data[-3:], found.values()): mark.x, mark.y = [r] * len(kinds), list(kinds.values())
+        for mark, kinds in zip(self.fig.data[-3:], found.values()):
+            mark.x, mark.y = [r] * len(kinds), list(kinds.values())
     moved, clean = found["change in P_adv"], found["accuracy of P_clean"]
-    self.words.value = (f"<b>r = {r}</b>, {kind}: P_adv holds {moved['with trigger']:.1f} % of the trigger's change, {moved['prompted']:.1f} % of the prompt's; "
-                        f"P_clean alone classifies {clean['plain']:.1f} % of plain pictures")
+    self.words.value = (
+        f"<b>r = {r}</b>, {kind}: P_adv holds {moved['with trigger']:.1f} % of the trigger's change, {moved['prompted']:.1f} % of the prompt's; "
+        f"P_clean alone classifies {clean['plain']:.1f} % of plain pictures"
+    )
     self.state.value = f"{kind} at r = {r}, n = {self.core.n}"
 
 # %% ../nbs/20a_explorers.ipynb #745e260f
@@ -354,7 +637,9 @@ def _moved(self, _) -> None:
     def f():
         r, c = self.slider.value, self.core
         self.settle()
-        if r in c.cache: return self._draw(r, c.cache[r], "exact")
+        if r in c.cache:
+            return self._draw(r, c.cache[r], "exact")
         self._draw(r, c.move(r), "interpolated")
         self.later(lambda: c.exact(r), lambda found: self._draw(r, found, "exact"))
+
     self.guard(f)

@@ -27,25 +27,47 @@ HF = "embeddings.patch_embedding.weight"
 def detect(keys) -> str:
     "The format of a state dict with these keys; ValueError with the first three keys if it is none of FORMS, or holds adapters."
     keys = set(keys)
-    if lora := sorted(k for k in keys if re.search(r"lora_|\.parametrizations\.|\.base_layer\.", k)):
-        raise ValueError(f"{len(lora)} adapter tensors ({', '.join(lora[:3])}); fold them into the weights first: lora.dense(visual), or merge_and_unload() in peft")
-    if f"vision_model.{HF}" in keys: return "hf_clip" if "visual_projection.weight" in keys else "hf"
-    if HF in keys: return "hf5"
-    if "visual.conv1.weight" in keys: return "openai" if "input_resolution" in keys else "open_clip"
+    if lora := sorted(
+        k for k in keys if re.search(r"lora_|\.parametrizations\.|\.base_layer\.", k)
+    ):
+        raise ValueError(
+            f"{len(lora)} adapter tensors ({', '.join(lora[:3])}); fold them into the weights first: lora.dense(visual), or merge_and_unload() in peft"
+        )
+    if f"vision_model.{HF}" in keys:
+        return "hf_clip" if "visual_projection.weight" in keys else "hf"
+    if HF in keys:
+        return "hf5"
+    if "visual.conv1.weight" in keys:
+        return "openai" if "input_resolution" in keys else "open_clip"
     for form, mark in (("task_vectors", "model.visual.conv1.weight"), ("visual", "conv1.weight")):
-        if mark in keys: return form
-    raise ValueError(f"no CLIP vision tower: {len(keys)} keys, first {', '.join(sorted(keys)[:3])}; expected the names of {', '.join(FORMS)} (a ViT)")
+        if mark in keys:
+            return form
+    raise ValueError(
+        f"no CLIP vision tower: {len(keys)} keys, first {', '.join(sorted(keys)[:3])}; expected the names of {', '.join(FORMS)} (a ViT)"
+    )
 
 # %% ../nbs/21_formats.ipynb #e1fa5009
-WORDS = (("embeddings.patch_embedding.", "conv1."), ("embeddings.class_embedding", "class_embedding"), ("embeddings.position_embedding.weight", "positional_embedding"),
-         ("embeddings.token_embedding.", "token_embedding."), ("pre_layrnorm.", "ln_pre."), ("post_layernorm.", "ln_post."), ("final_layer_norm.", "ln_final."),
-         ("encoder.layers.", "transformer.resblocks."), (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."), (".mlp.fc1.", ".mlp.c_fc."),
-         (".mlp.fc2.", ".mlp.c_proj."), (".self_attn.out_proj.", ".attn.out_proj."))
+WORDS = (
+    ("embeddings.patch_embedding.", "conv1."),
+    ("embeddings.class_embedding", "class_embedding"),
+    ("embeddings.position_embedding.weight", "positional_embedding"),
+    ("embeddings.token_embedding.", "token_embedding."),
+    ("pre_layrnorm.", "ln_pre."),
+    ("post_layernorm.", "ln_post."),
+    ("final_layer_norm.", "ln_final."),
+    ("encoder.layers.", "transformer.resblocks."),
+    (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+    (".self_attn.out_proj.", ".attn.out_proj."),
+)
 
 
 def spell(key: str, hf: bool = False) -> str:
     "A Hugging Face name as open_clip spells it, or with `hf` the other way round."
-    for a, b in WORDS: key = key.replace(b, a) if hf else key.replace(a, b)
+    for a, b in WORDS:
+        key = key.replace(b, a) if hf else key.replace(a, b)
     return key
 
 # %% ../nbs/21_formats.ipynb #191254b1
@@ -55,8 +77,10 @@ def join_qkv(part: dict) -> dict:
     for k, v in part.items():
         m = re.fullmatch(r"(.*\.)self_attn\.([qkv])_proj\.(weight|bias)", k)
         three = m and [f"{m[1]}self_attn.{x}_proj.{m[3]}" for x in "qkv"]
-        if not m or not all(t in part for t in three): out[spell(k)] = v
-        elif m[2] == "q": out[f"{spell(m[1])}attn.in_proj_{m[3]}"] = torch.cat([part[t] for t in three])
+        if not m or not all(t in part for t in three):
+            out[spell(k)] = v
+        elif m[2] == "q":
+            out[f"{spell(m[1])}attn.in_proj_{m[3]}"] = torch.cat([part[t] for t in three])
     return out
 
 
@@ -65,7 +89,14 @@ def split_qkv(part: dict) -> dict:
     out = {}
     for k, v in part.items():
         name, three = spell(k, hf=True), "attn.in_proj_" in k
-        out |= {name.replace("attn.in_proj_", f"self_attn.{x}_proj."): w for x, w in zip("qkv", v.chunk(3))} if three else {name: v}
+        out |= (
+            {
+                name.replace("attn.in_proj_", f"self_attn.{x}_proj."): w
+                for x, w in zip("qkv", v.chunk(3))
+            }
+            if three
+            else {name: v}
+        )
     return out
 
 # %% ../nbs/21_formats.ipynb #9576bd7c
@@ -73,6 +104,7 @@ def split_qkv(part: dict) -> dict:
 class Tower:
     """A file's weights under open_clip's names: `visual`, a state dict (without `proj` where the format has none), and `rest`, the other tensors of a whole
     model. `form`: one of FORMS; `meta`: what the file or a config.json beside it says (strings; `quick_gelu`, `heads`); `path` and `sha256` of the file; `how` it was read, if in another way than as plain tensors."""
+
     visual: dict
     rest: dict
     form: str
@@ -82,37 +114,60 @@ class Tower:
     how: str = ""
 
 # %% ../nbs/21_formats.ipynb #d1a7c002
-WEIGHTS = tuple(getattr(torch, name) for name in
-                ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2",
-                 "float8_e4m3fnuz", "float8_e5m2fnuz"))
+WEIGHTS = tuple(
+    getattr(torch, name)
+    for name in (
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "float8_e5m2fnuz",
+    )
+)
 BUFFERS = (*INTS, "position_ids")
 SCALARS = ("logit_scale", "logit_bias")
-DIMENSIONS = {"conv1.weight": 4, "patch_embedding.weight": 4,                 # of what `sizes` reads
-              "positional_embedding": 2, "position_embedding.weight": 2, "proj": 2,
-              "visual_projection.weight": 2, "c_fc.weight": 2, "fc1.weight": 2}
+DIMENSIONS = {
+    "conv1.weight": 4,
+    "patch_embedding.weight": 4,  # of what `sizes` reads
+    "positional_embedding": 2,
+    "position_embedding.weight": 2,
+    "proj": 2,
+    "visual_projection.weight": 2,
+    "c_fc.weight": 2,
+    "fc1.weight": 2,
+}
 
 
 def check_weights(state: dict) -> None:
     "ValueError naming the first tensor that cannot be a weight, by its dtype or its shape."
     for k, v in state.items():
         ends = k.split(".")
-        if ends[-1] in BUFFERS: continue
+        if ends[-1] in BUFFERS:
+            continue
         dtype, shape = str(v.dtype).removeprefix("torch."), tuple(v.shape)
         if v.dtype not in WEIGHTS:
-            raise ValueError(f"{k} is {dtype}; expected a weight in float16, bfloat16, float32, "
-                             "float64 or float8. Save the model's weights as one of these (a quantised "
-                             "file holds codes, not weights)")
+            raise ValueError(
+                f"{k} is {dtype}; expected a weight in float16, bfloat16, float32, "
+                "float64 or float8. Save the model's weights as one of these (a quantised "
+                "file holds codes, not weights)"
+            )
         if not v.numel() or (v.dim() == 0 and ends[-1] not in SCALARS):
             what = "empty" if v.dim() else "one number"
-            raise ValueError(f"{k} is {what}, shape {shape}; a tower has no such tensor. "
-                             "Save the model again")
+            raise ValueError(
+                f"{k} is {what}, shape {shape}; a tower has no such tensor. Save the model again"
+            )
         need = DIMENSIONS.get(ends[-1]) or DIMENSIONS.get(".".join(ends[-2:]))
         if need and v.dim() != need:
-            raise ValueError(f"{k} has shape {shape}; expected {need} dimensions. "
-                             "Save the model again")
+            raise ValueError(
+                f"{k} has shape {shape}; expected {need} dimensions. Save the model again"
+            )
 
 # %% ../nbs/21_formats.ipynb #c30710e8
-def _pick(state: dict, prefix: str) -> dict: return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+def _pick(state: dict, prefix: str) -> dict:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _ids(v: torch.Tensor) -> torch.Tensor:
@@ -121,68 +176,126 @@ def _ids(v: torch.Tensor) -> torch.Tensor:
     return v if not v.is_floating_point() and torch.equal(v.long(), right) else right
 
 
-PROJECTIONS = {"visual_projection.weight": "proj", "text_projection.weight": "text_projection"}        # Linear layers: transposed
+PROJECTIONS = {
+    "visual_projection.weight": "proj",
+    "text_projection.weight": "text_projection",
+}  # Linear layers: transposed
+
+
 def take(state: dict) -> Tower:
     "The Tower in a state dict of any of FORMS."
     form = detect(state)
     check_weights(state)
-    if form == "visual": return Tower(dict(state), {}, form)
+    if form == "visual":
+        return Tower(dict(state), {}, form)
     if not form.startswith("hf"):
         state = _pick(state, "model.") if form == "task_vectors" else state
-        return Tower(_pick(state, "visual."), {k: v for k, v in state.items() if not k.startswith("visual.") and k not in INTS}, form)
-    if form == "hf5": state = {f"vision_model.{k}": v for k, v in state.items()}
-    rest = {k: _ids(v) if k.endswith("position_ids") else v for k, v in state.items()
-            if k.endswith("position_ids") or k == "logit_scale"}
-    visual, text = (join_qkv(_pick({k: v for k, v in state.items() if k not in rest}, f"{t}_model.")) for t in ("vision", "text"))
+        return Tower(
+            _pick(state, "visual."),
+            {k: v for k, v in state.items() if not k.startswith("visual.") and k not in INTS},
+            form,
+        )
+    if form == "hf5":
+        state = {f"vision_model.{k}": v for k, v in state.items()}
+    rest = {
+        k: _ids(v) if k.endswith("position_ids") else v
+        for k, v in state.items()
+        if k.endswith("position_ids") or k == "logit_scale"
+    }
+    visual, text = (
+        join_qkv(_pick({k: v for k, v in state.items() if k not in rest}, f"{t}_model."))
+        for t in ("vision", "text")
+    )
     for k, v in state.items():
-        if k in PROJECTIONS: (visual if k.startswith("visual") else text)[PROJECTIONS[k]] = v.t()
-        elif k not in rest and not k.startswith(("vision_model.", "text_model.")): visual[k] = v           # a stranger: `fitted` will name it
+        if k in PROJECTIONS:
+            (visual if k.startswith("visual") else text)[PROJECTIONS[k]] = v.t()
+        elif k not in rest and not k.startswith(("vision_model.", "text_model.")):
+            visual[k] = v  # a stranger: `fitted` will name it
     return Tower(visual, rest | text, form)
 
 # %% ../nbs/21_formats.ipynb #f787fc18
 def _ints(visual: dict, rest: dict) -> dict:
     "OpenAI's three whole numbers, as far as they can be known."
     s = sizes(visual)
-    text = {"context_length": rest["positional_embedding"].shape[0], "vocab_size": rest["token_embedding.weight"].shape[0]} if "token_embedding.weight" in rest else {}
+    text = (
+        {
+            "context_length": rest["positional_embedding"].shape[0],
+            "vocab_size": rest["token_embedding.weight"].shape[0],
+        }
+        if "token_embedding.weight" in rest
+        else {}
+    )
     return {k: torch.tensor(n) for k, n in ({"input_resolution": s["pixels"]} | text).items()}
 
 # %% ../nbs/21_formats.ipynb #9d623bb3
 def layout(visual: dict, rest: dict, form: str) -> tuple[dict, list[str]]:
     "(state dict in format `form`, open_clip's names of the tensors that it has no place for); ValueError if it needs a projection and there is none."
     if form not in ("hf", "hf5") and "proj" not in visual:
-        raise ValueError(f"format {form} has a projection (visual.proj) and these weights have none; give a base that has it, with --base")
+        raise ValueError(
+            f"format {form} has a projection (visual.proj) and these weights have none; give a base that has it, with --base"
+        )
     ids = {k: v for k, v in rest.items() if k.endswith("position_ids")}
     text = {k: v for k, v in rest.items() if k not in ids}
     add = lambda prefix, part: {prefix + k: v for k, v in part.items()}
-    if form == "visual": return dict(visual), sorted(rest)
-    if form == "open_clip": return add("visual.", visual) | text, sorted(ids)
-    if form == "openai": return add("visual.", visual) | text | _ints(visual, rest), sorted(ids)
+    if form == "visual":
+        return dict(visual), sorted(rest)
+    if form == "open_clip":
+        return add("visual.", visual) | text, sorted(ids)
+    if form == "openai":
+        return add("visual.", visual) | text | _ints(visual, rest), sorted(ids)
     if form == "task_vectors":
         keep = {k: v for k, v in text.items() if not k.startswith("transformer.")}
         return add("model.visual.", visual) | add("model.", keep), sorted(rest.keys() - keep.keys())
-    tower = add("vision_model.", split_qkv({k: v for k, v in visual.items() if k != "proj"})) | {k: v for k, v in ids.items() if k.startswith("vision_model.")}
+    tower = add("vision_model.", split_qkv({k: v for k, v in visual.items() if k != "proj"})) | {
+        k: v for k, v in ids.items() if k.startswith("vision_model.")
+    }
     if form in ("hf", "hf5"):
         left = ["proj"] * ("proj" in visual) + sorted(rest.keys() - tower.keys())
-        return {k.removeprefix("vision_model.") if form == "hf5" else k: v for k, v in tower.items()}, left
+        return {
+            k.removeprefix("vision_model.") if form == "hf5" else k: v for k, v in tower.items()
+        }, left
     both = visual | text
-    tower |= ids | add("text_model.", split_qkv({k: v for k, v in text.items() if k not in ("logit_scale", "text_projection")}))
-    return tower | {k: both[o].t() for k, o in PROJECTIONS.items() if o in both} | {k: v for k, v in text.items() if k == "logit_scale"}, []
+    tower |= ids | add(
+        "text_model.",
+        split_qkv({k: v for k, v in text.items() if k not in ("logit_scale", "text_projection")}),
+    )
+    return tower | {k: both[o].t() for k, o in PROJECTIONS.items() if o in both} | {
+        k: v for k, v in text.items() if k == "logit_scale"
+    }, []
 
 # %% ../nbs/21_formats.ipynb #6696fddd
 def sizes(visual: dict) -> dict:
     "Width, layers, patch, image side (pixels), MLP width and output width (None without a projection) of a vision tower's state dict."
     width, _, patch, _ = visual["conv1.weight"].shape
     blocks = {int(m[1]) for k in visual if (m := re.match(r"transformer\.resblocks\.(\d+)\.", k))}
-    side = math.isqrt(max(0, visual["positional_embedding"].shape[0] - 1)) if "positional_embedding" in visual else 0
+    side = (
+        math.isqrt(max(0, visual["positional_embedding"].shape[0] - 1))
+        if "positional_embedding" in visual
+        else 0
+    )
     mlp = visual.get("transformer.resblocks.0.mlp.c_fc.weight")
-    return dict(width=width, layers=len(blocks), patch=patch, pixels=patch * side, mlp=None if mlp is None else mlp.shape[0],
-                output=visual["proj"].shape[1] if "proj" in visual else None)
+    return dict(
+        width=width,
+        layers=len(blocks),
+        patch=patch,
+        pixels=patch * side,
+        mlp=None if mlp is None else mlp.shape[0],
+        output=visual["proj"].shape[1] if "proj" in visual else None,
+    )
 
 
 def key_errors(have, need) -> str:
     "'' if the keys agree, else how many are missing and unexpected, with the first three of each."
-    say = lambda what, ks: f"{len(ks)} {what} ({', '.join(sorted(ks)[:3])}{', …' if len(ks) > 3 else ''})" if ks else ""
-    return "; ".join(filter(None, (say("missing", set(need) - set(have)), say("unexpected", set(have) - set(need)))))
+    say = lambda what, ks: (
+        f"{len(ks)} {what} ({', '.join(sorted(ks)[:3])}{', …' if len(ks) > 3 else ''})"
+        if ks
+        else ""
+    )
+    return "; ".join(
+        filter(
+            None, (say("missing", set(need) - set(have)), say("unexpected", set(have) - set(need)))
+        )
+    )
 
 # %% ../nbs/21_formats.ipynb #ac710008
 def tower_shapes(visual: dict) -> tuple[dict, dict]:
@@ -191,15 +304,30 @@ def tower_shapes(visual: dict) -> tuple[dict, dict]:
     w, _, patch, _ = visual["conv1.weight"].shape
     m = len(visual["transformer.resblocks.0.mlp.c_fc.weight"])
     side = math.isqrt(max(len(visual["positional_embedding"]) - 1, 1))
-    must = {"conv1.weight": (w, 3, patch, patch), "class_embedding": (w,),
-            "positional_embedding": (side ** 2 + 1, w), "ln_post.weight": (w,), "ln_post.bias": (w,)}
-    block = {"ln_1.weight": (w,), "ln_1.bias": (w,), "ln_2.weight": (w,), "ln_2.bias": (w,),
-             "attn.in_proj_weight": (3 * w, w), "attn.in_proj_bias": (3 * w,),
-             "attn.out_proj.weight": (w, w), "attn.out_proj.bias": (w,),
-             "mlp.c_fc.weight": (m, w), "mlp.c_fc.bias": (m,),
-             "mlp.c_proj.weight": (w, m), "mlp.c_proj.bias": (w,)}
+    must = {
+        "conv1.weight": (w, 3, patch, patch),
+        "class_embedding": (w,),
+        "positional_embedding": (side**2 + 1, w),
+        "ln_post.weight": (w,),
+        "ln_post.bias": (w,),
+    }
+    block = {
+        "ln_1.weight": (w,),
+        "ln_1.bias": (w,),
+        "ln_2.weight": (w,),
+        "ln_2.bias": (w,),
+        "attn.in_proj_weight": (3 * w, w),
+        "attn.in_proj_bias": (3 * w,),
+        "attn.out_proj.weight": (w, w),
+        "attn.out_proj.bias": (w,),
+        "mlp.c_fc.weight": (m, w),
+        "mlp.c_fc.bias": (m,),
+        "mlp.c_proj.weight": (w, m),
+        "mlp.c_proj.bias": (w,),
+    }
     may = {"ln_pre.weight": (w,), "ln_pre.bias": (w,)}
-    if "proj" in visual: may["proj"] = (w, visual["proj"].shape[-1])
+    if "proj" in visual:
+        may["proj"] = (w, visual["proj"].shape[-1])
     layers = len({k.split(".")[2] for k in visual if k.startswith("transformer.resblocks.")})
     for at in (f"transformer.resblocks.{i}" for i in range(layers)):
         must |= {f"{at}.{k}": shape for k, shape in block.items()}
@@ -209,14 +337,21 @@ def tower_shapes(visual: dict) -> tuple[dict, dict]:
 
 def misshapen(visual: dict) -> str:
     "'' if a vision tower has all its tensors in shapes that fit one another; else what is wrong."
-    need = {"conv1.weight", "class_embedding", "positional_embedding",
-            "transformer.resblocks.0.mlp.c_fc.weight"}
-    if bad := key_errors(visual.keys() & need, need): return bad
+    need = {
+        "conv1.weight",
+        "class_embedding",
+        "positional_embedding",
+        "transformer.resblocks.0.mlp.c_fc.weight",
+    }
+    if bad := key_errors(visual.keys() & need, need):
+        return bad
     must, may = tower_shapes(visual)
-    if bad := key_errors(visual.keys() - may.keys(), must): return bad
+    if bad := key_errors(visual.keys() - may.keys(), must):
+        return bad
     shapes = must | may
     for k, v in visual.items():
-        if tuple(v.shape) != shapes[k]: return f"{k} has shape {tuple(v.shape)}, expected {shapes[k]}"
+        if tuple(v.shape) != shapes[k]:
+            return f"{k} has shape {tuple(v.shape)}, expected {shapes[k]}"
     return ""
 
 # %% ../nbs/21_formats.ipynb #d1a7c032
@@ -225,7 +360,7 @@ def _yes(value) -> bool:
     return str(value).strip().lower() not in ("false", "0", "no", "none", "")
 
 
-SAYS = {"quick_gelu": _yes, "heads": int, "text_heads": int}       # what a file may say: how it is read
+SAYS = {"quick_gelu": _yes, "heads": int, "text_heads": int}  # what a file may say: how it is read
 
 
 def agreed(towers: list[Tower]) -> dict:
@@ -234,17 +369,23 @@ def agreed(towers: list[Tower]) -> dict:
     out, who = {}, {}
     for t in towers:
         for key in SAYS.keys() & t.meta.keys():
-            try: value = SAYS[key](t.meta[key])
+            try:
+                value = SAYS[key](t.meta[key])
             except (ValueError, TypeError):
-                raise ValueError(f"{t.path} says {key} {t.meta[key]!r}; expected a whole number. "
-                                 "Correct its metadata, or the config.json beside it") from None
+                raise ValueError(
+                    f"{t.path} says {key} {t.meta[key]!r}; expected a whole number. "
+                    "Correct its metadata, or the config.json beside it"
+                ) from None
             if out.setdefault(key, value) != value:
-                raise ValueError(f"{who[key]} says {key} {out[key]}, {t.path} says {key} {value}: "
-                                 "they compute different functions, and what is made of both fits "
-                                 "neither. Leave one out, or correct what its file (or the config.json "
-                                 "beside it) says")
+                raise ValueError(
+                    f"{who[key]} says {key} {out[key]}, {t.path} says {key} {value}: "
+                    "they compute different functions, and what is made of both fits "
+                    "neither. Leave one out, or correct what its file (or the config.json "
+                    "beside it) says"
+                )
             who.setdefault(key, t.path)
-    if any(_yes(t.meta.get("poisoned", False)) for t in towers): out["poisoned"] = True
+    if any(_yes(t.meta.get("poisoned", False)) for t in towers):
+        out["poisoned"] = True
     return out
 
 # %% ../nbs/21_formats.ipynb #50f6675d
@@ -255,8 +396,13 @@ def fitted(tower: Tower, clip: Clip) -> dict:
     visual = visual if "proj" in visual else visual | {"proj": own["proj"]}
     a, b = sizes(visual), sizes(own)
     if diff := [k for k in a if a[k] != b[k]]:
-        raise ValueError(f"{tower.path} has {', '.join(f'{k} {a[k]}' for k in diff)}; {name} has {', '.join(f'{k} {b[k]}' for k in diff)}: name the model it was made from")
-    if bad := key_errors(visual, own): raise ValueError(f"{tower.path} ({tower.form}) does not fit {name}: {bad} of {len(own)} keys (open_clip's names)")
+        raise ValueError(
+            f"{tower.path} has {', '.join(f'{k} {a[k]}' for k in diff)}; {name} has {', '.join(f'{k} {b[k]}' for k in diff)}: name the model it was made from"
+        )
+    if bad := key_errors(visual, own):
+        raise ValueError(
+            f"{tower.path} ({tower.form}) does not fit {name}: {bad} of {len(own)} keys (open_clip's names)"
+        )
     _check_meta(tower, clip)
     visual = {k: v.float().cpu() for k, v in visual.items()}
     check_same({k: v.cpu() for k, v in own.items()}, visual, f"{name} and {tower.path}")
@@ -272,50 +418,84 @@ def _check_meta(tower: Tower, clip: Clip) -> None:
     "ValueError if what the file says of its heads or its activation is not the model's."
     said, name = agreed([tower]), clip.card["name"]
     n, quick = said.get("heads"), said.get("quick_gelu")
-    if n is not None and n != heads(clip): raise ValueError(f"{tower.path} says {n} attention heads, {name} has {heads(clip)}; features would be silently wrong")
-    if quick is None or quick == clip.card["quick_gelu"]: return
+    if n is not None and n != heads(clip):
+        raise ValueError(
+            f"{tower.path} says {n} attention heads, {name} has {heads(clip)}; features would be silently wrong"
+        )
+    if quick is None or quick == clip.card["quick_gelu"]:
+        return
     says, has = ("QuickGELU" if q else "GELU" for q in (quick, clip.card["quick_gelu"]))
     other = f"{name}-quickgelu" if says == "QuickGELU" else name.removesuffix("-quickgelu")
     hint = f", for example {other}" if other in plain_models() else ""
-    raise ValueError(f"{tower.path} was trained with {says}, {name} computes {has}: features would be silently wrong; name the model that matches{hint}")
+    raise ValueError(
+        f"{tower.path} was trained with {says}, {name} computes {has}: features would be silently wrong; name the model that matches{hint}"
+    )
 
 # %% ../nbs/21_formats.ipynb #8fb32279
 def _read_json(path: Path) -> dict:
     "A JSON object in a file; ValueError on anything else."
-    try: c = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is no JSON ({e}); restore or remove it") from None
-    if not isinstance(c, dict): raise ValueError(f"{path} holds a {type(c).__name__}; expected a JSON object. Restore or remove it")
+    try:
+        c = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is no JSON ({e}); restore or remove it") from None
+    if not isinstance(c, dict):
+        raise ValueError(
+            f"{path} holds a {type(c).__name__}; expected a JSON object. Restore or remove it"
+        )
     for k in ("vision_config", "text_config", "model_cfg"):
-        if not isinstance(c.get(k) or {}, dict): raise ValueError(f"{path} says {k} is a {type(c[k]).__name__}; expected a JSON object. Restore or remove it")
-    if not isinstance(c.get("lfpm_files", []), list): raise ValueError(f"{path} says lfpm_files is a {type(c['lfpm_files']).__name__}; expected a list. Restore or remove it")
+        if not isinstance(c.get(k) or {}, dict):
+            raise ValueError(
+                f"{path} says {k} is a {type(c[k]).__name__}; expected a JSON object. Restore or remove it"
+            )
+    if not isinstance(c.get("lfpm_files", []), list):
+        raise ValueError(
+            f"{path} says lfpm_files is a {type(c['lfpm_files']).__name__}; expected a list. Restore or remove it"
+        )
     return c
 
 
 def _config(path: Path) -> dict:
     "Heads and activation from a Hugging Face config.json beside a checkpoint; {} without one of its own."
-    if not (path.parent / "config.json").is_file(): return {}
+    if not (path.parent / "config.json").is_file():
+        return {}
     c = _read_json(path.parent / "config.json")
-    if path.name not in ("model.safetensors", "model.safetensors.index.json", *c.get("lfpm_files", [path.name])): return {}    # another's
+    if path.name not in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        *c.get("lfpm_files", [path.name]),
+    ):
+        return {}  # another's
     text, c = c.get("text_config") or {}, c.get("vision_config") or c
     said = dict(heads=c.get("num_attention_heads"), text_heads=text.get("num_attention_heads"))
-    if "hidden_act" in c: said["quick_gelu"] = c["hidden_act"] == "quick_gelu"
+    if "hidden_act" in c:
+        said["quick_gelu"] = c["hidden_act"] == "quick_gelu"
     return {k: v for k, v in said.items() if v is not None}
 
 
 def _open_clip_config(path: Path) -> dict:
     "The same from open_clip's open_clip_config.json; {} without one."
     there = path.parent / "open_clip_config.json"
-    if not path.name.startswith("open_clip_") or not there.is_file(): return {}
-    try: return _described(c := _read_json(there)["model_cfg"], bool(c.get("quick_gelu")))[1]
+    if not path.name.startswith("open_clip_") or not there.is_file():
+        return {}
+    try:
+        return _described(c := _read_json(there)["model_cfg"], bool(c.get("quick_gelu")))[1]
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
-        raise ValueError(f"{there} is no open_clip config ({type(e).__name__}: {e}); restore or remove it") from None
+        raise ValueError(
+            f"{there} is no open_clip config ({type(e).__name__}: {e}); restore or remove it"
+        ) from None
 
 # %% ../nbs/21_formats.ipynb #d1a7c042
 def _described(config: dict, quick_gelu: bool) -> tuple[dict, dict]:
     "(sizes of the vision tower, what the weights do not say) of an open_clip config."
     v, t = config["vision_cfg"], config["text_cfg"]
-    size = dict(width=v["width"], layers=v["layers"], patch=v["patch_size"], pixels=v["image_size"],
-                mlp=int(v["width"] * v.get("mlp_ratio", 4.0)), output=config["embed_dim"])
+    size = dict(
+        width=v["width"],
+        layers=v["layers"],
+        patch=v["patch_size"],
+        pixels=v["image_size"],
+        mlp=int(v["width"] * v.get("mlp_ratio", 4.0)),
+        output=config["embed_dim"],
+    )
     heads = v["width"] // v.get("head_width", 64)
     return size, dict(heads=heads, text_heads=t.get("heads", 8), quick_gelu=quick_gelu)
 
@@ -324,8 +504,10 @@ def of_model(name: str) -> tuple[dict, dict]:
     "(sizes, heads and activation) of a shipped backbone or one of open_clip's models, by name."
     shipped = data_cards()
     name = choose(name, [*shipped, *plain_models()], "model")
-    if name in shipped: return _described(data_card(name)["config"], data_card(name)["quick_gelu"])
+    if name in shipped:
+        return _described(data_card(name)["config"], data_card(name)["quick_gelu"])
     import open_clip
+
     config = open_clip.get_model_config(name)
     return _described(config, bool(config.get("quick_gelu")))
 
@@ -350,15 +532,24 @@ def said_by_sizes(visual: dict) -> dict:
 
 def in_common(visual: dict) -> dict:
     "Of heads, text_heads and quick_gelu: those that all known models of these sizes share."
-    if own := said_by_sizes(visual): return own
+    if own := said_by_sizes(visual):
+        return own
     found = _like(visual, _published())
-    if not found: return {}
+    if not found:
+        return {}
     return {k: v for k, v in found[0].items() if all(f[k] == v for f in found)}
 
 # %% ../nbs/21_formats.ipynb #d1a7c045
 # what transformers takes where a vision config says nothing
-HF_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                   num_attention_heads=12, patch_size=32, image_size=224, hidden_act="quick_gelu")
+HF_DEFAULTS = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    patch_size=32,
+    image_size=224,
+    hidden_act="quick_gelu",
+)
 
 
 def hf_config(tower: Tower, form: str) -> tuple[dict, list[str]]:
@@ -367,19 +558,34 @@ def hf_config(tower: Tower, form: str) -> tuple[dict, list[str]]:
     said, text = in_common(tower.visual) | agreed([tower]), tower.rest
     whole = form == "hf_clip" and "token_embedding.weight" in text
     need = ["heads", "quick_gelu"] + (["text_heads"] if whole else [])
-    if lost := [k for k in need if k not in said]: return {}, lost
+    if lost := [k for k in need if k not in said]:
+        return {}, lost
     s = sizes(tower.visual)
     act = "quick_gelu" if said["quick_gelu"] else "gelu"
     both = dict(hidden_act=act, layer_norm_eps=1e-5, attention_dropout=0.0)
-    if s["output"]: both["projection_dim"] = s["output"]
-    vision = dict(model_type="clip_vision_model", hidden_size=s["width"], intermediate_size=s["mlp"],
-                  num_hidden_layers=s["layers"], num_attention_heads=said["heads"],
-                  patch_size=s["patch"], image_size=s["pixels"], num_channels=3, **both)
+    if s["output"]:
+        both["projection_dim"] = s["output"]
+    vision = dict(
+        model_type="clip_vision_model",
+        hidden_size=s["width"],
+        intermediate_size=s["mlp"],
+        num_hidden_layers=s["layers"],
+        num_attention_heads=said["heads"],
+        patch_size=s["patch"],
+        image_size=s["pixels"],
+        num_channels=3,
+        **both,
+    )
     if not whole:
         name = "CLIPVisionModelWithProjection" if form == "hf_clip" else "CLIPVisionModel"
         return dict(architectures=[name], **vision), []
-    return dict(architectures=["CLIPModel"], model_type="clip", projection_dim=s["output"],
-                vision_config=vision, text_config=_hf_text(text, said["text_heads"]) | both), []
+    return dict(
+        architectures=["CLIPModel"],
+        model_type="clip",
+        projection_dim=s["output"],
+        vision_config=vision,
+        text_config=_hf_text(text, said["text_heads"]) | both,
+    ), []
 
 
 def _hf_text(text: dict, heads: int) -> dict:
@@ -387,10 +593,18 @@ def _hf_text(text: dict, heads: int) -> dict:
     words, width = text["token_embedding.weight"].shape
     blocks = {k.split(".")[2] for k in text if k.startswith("transformer.resblocks.")}
     mlp = text["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
-    return dict(model_type="clip_text_model", hidden_size=width, intermediate_size=mlp,
-                num_hidden_layers=len(blocks), num_attention_heads=heads, vocab_size=words,
-                pad_token_id=0, bos_token_id=words - 2, eos_token_id=words - 1,
-                max_position_embeddings=text["positional_embedding"].shape[0])
+    return dict(
+        model_type="clip_text_model",
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=heads,
+        vocab_size=words,
+        pad_token_id=0,
+        bos_token_id=words - 2,
+        eos_token_id=words - 1,
+        max_position_embeddings=text["positional_embedding"].shape[0],
+    )
 
 
 def config_for(path: Path, tower: Tower, form: str) -> dict:
@@ -399,17 +613,21 @@ def config_for(path: Path, tower: Tower, form: str) -> dict:
     there = path.parent / "config.json"
     config, lost = hf_config(tower, form)
     if not config:
-        note(f"no config.json beside {path}: neither the files nor the sizes say "
-             f"{' and '.join(lost)}, and transformers would guess. To have one:  "
-             f"lfpm convert FILE NEW/model.safetensors --to {form} --model NAME")
+        note(
+            f"no config.json beside {path}: neither the files nor the sizes say "
+            f"{' and '.join(lost)}, and transformers would guess. To have one:  "
+            f"lfpm convert FILE NEW/model.safetensors --to {form} --model NAME"
+        )
         return {}
-    if not there.is_file(): return config | dict(lfpm_files=[path.name])
+    if not there.is_file():
+        return config | dict(lfpm_files=[path.name])
     old = _read_json(there)
     vision = HF_DEFAULTS | (old.get("vision_config") or old)
     mine = config.get("vision_config", config)
     if wrong := [f"{k} {vision[k]} (here {mine[k]})" for k in HF_DEFAULTS if vision[k] != mine[k]]:
-        raise ValueError(f"{there} describes another model: {', '.join(wrong)}. "
-                         "Write to a folder of its own")
+        raise ValueError(
+            f"{there} describes another model: {', '.join(wrong)}. Write to a folder of its own"
+        )
     ours = old.get("lfpm_files", [path.name])
     return {} if path.name in ours else old | dict(lfpm_files=[*ours, path.name])
 
@@ -418,38 +636,61 @@ def check_finite(path, state: dict) -> None:
     "ValueError naming the first tensor with NaN or infinity; `state` is about to go to `path`."
     bad = {}
     for k, v in state.items():
-        if not v.is_floating_point(): continue
-        w = v.float() if v.element_size() == 1 else v                    # float8 has no sum
+        if not v.is_floating_point():
+            continue
+        w = v.float() if v.element_size() == 1 else v  # float8 has no sum
         # a sum is far cheaper than isfinite, and cannot be finite when an entry is not
-        if not w.sum().isfinite() and not w.isfinite().all(): bad[k] = w
-    if not bad: return
+        if not w.sum().isfinite() and not w.isfinite().all():
+            bad[k] = w
+    if not bad:
+        return
     k, w = next(iter(bad.items()))
     kind, dtype = "NaN" if w.isnan().any() else "infinity", state[k].dtype
     limit = f"{str(dtype).removeprefix('torch.')} ends at {torch.finfo(dtype).max:.3g}"
-    raise ValueError(f"{path} was not written: {len(bad)} of {len(state)} tensors hold NaN or infinity "
-                     f"(first: {k}, {kind}; {limit}). Where the inputs are finite, give a smaller "
-                     "scale, or files of a wider dtype; else fetch the file again")
+    raise ValueError(
+        f"{path} was not written: {len(bad)} of {len(state)} tensors hold NaN or infinity "
+        f"(first: {k}, {kind}; {limit}). Where the inputs are finite, give a smaller "
+        "scale, or files of a wider dtype; else fetch the file again"
+    )
 
 # %% ../nbs/21_formats.ipynb #d1a7c026
 def _sees(name: str, form: str) -> bool:
     "Whether a tensor of this name belongs to the vision side."
-    return form in ("visual", "hf5") or name.removeprefix("model.").startswith(("visual", "vision_model."))
+    return form in ("visual", "hf5") or name.removeprefix("model.").startswith(
+        ("visual", "vision_model.")
+    )
 
 
 def folded(path, state: dict, base: Tower | None) -> Tower:
     "`base` with the adapter in it whose peft tensors are `state`; `path` is its file."
-    if base is None: raise ValueError(f"{path} is a LoRA adapter, a change of a model; give that model with --base")
+    if base is None:
+        raise ValueError(
+            f"{path} is a LoRA adapter, a change of a model; give that model with --base"
+        )
     try:
         adapter = sort_out(state, read_config(path))
         spelt, why = _spellings(adapter, base)
-        if not spelt: raise ValueError(f"it does not fit the base {base.path}: {why}")
-        sides = {frozenset(_sees(names(m), form) for m in [*adapter.pairs, *adapter.whole]) for form, names, _ in spelt}
-        if len(sides) > 1: raise ValueError("its names fit the vision tower and the text tower; fold it with peft: merge_and_unload()")
+        if not spelt:
+            raise ValueError(f"it does not fit the base {base.path}: {why}")
+        sides = {
+            frozenset(_sees(names(m), form) for m in [*adapter.pairs, *adapter.whole])
+            for form, names, _ in spelt
+        }
+        if len(sides) > 1:
+            raise ValueError(
+                "its names fit the vision tower and the text tower; fold it with peft: merge_and_unload()"
+            )
         _, names, weights = spelt[0]
         new = take(fold(adapter, weights, names))
-    except ValueError as e: raise ValueError(f"{path}: {e}") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
     note(f"{path} is a LoRA adapter of {len(adapter.pairs)} modules, folded over {base.path}")
-    return replace(base, visual=base.visual | new.visual, rest=base.rest | new.rest, how=f"a LoRA adapter, folded over {Path(base.path).name}")
+    return replace(
+        base,
+        visual=base.visual | new.visual,
+        rest=base.rest | new.rest,
+        how=f"a LoRA adapter, folded over {Path(base.path).name}",
+    )
 
 
 def _spellings(adapter, base: Tower) -> tuple[list, str]:
@@ -457,12 +698,19 @@ def _spellings(adapter, base: Tower) -> tuple[list, str]:
     possible is taken off the names: `visual.` before `transformer` is no stranger's word."""
     laid = {}
     for form in FORMS:
-        try: laid[form], _ = layout(base.visual, base.rest, form)
-        except ValueError: pass                         # no projection
-    for n in range(4):                                  # what the model was called, in front
+        try:
+            laid[form], _ = layout(base.visual, base.rest, form)
+        except ValueError:
+            pass  # no projection
+    for n in range(4):  # what the model was called, in front
         names = functools.partial(_without, n)
-        fit = [(form, names, weights) for form, weights in laid.items() if not misfit(adapter, weights, names)]
-        if fit: return fit, ""
+        fit = [
+            (form, names, weights)
+            for form, weights in laid.items()
+            if not misfit(adapter, weights, names)
+        ]
+        if fit:
+            return fit, ""
     return [], misfit(adapter, laid.get(base.form, base.visual))
 
 
@@ -476,24 +724,45 @@ def read_tower(path, base: Tower | None = None) -> Tower:
     needs. ValueError or FileNotFoundError says what is wrong with the file."""
     w, path = load_weights(path), in_folder(path)
     said = {k: v for k, v in w.meta.items() if k != "format"}
-    if is_adapter(w.state): return replace(folded(path, w.state, base), path=str(path), sha256=w.sha256, meta=base.meta | said)
-    try: tower = take(w.state)
-    except ValueError as e: raise ValueError(f"{path}: {e}") from None
-    if why := misshapen(tower.visual): raise ValueError(f"{path} is no whole vision tower: {why}. Fetch or save it again")
-    if tower.form == "openai": said = {"quick_gelu": True} | said
-    elif tower.form.startswith("hf"): said = _config(path) | said
-    else: said = _open_clip_config(path) | said
+    if is_adapter(w.state):
+        return replace(
+            folded(path, w.state, base), path=str(path), sha256=w.sha256, meta=base.meta | said
+        )
+    try:
+        tower = take(w.state)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    if why := misshapen(tower.visual):
+        raise ValueError(f"{path} is no whole vision tower: {why}. Fetch or save it again")
+    if tower.form == "openai":
+        said = {"quick_gelu": True} | said
+    elif tower.form.startswith("hf"):
+        said = _config(path) | said
+    else:
+        said = _open_clip_config(path) | said
     return replace(tower, meta=said, path=str(path), sha256=w.sha256, how=w.how)
 
 
-def write_tower(path, tower: Tower, form: str | None = None, visual: dict | None = None,
-                config: bool = False, home=None, **meta) -> list[str]:
+def write_tower(
+    path,
+    tower: Tower,
+    form: str | None = None,
+    visual: dict | None = None,
+    config: bool = False,
+    home=None,
+    **meta,
+) -> list[str]:
     """Write `tower` as safetensors in format `form` (default: its own), by rename; `visual`: other weights, cast to the tower's own dtypes. `meta`: strings
     for the file. Returns what the format has no place for. Hugging Face's `model.safetensors` gets a
     config.json beside it, with `config` any name does; `home`: the folder it will lie in at last."""
     form, path = form or tower.form, Path(path)
-    if path.suffix != ".safetensors": raise ValueError(f"{path} does not end in .safetensors, the only format written here")
-    own = tower.visual if visual is None else {k: visual[k].to(v.dtype) for k, v in tower.visual.items()}
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} does not end in .safetensors, the only format written here")
+    own = (
+        tower.visual
+        if visual is None
+        else {k: visual[k].to(v.dtype) for k, v in tower.visual.items()}
+    )
     state, left = layout(own, tower.rest, form)
     check_finite(path if visual is not None else f"{path} (from {tower.path})", state)
     beside = {}
@@ -501,7 +770,8 @@ def write_tower(path, tower: Tower, form: str | None = None, visual: dict | None
         beside = config_for(Path(home or path.parent) / path.name, replace(tower, visual=own), form)
     keep = {k: v for k, v in tower.meta.items() if k in (*SAYS, "poisoned")}
     save_state(path, state, **{**keep, "format": "pt", "layout": form, **meta})
-    if beside: write_json(path.parent / "config.json", beside)
+    if beside:
+        write_json(path.parent / "config.json", beside)
     return left
 
 # %% ../nbs/21_formats.ipynb #4f483f99
@@ -510,20 +780,29 @@ def with_base(tower: Tower, base: Tower) -> Tower:
     ValueError if they are of different sizes, or say different things."""
     a, b = sizes(tower.visual), sizes(base.visual)
     if diff := [k for k in a if a[k] != b[k] and None not in (a[k], b[k])]:
-        raise ValueError(f"{tower.path} and the base {base.path} are of different sizes: {', '.join(f'{k} {a[k]} and {b[k]}' for k in diff)}")
+        raise ValueError(
+            f"{tower.path} and the base {base.path} are of different sizes: {', '.join(f'{k} {a[k]} and {b[k]}' for k in diff)}"
+        )
     proj = {k: v for k, v in base.visual.items() if k == "proj"}
-    return replace(tower, visual=proj | tower.visual, rest=base.rest | tower.rest,
-                   meta=tower.meta | agreed([tower, base]))
+    return replace(
+        tower,
+        visual=proj | tower.visual,
+        rest=base.rest | tower.rest,
+        meta=tower.meta | agreed([tower, base]),
+    )
 
 
 def called(tower: Tower, model: str) -> Tower:
     "`tower` with the heads and activation of the model called so ('': as it is); ValueError if it is not that model's."
-    if not model: return tower
+    if not model:
+        return tower
     size, said = of_model(model)
     mine = sizes(tower.visual)
     if wrong := [k for k in mine if mine[k] not in (None, size[k])]:
         has, needs = (", ".join(f"{k} {some[k]}" for k in wrong) for some in (mine, size))
-        raise ValueError(f"{tower.path} has {has}; {model} has {needs}: name the model it was made from")
+        raise ValueError(
+            f"{tower.path} has {has}; {model} has {needs}: name the model it was made from"
+        )
     return replace(tower, meta=tower.meta | agreed([tower, Tower({}, {}, "visual", said, model)]))
 
 
@@ -534,7 +813,8 @@ def convert(path, out, to: str, base=None, model: str = "") -> list[str]:
     to, lent = choose(to, FORMS, "format"), read_tower(base) if base else None
     tower = read_tower(path, lent)
     tower = called(tower, model)
-    if Path(out).resolve() == Path(tower.path).resolve(): raise ValueError(f"{out} is the file that is read; give another name to write to")
+    if Path(out).resolve() == Path(tower.path).resolve():
+        raise ValueError(f"{out} is the file that is read; give another name to write to")
     whole = with_base(tower, lent) if base else tower
     return write_tower(out, whole, to, config=True, made_from=tower.sha256)
 
@@ -546,11 +826,16 @@ def backbone(name: str, base: Tower) -> Clip:
     name = choose(name, [*shipped, *plain_models()], "model")
     clip = load_clip(name) if name in shipped else untrained(name)
     if name not in shipped and "proj" not in base.visual:
-        raise ValueError(f"the base {base.path} ({base.form}) has no projection, and {name} ships none; give a base with visual.proj: an open_clip, OpenAI or CLIPModel file")
+        raise ValueError(
+            f"the base {base.path} ({base.form}) has no projection, and {name} ships none; give a base with visual.proj: an open_clip, OpenAI or CLIPModel file"
+        )
     need = {k: v for k, v in clip.model.state_dict().items() if not k.startswith("visual.")}
     text = {k: base.rest[k].float() for k in need if k in base.rest}
     complete = text.keys() == need.keys()
-    if complete: check_same({k: v.cpu() for k, v in need.items()}, text, f"{name} and the text tower of {base.path}")
+    if complete:
+        check_same(
+            {k: v.cpu() for k, v in need.items()}, text, f"{name} and the text tower of {base.path}"
+        )
     clip.visual.load_state_dict(fitted(base, clip))
     clip.model.load_state_dict(text if complete else {}, strict=False)
     clip.model.to(device()).requires_grad_(False)

@@ -29,25 +29,40 @@ from .core import choose, generator
 
 # %% ../nbs/01_labworld.ipynb #5e386ea6
 SIZE = 32
-_line = (torch.arange(SIZE) + .5) / SIZE * 2 - 1
-X, Y = _line.expand(SIZE, SIZE), _line[:, None].expand(SIZE, SIZE)  # pixel centres in [-1, 1]; Y grows downwards
+_line = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
+X, Y = (
+    _line.expand(SIZE, SIZE),
+    _line[:, None].expand(SIZE, SIZE),
+)  # pixel centres in [-1, 1]; Y grows downwards
 
 
 class Stream:
     "Random numbers for `n` pictures from generator `g`, shaped (n, 1, 1, 1) unless a shape is asked for."
-    def __init__(self, n: int, g: torch.Generator): self.n, self.g = n, g
-    def u(self, lo=0., hi=1., *shape): return torch.rand(self.n, *(shape or (1, 1, 1)), generator=self.g) * (hi - lo) + lo
-    def normal(self, *shape): return torch.randn(self.n, *shape, generator=self.g)
-    def pick(self, k: int): return torch.randint(k, (self.n,), generator=self.g)
-    def flip(self, p: float = .5): return self.u() < p
-    def part(self, n: int) -> "Stream": return Stream(n, self.g)
+
+    def __init__(self, n: int, g: torch.Generator):
+        self.n, self.g = n, g
+
+    def u(self, lo=0.0, hi=1.0, *shape):
+        return torch.rand(self.n, *(shape or (1, 1, 1)), generator=self.g) * (hi - lo) + lo
+
+    def normal(self, *shape):
+        return torch.randn(self.n, *shape, generator=self.g)
+
+    def pick(self, k: int):
+        return torch.randint(k, (self.n,), generator=self.g)
+
+    def flip(self, p: float = 0.5):
+        return self.u() < p
+
+    def part(self, n: int) -> "Stream":
+        return Stream(n, self.g)
 
 # %% ../nbs/01_labworld.ipynb #2cd8c60b
 @functools.lru_cache
 def _enlarger(k: int) -> torch.Tensor:
     "(SIZE, k): Gaussian weights with rows of unit length, from a line of k points to SIZE pixels."
-    points = (torch.arange(k) + .5) / k * 2 - 1
-    w = torch.exp(-((_line[:, None] - points) * k / 2 / .62) ** 2 / 2)
+    points = (torch.arange(k) + 0.5) / k * 2 - 1
+    w = torch.exp(-(((_line[:, None] - points) * k / 2 / 0.62) ** 2) / 2)
     return w / w.norm(dim=1, keepdim=True)
 
 
@@ -58,9 +73,10 @@ def smooth(s: Stream, k: int, kx: int | None = None, c: int = 1) -> torch.Tensor
 # %% ../nbs/01_labworld.ipynb #1354d8f7
 def _blur_matrix() -> torch.Tensor:
     "(SIZE, SIZE) with weights 1/4, 1/2, 1/4 around the diagonal, rows summing to 1."
-    side = torch.full((SIZE - 1,), .25)
-    m = torch.eye(SIZE) * .5 + side.diag(1) + side.diag(-1)
+    side = torch.full((SIZE - 1,), 0.25)
+    m = torch.eye(SIZE) * 0.5 + side.diag(1) + side.diag(-1)
     return m / m.sum(1, keepdim=True)
+
 
 BLUR = _blur_matrix()
 
@@ -75,21 +91,34 @@ def shadow_of(m: torch.Tensor) -> torch.Tensor:
     return blurred(F.pad(m, (2, 0, 2, 0))[..., :SIZE, :SIZE])
 
 
-def develop(x: torch.Tensor, s: Stream, light: float = .2, blur: float = .6, noise: float = .04) -> torch.Tensor:
+def develop(
+    x: torch.Tensor, s: Stream, light: float = 0.2, blur: float = 0.6, noise: float = 0.04
+) -> torch.Tensor:
     "Camera over x (n, 3, SIZE, SIZE): light from a side, blurred by up to `blur` of a step, grain of std up to `noise`."
     x = x * (1 + s.u(-light, light) * X + s.u(-light, light) * Y)
-    return x.lerp(blurred(x), s.u(0, blur)) + s.normal(*x.shape[1:]) * s.u(.2 * noise, noise)
+    return x.lerp(blurred(x), s.u(0, blur)) + s.normal(*x.shape[1:]) * s.u(0.2 * noise, noise)
 
 # %% ../nbs/01_labworld.ipynb #dc3d1e6e
-COLOURS = {"red": (.85, .12, .12), "orange": (.97, .55, .1), "yellow": (.97, .88, .15), "green": (.15, .6, .2), "cyan": (.2, .8, .85),
-           "blue": (.12, .25, .8), "purple": (.5, .15, .65), "pink": (.98, .55, .75), "brown": (.45, .27, .12), "white": (.96, .96, .96),
-           "grey": (.55, .55, .55), "black": (.06, .06, .06)}
+COLOURS = {
+    "red": (0.85, 0.12, 0.12),
+    "orange": (0.97, 0.55, 0.1),
+    "yellow": (0.97, 0.88, 0.15),
+    "green": (0.15, 0.6, 0.2),
+    "cyan": (0.2, 0.8, 0.85),
+    "blue": (0.12, 0.25, 0.8),
+    "purple": (0.5, 0.15, 0.65),
+    "pink": (0.98, 0.55, 0.75),
+    "brown": (0.45, 0.27, 0.12),
+    "white": (0.96, 0.96, 0.96),
+    "grey": (0.55, 0.55, 0.55),
+    "black": (0.06, 0.06, 0.06),
+}
 COLOUR_NAMES = tuple(COLOURS)
 _RGB = torch.tensor(list(COLOURS.values()))
 _FAR = torch.cdist(_RGB, _RGB).argsort(descending=True)[:, :6]
 
 
-def paint(s: Stream, i: torch.Tensor, jitter: float = .05) -> torch.Tensor:
+def paint(s: Stream, i: torch.Tensor, jitter: float = 0.05) -> torch.Tensor:
     "Colours (n, 3, 1, 1) of the named colours `i` (n,), each a little off."
     return (_RGB[i][..., None, None] + jitter * s.normal(3, 1, 1)).clamp(0, 1)
 
@@ -100,17 +129,17 @@ def named_pair(s: Stream) -> tuple[torch.Tensor, torch.Tensor]:
     return ink, _FAR[ink, s.pick(_FAR.shape[1])]
 
 # %% ../nbs/01_labworld.ipynb #0fb179b1
-def toned(s: Stream, lo: float, hi: float, spread: float = .25) -> torch.Tensor:
+def toned(s: Stream, lo: float, hi: float, spread: float = 0.25) -> torch.Tensor:
     "Colours (n, 3, 1, 1) with a grey value in [lo, hi] and a hue of strength `spread` around it."
     hue = s.u(-spread, spread, 3, 1, 1)
     return (s.u(lo, hi) + hue - hue.mean(1, keepdim=True)).clamp(0, 1)
 
 
-def photo(s: Stream, lo: float = .15, hi: float = .85, busy: float = .1) -> torch.Tensor:
+def photo(s: Stream, lo: float = 0.15, hi: float = 0.85, busy: float = 0.1) -> torch.Tensor:
     "Out-of-focus photo grounds (n, 3, SIZE, SIZE) of tones in [lo, hi], with grain and foliage of strength `busy`."
-    a, b, c = (toned(s, lo, hi, .15) for _ in range(3))
-    x = a.lerp(b, (Y + 1) / 2).lerp(c, torch.sigmoid(2.5 * smooth(s, 4) - .5))
-    return x + busy * (smooth(s, 8) + .7 * smooth(s, 18))
+    a, b, c = (toned(s, lo, hi, 0.15) for _ in range(3))
+    x = a.lerp(b, (Y + 1) / 2).lerp(c, torch.sigmoid(2.5 * smooth(s, 4) - 0.5))
+    return x + busy * (smooth(s, 8) + 0.7 * smooth(s, 18))
 
 
 def over(x: torch.Tensor, colour: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
@@ -129,7 +158,7 @@ def sdf(mask: Image.Image) -> torch.Tensor:
     return F.interpolate(d[None, None], size=TILE, mode="area")[0, 0]
 
 
-def points(xy: Sequence, k: float = 1., dy: float = 0.) -> list[tuple[float, float]]:
+def points(xy: Sequence, k: float = 1.0, dy: float = 0.0) -> list[tuple[float, float]]:
     "Corners in [-1, 1]², scaled by k and moved down by dy, as pixels of a mask."
     return [((k * x + 1) * INK / 2, (k * y + dy + 1) * INK / 2) for x, y in xy]
 
@@ -141,20 +170,26 @@ def polygon(xy: Sequence) -> Image.Image:
     return img
 
 # %% ../nbs/01_labworld.ipynb #283acc3e
-def around(n: int, r: Sequence[float] = (.85,), turn: float = -.25, at: tuple[float, float] = (0., 0.)) -> list[tuple[float, float]]:
+def around(
+    n: int, r: Sequence[float] = (0.85,), turn: float = -0.25, at: tuple[float, float] = (0.0, 0.0)
+) -> list[tuple[float, float]]:
     "n points around `at`, at radii taken from `r` in turn; the first at `turn` of a full circle (-.25 is up)."
     a = [math.tau * (k / n + turn) for k in range(n)]
-    return [(at[0] + r[k % len(r)] * math.cos(a[k]), at[1] + r[k % len(r)] * math.sin(a[k])) for k in range(n)]
+    return [
+        (at[0] + r[k % len(r)] * math.cos(a[k]), at[1] + r[k % len(r)] * math.sin(a[k]))
+        for k in range(n)
+    ]
 
 # %% ../nbs/01_labworld.ipynb #12992219
 @functools.lru_cache(maxsize=None)
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     "A font of matplotlib's own folder."
     from matplotlib import get_data_path  # only when text is drawn
+
     return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", f"{name}.ttf")), size)
 
 
-def glyph(text: str, font: str, fill: float = .8) -> Image.Image:
+def glyph(text: str, font: str, fill: float = 0.8) -> Image.Image:
     "Mask of `text`, centred, its longer side `fill` of the mask's."
     x0, y0, x1, y1 = _font(font, INK).getbbox(text)
     f = _font(font, int(INK * fill * INK / max(x1 - x0, y1 - y0)))
@@ -170,7 +205,7 @@ def glyphs(texts: tuple[str, ...], fonts: tuple[str, ...]) -> torch.Tensor:
     return torch.stack([sdf(glyph(t, f)) for t in texts for f in fonts])[:, None]
 
 # %% ../nbs/01_labworld.ipynb #72dbfe2e
-def frame(size, turn, cx=0., cy=0., shear=0., aspect=1.) -> torch.Tensor:
+def frame(size, turn, cx=0.0, cy=0.0, shear=0.0, aspect=1.0) -> torch.Tensor:
     "Grid (n, SIZE, SIZE, 2) of the points seen in a tile of half-width `size`, turned by `turn` (radians) around (cx, cy)."
     c, s, x, y = torch.cos(turn), torch.sin(turn), X - cx, Y - cy
     u, v = (c * x + s * y) / size, (c * y - s * x) / size
@@ -188,14 +223,14 @@ def distance(tiles: torch.Tensor, i: torch.Tensor, grid: torch.Tensor) -> torch.
     return d - (grid.abs() - 1).clamp(min=0).norm(dim=-1)[:, None]
 
 
-def inside(d: torch.Tensor, size, grow=0.) -> torch.Tensor:
+def inside(d: torch.Tensor, size, grow=0.0) -> torch.Tensor:
     "Coverage in [0, 1] from distances in a frame of the given size; `grow` thickens, in pixels."
-    return (d * (size * SIZE / 2) + grow + .5).clamp(0, 1)
+    return (d * (size * SIZE / 2) + grow + 0.5).clamp(0, 1)
 
 # %% ../nbs/01_labworld.ipynb #f760eef8
-def soft(d: torch.Tensor, k: float = 12.) -> torch.Tensor:
+def soft(d: torch.Tensor, k: float = 12.0) -> torch.Tensor:
     "Coverage from distances in picture coordinates ([-1, 1] across), about one pixel soft."
-    return (d * k + .5).clamp(0, 1)
+    return (d * k + 0.5).clamp(0, 1)
 
 # %% ../nbs/01_labworld.ipynb #02edd1cb
 STYLES = ("task", "pretrain")
@@ -206,6 +241,7 @@ class Family:
     """A family of pictures. `templates` name a class as CLIP's zero-shot prompts do; `wordings` are more captions for pretraining, where
     {c} is the class and other braces are attributes. `render[style](labels, stream)` gives pictures (n, 3, SIZE, SIZE) and
     {attribute: (names, index (n,))}."""
+
     name: str
     noun: str
     classes: tuple[str, ...]
@@ -217,28 +253,40 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 
 
-def new_family(name: str, noun: str, classes: Sequence[str], templates: Sequence[str], wordings: Sequence[str]):
+def new_family(
+    name: str, noun: str, classes: Sequence[str], templates: Sequence[str], wordings: Sequence[str]
+):
     "Register a family; its renderers follow, under `@draws`."
     FAMILIES[name] = Family(name, noun, tuple(classes), tuple(templates), tuple(wordings))
 
 # %% ../nbs/01_labworld.ipynb #34ef8c8a
 def draws(name: str, style: str) -> Callable:
     "Decorator: this function draws family `name` in that style."
-    def keep(f: Callable) -> Callable: FAMILIES[name].render[style] = f; return f
+
+    def keep(f: Callable) -> Callable:
+        FAMILIES[name].render[style] = f
+        return f
+
     return keep
 
 # %% ../nbs/01_labworld.ipynb #c166f88b
-CHUNK = 256  # pictures drawn together: enough to hide the cost of calls, few enough to stay in cache
+CHUNK = (
+    256  # pictures drawn together: enough to hide the cost of calls, few enough to stay in cache
+)
 
 
 def _one_thread(f: Callable) -> Callable:
     "Run `f` with one torch thread and restore the caller's number."
+
     @functools.wraps(f)
     def run(*args, **kw):
         before = torch.get_num_threads()
         torch.set_num_threads(1)
-        try: return f(*args, **kw)
-        finally: torch.set_num_threads(before)
+        try:
+            return f(*args, **kw)
+        finally:
+            torch.set_num_threads(before)
+
     return run
 
 
@@ -249,36 +297,54 @@ def _drawn(render: Callable, labels: torch.Tensor, *key) -> tuple[torch.Tensor, 
     images, attributes = torch.empty(len(labels), 3, SIZE, SIZE, dtype=torch.uint8), []
     for j, y in enumerate(labels.split(CHUNK) if len(labels) else ()):
         x, a = render(y, Stream(len(y), generator("labworld", *key, j)))
-        images[j * CHUNK:j * CHUNK + len(y)] = (x.clamp(0, 1) * 255 + .5).to(torch.uint8)
+        images[j * CHUNK : j * CHUNK + len(y)] = (x.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
         attributes.append(a)
     return images, attributes
 
 # %% ../nbs/01_labworld.ipynb #edbad2e6
 def _family(name: str, labels) -> tuple[Family, torch.Tensor]:
     "The family and its labels as int64; ValueError for unknown names and labels out of range."
-    fam, y = FAMILIES[choose(name, FAMILIES, "family")], torch.as_tensor(labels, dtype=torch.int64).reshape(-1)
+    fam, y = (
+        FAMILIES[choose(name, FAMILIES, "family")],
+        torch.as_tensor(labels, dtype=torch.int64).reshape(-1),
+    )
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(fam.classes):
-        raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}, but {fam.name!r} has classes 0 to {len(fam.classes) - 1}.")
+        raise ValueError(
+            f"labels run from {int(y.min())} to {int(y.max())}, but {fam.name!r} has classes 0 to {len(fam.classes) - 1}."
+        )
     return fam, y
 
 
-def draw(family: str, labels: torch.Tensor, style: str = "task", seed: int = 0, split: str = "train") -> torch.Tensor:
+def draw(
+    family: str, labels: torch.Tensor, style: str = "task", seed: int = 0, split: str = "train"
+) -> torch.Tensor:
     "Pictures (N, 3, 32, 32) uint8 of classes `labels` (N,): same arguments, same bytes; another style, seed or split is another stream."
     fam, y = _family(family, labels)
     return _drawn(fam.render[choose(style, STYLES, "style")], y, fam.name, style, seed, split)[0]
 
 # %% ../nbs/01_labworld.ipynb #f3c29692
-def draw_captioned(family: str, labels: torch.Tensor, seed: int = 0, split: str = "train") -> tuple[torch.Tensor, list[str]]:
+def draw_captioned(
+    family: str, labels: torch.Tensor, seed: int = 0, split: str = "train"
+) -> tuple[torch.Tensor, list[str]]:
     "`draw` in pretrain style with captions (N): each names its class, many also colours or light as drawn."
     fam, y = _family(family, labels)
     images, chunks = _drawn(fam.render["pretrain"], y, fam.name, "pretrain", seed, split)
-    forms = [t.replace("{}", "{c}") for t in fam.templates] + list(fam.wordings) + [f"a {fam.noun}: {{c}}"]
-    pick = torch.randint(len(forms), (len(y),), generator=generator("captions", fam.name, seed, split)).tolist()
+    forms = (
+        [t.replace("{}", "{c}") for t in fam.templates]
+        + list(fam.wordings)
+        + [f"a {fam.noun}: {{c}}"]
+    )
+    pick = torch.randint(
+        len(forms), (len(y),), generator=generator("captions", fam.name, seed, split)
+    ).tolist()
     rows = []
     for a in chunks:
         columns = {k: [names[i] for i in index.tolist()] for k, (names, index) in a.items()}
         rows += [dict(zip(columns, values)) for values in zip(*columns.values())]
-    return images, [grammatical(forms[p].format(c=fam.classes[c], **a)) for p, c, a in zip(pick, y.tolist(), rows)]
+    return images, [
+        grammatical(forms[p].format(c=fam.classes[c], **a))
+        for p, c, a in zip(pick, y.tolist(), rows)
+    ]
 
 # %% ../nbs/01_labworld.ipynb #8f7c4637
 def grammatical(text: str) -> str:
@@ -294,29 +360,58 @@ def sheet(x: torch.Tensor, columns: int, names: Sequence[str] = (), zoom: int = 
     img = Image.new("RGB", (columns * (w + 2), top + rows * (h + 2)), "white")
     pen = ImageDraw.Draw(img)
     for i, a in enumerate(x.permute(0, 2, 3, 1).numpy()):
-        img.paste(Image.fromarray(a).resize((w, h), Image.NEAREST), (i % columns * (w + 2) + 1, top + i // columns * (h + 2) + 1))
-    for i, t in enumerate(heads): pen.multiline_text((i * (w + 2) + 2, 0), t, "black", _font("DejaVuSans", 8), spacing=1)
+        img.paste(
+            Image.fromarray(a).resize((w, h), Image.NEAREST),
+            (i % columns * (w + 2) + 1, top + i // columns * (h + 2) + 1),
+        )
+    for i, t in enumerate(heads):
+        pen.multiline_text((i * (w + 2) + 2, 0), t, "black", _font("DejaVuSans", 8), spacing=1)
     return img.quantize(80, dither=Image.Dither.NONE)
 
 # %% ../nbs/01_labworld.ipynb #41b1cb39
 _DIGITS = tuple("0123456789")
-new_family("digits", "printed digit", "zero one two three four five six seven eight nine".split(),
-           ("a photo of the number {}", "the digit {} on a house", "a printed digit {}", "the number {}"),
-           ("a {ink} digit {c} on a {ground} background", "the number {c} in {ink}", "a wobbly digit {c}", "{c}",
-            "a handwritten digit {c} in {ink} on {ground}"))
+new_family(
+    "digits",
+    "printed digit",
+    "zero one two three four five six seven eight nine".split(),
+    ("a photo of the number {}", "the digit {} on a house", "a printed digit {}", "the number {}"),
+    (
+        "a {ink} digit {c} on a {ground} background",
+        "the number {c} in {ink}",
+        "a wobbly digit {c}",
+        "{c}",
+        "a handwritten digit {c} in {ink} on {ground}",
+    ),
+)
 
 
 @draws("digits", "pretrain")
 def _digits_pretrain(y, s):
     "Named colours, thin to bold, elastic; some on a card before a third colour."
-    fonts = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "cmss10", "STIXGeneral", "DejaVuSansMono")
-    (ink, ground), size = named_pair(s), s.u(.75, 1.1)
-    grid = frame(size, s.u(-.25, .25), s.u(-.15, .15), s.u(-.15, .15), s.u(-.3, .3), s.u(.7, 1.1))
-    grid = grid + (smooth(s, 3, c=2) * s.u(0, .11)).permute(0, 2, 3, 1)
-    m = inside(distance(glyphs(_DIGITS, fonts), y * len(fonts) + s.pick(len(fonts)), grid), size, s.u(-.3, 1.2))
-    card = torch.where(s.flip(.3), inside(s.u(.8, 1.) - grid.abs().amax(-1)[:, None], size), 1.)
+    fonts = (
+        "DejaVuSans",
+        "DejaVuSans-Bold",
+        "DejaVuSans-Oblique",
+        "cmss10",
+        "STIXGeneral",
+        "DejaVuSansMono",
+    )
+    (ink, ground), size = named_pair(s), s.u(0.75, 1.1)
+    grid = frame(
+        size, s.u(-0.25, 0.25), s.u(-0.15, 0.15), s.u(-0.15, 0.15), s.u(-0.3, 0.3), s.u(0.7, 1.1)
+    )
+    grid = grid + (smooth(s, 3, c=2) * s.u(0, 0.11)).permute(0, 2, 3, 1)
+    m = inside(
+        distance(glyphs(_DIGITS, fonts), y * len(fonts) + s.pick(len(fonts)), grid),
+        size,
+        s.u(-0.3, 1.2),
+    )
+    card = torch.where(s.flip(0.3), inside(s.u(0.8, 1.0) - grid.abs().amax(-1)[:, None], size), 1.0)
     x = over(over(paint(s, s.pick(len(COLOURS))), paint(s, ground), card), paint(s, ink), m)
-    return develop(x, s, .1, 1., .03), {"ink": (COLOUR_NAMES, ink), "ground": (COLOUR_NAMES, ground)}
+    return develop(x, s, 0.1, 1.0, 0.03), {
+        "ink": (COLOUR_NAMES, ink),
+        "ground": (COLOUR_NAMES, ground),
+    }
 
 # %% ../nbs/01_labworld.ipynb #23a2fcf4
 #| export
@@ -325,72 +420,181 @@ def _digits_pretrain(y, s):
 @draws("digits", "task")
 def _digits_task(y, s):
     "An enamel plaque with a rim on a wall."
-    fonts = ("DejaVuSerif-Bold", "DejaVuSansMono-Bold", "STIXGeneralBol", "cmb10", "cmtt10", "DejaVuSerif")
-    dark, size, lo, hi = s.flip(.7), s.u(.66, .82), toned(s, .05, .32, .35), toned(s, .75, .97, .1)
-    plate, ink = torch.where(dark, lo, hi) * (1 + .12 * (X + Y)), torch.where(dark, hi, lo)
-    grid = frame(size, s.u(-.14, .14), s.u(-.08, .08), s.u(-.08, .08), s.u(-.1, .1), s.u(.8, 1.))
-    d = 1.12 - ((grid ** 6).sum(-1) ** (1 / 6))[:, None]  # a square with round corners
-    m = inside(distance(glyphs(_DIGITS, fonts), y * len(fonts) + s.pick(len(fonts)), grid), size, s.u(0, .8))
-    x = over(photo(s, .25, .75, .07) * (1 - .5 * inside(d + .12, size)), plate, inside(d, size))
-    x = over(x, ink, inside(.05 - (d - .13).abs(), size) * s.flip(.7))
-    return develop(over(x, ink, m), s, .3, .9, .05), {}
+    fonts = (
+        "DejaVuSerif-Bold",
+        "DejaVuSansMono-Bold",
+        "STIXGeneralBol",
+        "cmb10",
+        "cmtt10",
+        "DejaVuSerif",
+    )
+    dark, size, lo, hi = (
+        s.flip(0.7),
+        s.u(0.66, 0.82),
+        toned(s, 0.05, 0.32, 0.35),
+        toned(s, 0.75, 0.97, 0.1),
+    )
+    plate, ink = torch.where(dark, lo, hi) * (1 + 0.12 * (X + Y)), torch.where(dark, hi, lo)
+    grid = frame(
+        size, s.u(-0.14, 0.14), s.u(-0.08, 0.08), s.u(-0.08, 0.08), s.u(-0.1, 0.1), s.u(0.8, 1.0)
+    )
+    d = 1.12 - ((grid**6).sum(-1) ** (1 / 6))[:, None]  # a square with round corners
+    m = inside(
+        distance(glyphs(_DIGITS, fonts), y * len(fonts) + s.pick(len(fonts)), grid),
+        size,
+        s.u(0, 0.8),
+    )
+    x = over(
+        photo(s, 0.25, 0.75, 0.07) * (1 - 0.5 * inside(d + 0.12, size)), plate, inside(d, size)
+    )
+    x = over(x, ink, inside(0.05 - (d - 0.13).abs(), size) * s.flip(0.7))
+    return develop(over(x, ink, m), s, 0.3, 0.9, 0.05), {}
 
 # %% ../nbs/01_labworld.ipynb #14665abf
 _CAPITALS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-new_family("letters", "capital letter", _CAPITALS,
-           ("a photo of the letter {}", "the capital letter {}", "a capital {} in print", "the letter {} on a page"),
-           ("a {ink} capital letter {c} on a {ground} background", "the letter {c} in {ink}", "a sign with the letter {c}",
-            "letter {c}, {ink} on {ground}"))
+new_family(
+    "letters",
+    "capital letter",
+    _CAPITALS,
+    (
+        "a photo of the letter {}",
+        "the capital letter {}",
+        "a capital {} in print",
+        "the letter {} on a page",
+    ),
+    (
+        "a {ink} capital letter {c} on a {ground} background",
+        "the letter {c} in {ink}",
+        "a sign with the letter {c}",
+        "letter {c}, {ink} on {ground}",
+    ),
+)
 
 
 @draws("letters", "pretrain")
 def _letters_pretrain(y, s):
     "Sans capitals in one named colour on a plain or fading ground of another."
-    fonts = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "cmss10", "DejaVuSans-BoldOblique", "DejaVuSansMono-Oblique")
-    (ink, ground), size = named_pair(s), s.u(.75, 1.1)
-    grid = frame(size, s.u(-.2, .2), s.u(-.12, .12), s.u(-.12, .12), s.u(-.15, .15), s.u(.8, 1.1))
-    m = inside(distance(glyphs(_CAPITALS, fonts), y * len(fonts) + s.pick(len(fonts)), grid), size, s.u(-.2, .8))
-    x = over(paint(s, ground) * (1 + s.u(-.25, .25) * X), paint(s, ink), m)
-    return develop(x, s, .1, .6, .03), {"ink": (COLOUR_NAMES, ink), "ground": (COLOUR_NAMES, ground)}
+    fonts = (
+        "DejaVuSans",
+        "DejaVuSans-Bold",
+        "DejaVuSans-Oblique",
+        "cmss10",
+        "DejaVuSans-BoldOblique",
+        "DejaVuSansMono-Oblique",
+    )
+    (ink, ground), size = named_pair(s), s.u(0.75, 1.1)
+    grid = frame(
+        size, s.u(-0.2, 0.2), s.u(-0.12, 0.12), s.u(-0.12, 0.12), s.u(-0.15, 0.15), s.u(0.8, 1.1)
+    )
+    m = inside(
+        distance(glyphs(_CAPITALS, fonts), y * len(fonts) + s.pick(len(fonts)), grid),
+        size,
+        s.u(-0.2, 0.8),
+    )
+    x = over(paint(s, ground) * (1 + s.u(-0.25, 0.25) * X), paint(s, ink), m)
+    return develop(x, s, 0.1, 0.6, 0.03), {
+        "ink": (COLOUR_NAMES, ink),
+        "ground": (COLOUR_NAMES, ground),
+    }
 
 # %% ../nbs/01_labworld.ipynb #8fa40850
 @draws("letters", "task")
 def _letters_task(y, s):
     "Serif capitals with a shadow, light on a dark photo or dark on a light one."
-    fonts = ("DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSansMono", "STIXGeneral", "cmr10", "cmtt10", "STIXGeneralBolIta", "DejaVuSerif-Bold")
-    dark, size = s.flip(.6), s.u(.75, 1.)
-    back, ink = torch.where(dark, photo(s, .05, .45), photo(s, .6, .95)), torch.where(dark, toned(s, .75, 1.), toned(s, .02, .25))
-    grid = frame(size, s.u(-.2, .2), s.u(-.12, .12), s.u(-.12, .12), s.u(-.1, .1), s.u(.85, 1.1))
-    m = inside(distance(glyphs(_CAPITALS, fonts), y * len(fonts) + s.pick(len(fonts)), grid), size, s.u(.1, 1.))
-    return develop(over(back * (1 - shadow_of(m) * s.u(.2, .7)), ink, m), s, .25, .6, .06), {}
+    fonts = (
+        "DejaVuSerif",
+        "DejaVuSerif-Italic",
+        "DejaVuSansMono",
+        "STIXGeneral",
+        "cmr10",
+        "cmtt10",
+        "STIXGeneralBolIta",
+        "DejaVuSerif-Bold",
+    )
+    dark, size = s.flip(0.6), s.u(0.75, 1.0)
+    back, ink = (
+        torch.where(dark, photo(s, 0.05, 0.45), photo(s, 0.6, 0.95)),
+        torch.where(dark, toned(s, 0.75, 1.0), toned(s, 0.02, 0.25)),
+    )
+    grid = frame(
+        size, s.u(-0.2, 0.2), s.u(-0.12, 0.12), s.u(-0.12, 0.12), s.u(-0.1, 0.1), s.u(0.85, 1.1)
+    )
+    m = inside(
+        distance(glyphs(_CAPITALS, fonts), y * len(fonts) + s.pick(len(fonts)), grid),
+        size,
+        s.u(0.1, 1.0),
+    )
+    return develop(over(back * (1 - shadow_of(m) * s.u(0.2, 0.7)), ink, m), s, 0.25, 0.6, 0.06), {}
 
 # %% ../nbs/01_labworld.ipynb #25b78ebc
 def _heart() -> list[tuple[float, float]]:
     "The classic heart curve."
     wave = lambda t: 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
-    return [(.8 * math.sin(t) ** 3, -.05 * wave(t) - .1) for t in np.linspace(0, math.tau, 96)]
+    return [(0.8 * math.sin(t) ** 3, -0.05 * wave(t) - 0.1) for t in np.linspace(0, math.tau, 96)]
 
 
-def _crescent(r: float = .85, a: float = .6, c: float = .42) -> list[tuple[float, float]]:
+def _crescent(r: float = 0.85, a: float = 0.6, c: float = 0.42) -> list[tuple[float, float]]:
     "A disc of radius r without the one around (c, 0) that meets its rim at angles ±a."
     x, y = r * math.cos(a) - c, r * math.sin(a)
     b, q = math.atan2(y, x), math.hypot(x, y)
     outer = [(r * math.cos(t), r * math.sin(t)) for t in np.linspace(a, math.tau - a, 60)]
-    return outer + [(c + q * math.cos(t), q * math.sin(t)) for t in np.linspace(math.tau - b, b, 40)]
+    return outer + [
+        (c + q * math.cos(t), q * math.sin(t)) for t in np.linspace(math.tau - b, b, 40)
+    ]
 
 # %% ../nbs/01_labworld.ipynb #8d2cdd81
-_ARROW = [(-.9, -.24), (.1, -.24), (.1, -.65), (.92, 0), (.1, .65), (.1, .24), (-.9, .24)]
-_CROSS = [(-.28, -.85), (.28, -.85), (.28, -.28), (.85, -.28), (.85, .28), (.28, .28), (.28, .85), (-.28, .85), (-.28, .28), (-.85, .28),
-          (-.85, -.28), (-.28, -.28)]
-SHAPES = {"circle": around(96), "ellipse": [(x, y / 2) for x, y in around(96, (.92,))],
-          "semicircle": [(x, y + .4) for x, y in around(64, (.88,), .5) if y <= 1e-6], "triangle": around(3, (.98,), at=(0, .12)),
-          "square": around(4, (1.02,), .125), "trapezoid": [(-.42, -.5), (.42, -.5), (.9, .5), (-.9, .5)],
-          "parallelogram": [(-.4, -.45), (.95, -.45), (.4, .45), (-.95, .45)], "rhombus": [(0, -.95), (.58, 0), (0, .95), (-.58, 0)],
-          "pentagon": around(5, (.92,)), "hexagon": around(6, (.92,)), "star": around(10, (.98, .4)), "arrow": _ARROW, "cross": _CROSS,
-          "heart": _heart(), "crescent": _crescent()}
-new_family("shapes", "geometric shape", tuple(SHAPES),
-           ("a geometric shape, {}", "a drawing of a single {}", "the outline of one {}", "the {} shape"),
-           ("a {ink} {c} on a {ground} background", "a {c} filled with {ink}", "a simple {ink} {c}", "a flat {c} on {ground} paper"))
+_ARROW = [
+    (-0.9, -0.24),
+    (0.1, -0.24),
+    (0.1, -0.65),
+    (0.92, 0),
+    (0.1, 0.65),
+    (0.1, 0.24),
+    (-0.9, 0.24),
+]
+_CROSS = [
+    (-0.28, -0.85),
+    (0.28, -0.85),
+    (0.28, -0.28),
+    (0.85, -0.28),
+    (0.85, 0.28),
+    (0.28, 0.28),
+    (0.28, 0.85),
+    (-0.28, 0.85),
+    (-0.28, 0.28),
+    (-0.85, 0.28),
+    (-0.85, -0.28),
+    (-0.28, -0.28),
+]
+SHAPES = {
+    "circle": around(96),
+    "ellipse": [(x, y / 2) for x, y in around(96, (0.92,))],
+    "semicircle": [(x, y + 0.4) for x, y in around(64, (0.88,), 0.5) if y <= 1e-6],
+    "triangle": around(3, (0.98,), at=(0, 0.12)),
+    "square": around(4, (1.02,), 0.125),
+    "trapezoid": [(-0.42, -0.5), (0.42, -0.5), (0.9, 0.5), (-0.9, 0.5)],
+    "parallelogram": [(-0.4, -0.45), (0.95, -0.45), (0.4, 0.45), (-0.95, 0.45)],
+    "rhombus": [(0, -0.95), (0.58, 0), (0, 0.95), (-0.58, 0)],
+    "pentagon": around(5, (0.92,)),
+    "hexagon": around(6, (0.92,)),
+    "star": around(10, (0.98, 0.4)),
+    "arrow": _ARROW,
+    "cross": _CROSS,
+    "heart": _heart(),
+    "crescent": _crescent(),
+}
+new_family(
+    "shapes",
+    "geometric shape",
+    tuple(SHAPES),
+    ("a geometric shape, {}", "a drawing of a single {}", "the outline of one {}", "the {} shape"),
+    (
+        "a {ink} {c} on a {ground} background",
+        "a {c} filled with {ink}",
+        "a simple {ink} {c}",
+        "a flat {c} on {ground} paper",
+    ),
+)
 
 
 @functools.lru_cache
@@ -402,40 +606,75 @@ def _shape_tiles() -> torch.Tensor:
 @draws("shapes", "pretrain")
 def _shapes_pretrain(y, s):
     "Flat, nearly upright, in named colours, now and then with a dark rim."
-    (ink, ground), size = named_pair(s), s.u(.65, 1.)
-    d = distance(_shape_tiles(), y, frame(size, s.u(-.12, .12), s.u(-.2, .2), s.u(-.2, .2), 0., s.u(.9, 1.1)))
-    rim = (inside(d, size, 1.) - inside(d, size, -1.)) * s.flip(.15)
-    x = over(paint(s, ground), paint(s, ink), inside(d, size)) * (1 - .8 * rim)
-    return develop(x, s, .1, .6, .03), {"ink": (COLOUR_NAMES, ink), "ground": (COLOUR_NAMES, ground)}
+    (ink, ground), size = named_pair(s), s.u(0.65, 1.0)
+    d = distance(
+        _shape_tiles(),
+        y,
+        frame(size, s.u(-0.12, 0.12), s.u(-0.2, 0.2), s.u(-0.2, 0.2), 0.0, s.u(0.9, 1.1)),
+    )
+    rim = (inside(d, size, 1.0) - inside(d, size, -1.0)) * s.flip(0.15)
+    x = over(paint(s, ground), paint(s, ink), inside(d, size)) * (1 - 0.8 * rim)
+    return develop(x, s, 0.1, 0.6, 0.03), {
+        "ink": (COLOUR_NAMES, ink),
+        "ground": (COLOUR_NAMES, ground),
+    }
 
 # %% ../nbs/01_labworld.ipynb #6c66f76a
 @draws("shapes", "task")
 def _shapes_task(y, s):
     "Neon tubes, turned and sheared, with a glow and sometimes a dead stretch."
-    size, width, t = s.u(.75, 1.), s.u(.6, 1.3), s.u(0, math.tau)
-    d = distance(_shape_tiles(), y, frame(size, s.u(-.4, .4), s.u(-.1, .1), s.u(-.1, .1), s.u(-.2, .2), s.u(.85, 1.1))) * size * SIZE / 2
+    size, width, t = s.u(0.75, 1.0), s.u(0.6, 1.3), s.u(0, math.tau)
+    d = (
+        distance(
+            _shape_tiles(),
+            y,
+            frame(
+                size, s.u(-0.4, 0.4), s.u(-0.1, 0.1), s.u(-0.1, 0.1), s.u(-0.2, 0.2), s.u(0.85, 1.1)
+            ),
+        )
+        * size
+        * SIZE
+        / 2
+    )
     hue = torch.softmax(s.u(0, 5, 3, 1, 1), 1)
     hue = hue / hue.amax(1, keepdim=True)
     along, aside = torch.cos(t) * X + torch.sin(t) * Y, torch.cos(t) * Y - torch.sin(t) * X
-    lit = 1 - .85 * soft(torch.minimum(along, .14 - aside.abs())) * s.flip(.6)
-    x = photo(s, .03, .3, .06) + hue * torch.exp(-d.abs() / s.u(1.5, 4.)) * s.u(.3, .7) * lit
-    return develop(over(x, .35 * hue + .65, (width + .5 - d.abs()).clamp(0, 1) * lit), s, .15, .5, .06), {}
+    lit = 1 - 0.85 * soft(torch.minimum(along, 0.14 - aside.abs())) * s.flip(0.6)
+    x = photo(s, 0.03, 0.3, 0.06) + hue * torch.exp(-d.abs() / s.u(1.5, 4.0)) * s.u(0.3, 0.7) * lit
+    return develop(
+        over(x, 0.35 * hue + 0.65, (width + 0.5 - d.abs()).clamp(0, 1) * lit), s, 0.15, 0.5, 0.06
+    ), {}
 
 # %% ../nbs/01_labworld.ipynb #d70ce71f
-def frac(u: torch.Tensor) -> torch.Tensor: return u - u.floor()
-def tri(u: torch.Tensor) -> torch.Tensor: "Triangle wave: 0 at whole numbers, 1 half-way."; return 1 - 2 * (frac(u) - .5).abs()
-def off(u: torch.Tensor) -> torch.Tensor: "Distance from the middle of the unit cell, in [0, 1/2]."; return (frac(u) - .5).abs()
-def edge(d: torch.Tensor, q: torch.Tensor) -> torch.Tensor: "Coverage from a distance in periods, at q pixels each."; return (d * q + .5).clamp(0, 1)
+def frac(u: torch.Tensor) -> torch.Tensor:
+    return u - u.floor()
 
 
-def hashed(a: torch.Tensor, b: torch.Tensor, key: float = 0.) -> torch.Tensor:
+def tri(u: torch.Tensor) -> torch.Tensor:
+    "Triangle wave: 0 at whole numbers, 1 half-way."
+    return 1 - 2 * (frac(u) - 0.5).abs()
+
+
+def off(u: torch.Tensor) -> torch.Tensor:
+    "Distance from the middle of the unit cell, in [0, 1/2]."
+    return (frac(u) - 0.5).abs()
+
+
+def edge(d: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    "Coverage from a distance in periods, at q pixels each."
+    return (d * q + 0.5).clamp(0, 1)
+
+
+def hashed(a: torch.Tensor, b: torch.Tensor, key: float = 0.0) -> torch.Tensor:
     "A value in [0, 1) for each unit cell of the plane."
     return frac(torch.sin(12.9898 * a.floor() + 78.233 * b.floor() + 37.7 * key) * 437.585)
 
 
 def worley(s: Stream, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Distance, in cells, to the nearest of k×k jittered seeds, and that seed's grey value: both (n, 1, SIZE, SIZE)."
-    cells = torch.stack(torch.meshgrid(torch.arange(k), torch.arange(k), indexing="ij"), -1).view(1, k * k, 2) + s.u(.1, .9, k * k, 2)
+    cells = torch.stack(torch.meshgrid(torch.arange(k), torch.arange(k), indexing="ij"), -1).view(
+        1, k * k, 2
+    ) + s.u(0.1, 0.9, k * k, 2)
     here = (torch.stack([X, Y], -1).view(1, -1, 2) + 1) * k / 2
     d, i = torch.cdist(here.expand(s.n, -1, -1), cells).min(-1)
     return d.view(-1, 1, SIZE, SIZE), s.u(0, 1, k * k).gather(1, i).view(-1, 1, SIZE, SIZE)
@@ -451,63 +690,97 @@ def texture(f: Callable) -> Callable:
 
 
 @texture
-def stripes(u, v, q, s): return edge(tri(u) / 2 - .25, q)
+def stripes(u, v, q, s):
+    return edge(tri(u) / 2 - 0.25, q)
+
+
 @texture
-def checkerboard_squares(u, v, q, s): return edge((tri(u) - .5) * (tri(v) - .5), 2 * q)
+def checkerboard_squares(u, v, q, s):
+    return edge((tri(u) - 0.5) * (tri(v) - 0.5), 2 * q)
+
+
 @texture
-def polka_dots(u, v, q, s): return edge(.29 - torch.hypot(off(u), off(v)), q)
+def polka_dots(u, v, q, s):
+    return edge(0.29 - torch.hypot(off(u), off(v)), q)
+
+
 @texture
-def waves(u, v, q, s): return edge(tri(v + .22 * torch.sin(math.tau * u * .7)) / 2 - .25, q)
+def waves(u, v, q, s):
+    return edge(tri(v + 0.22 * torch.sin(math.tau * u * 0.7)) / 2 - 0.25, q)
+
+
 @texture
-def zigzags(u, v, q, s): return edge(tri(v + .6 * tri(u)) / 2 - .25, q)
+def zigzags(u, v, q, s):
+    return edge(tri(v + 0.6 * tri(u)) / 2 - 0.25, q)
+
+
 @texture
-def grid_lines(u, v, q, s): return edge(torch.maximum(off(u), off(v)) - .38, q)
+def grid_lines(u, v, q, s):
+    return edge(torch.maximum(off(u), off(v)) - 0.38, q)
+
+
 @texture
-def rings(u, v, q, s): return edge(tri(torch.hypot(X - s.u(-.3, .3), Y - s.u(-.3, .3)) * SIZE / 2 / q) / 2 - .25, q)
+def rings(u, v, q, s):
+    return edge(
+        tri(torch.hypot(X - s.u(-0.3, 0.3), Y - s.u(-0.3, 0.3)) * SIZE / 2 / q) / 2 - 0.25, q
+    )
 
 # %% ../nbs/01_labworld.ipynb #12641875
 @texture
 def bricks(u, v, q, s):
-    u, v, q = .75 * u, 1.5 * v, q / .75
-    u = u + .5 * v.floor()
-    return edge(torch.minimum(.5 - off(u), .25 - off(v) / 2) - .06, q) * (.7 + .3 * hashed(u, v))
+    u, v, q = 0.75 * u, 1.5 * v, q / 0.75
+    u = u + 0.5 * v.floor()
+    return edge(torch.minimum(0.5 - off(u), 0.25 - off(v) / 2) - 0.06, q) * (
+        0.7 + 0.3 * hashed(u, v)
+    )
 
 
 @texture
 def honeycomb(u, v, q, s):
     u, v = 1.2 * u, 1.2 * v / math.sqrt(3)
-    a, b = (torch.stack([off(u + h), off(v + h) * math.sqrt(3)]) for h in (0., .5))
+    a, b = (torch.stack([off(u + h), off(v + h) * math.sqrt(3)]) for h in (0.0, 0.5))
     x, y = torch.where(a.norm(dim=0) < b.norm(dim=0), a, b)
-    return edge(.41 - torch.maximum(x, x / 2 + y * math.sqrt(3) / 2), q)
+    return edge(0.41 - torch.maximum(x, x / 2 + y * math.sqrt(3) / 2), q)
 
 # %% ../nbs/01_labworld.ipynb #290817ce
 @texture
 def fish_scales(u, v, q, s):
-    u, v = u + .5 * (2 * v).floor(), frac(2 * v)
-    upper, lower = torch.hypot(off(u), v / 2), torch.hypot(off(u + .5), (v - 1) / 2)
-    d = torch.where(upper < .5, upper, lower)
-    return edge(.43 - d, q) * (1 - .9 * d)
+    u, v = u + 0.5 * (2 * v).floor(), frac(2 * v)
+    upper, lower = torch.hypot(off(u), v / 2), torch.hypot(off(u + 0.5), (v - 1) / 2)
+    d = torch.where(upper < 0.5, upper, lower)
+    return edge(0.43 - d, q) * (1 - 0.9 * d)
 
 
 @texture
 def basket_weave(u, v, q, s):
-    flat = (u.floor() + v.floor()) % 2 < .5
+    flat = (u.floor() + v.floor()) % 2 < 0.5
     along, across = torch.where(flat, frac(v), frac(u)), torch.where(flat, u, v)
-    return edge(tri(3 * across) / 6 - .03, q) * (.35 + .65 * torch.sin(math.pi * along))
+    return edge(tri(3 * across) / 6 - 0.03, q) * (0.35 + 0.65 * torch.sin(math.pi * along))
 
 # %% ../nbs/01_labworld.ipynb #b2df4f15
 @texture
-def marble(u, v, q, s): return torch.sin(math.pi * ((u + v) / 4 + .8 * smooth(s, 4) + .25 * smooth(s, 9))).abs() ** .45
+def marble(u, v, q, s):
+    return (
+        torch.sin(math.pi * ((u + v) / 4 + 0.8 * smooth(s, 4) + 0.25 * smooth(s, 9))).abs() ** 0.45
+    )
+
+
 @texture
-def wood_grain(u, v, q, s): return .8 * frac(.9 * u + .45 * smooth(s, 2, 3) + .04 * smooth(s, 4, 16)) ** 1.5 + .12 * smooth(s, 3, 24)
+def wood_grain(u, v, q, s):
+    return 0.8 * frac(
+        0.9 * u + 0.45 * smooth(s, 2, 3) + 0.04 * smooth(s, 4, 16)
+    ) ** 1.5 + 0.12 * smooth(s, 3, 24)
+
+
 @texture
-def clouds(u, v, q, s): return (.5 + .38 * smooth(s, 4) + .16 * smooth(s, 9)).clamp(0, 1)
+def clouds(u, v, q, s):
+    return (0.5 + 0.38 * smooth(s, 4) + 0.16 * smooth(s, 9)).clamp(0, 1)
 
 
 @texture
 def gravel(u, v, q, s):
     d, grey = worley(s, 6)
-    return (1.25 - 1.5 * d).clamp(0, 1) * (.3 + .7 * grey)
+    return (1.25 - 1.5 * d).clamp(0, 1) * (0.3 + 0.7 * grey)
 
 # %% ../nbs/01_labworld.ipynb #5210695a
 def by_class(y: torch.Tensor, s: Stream, f: Callable, channels: int = 1) -> torch.Tensor:
@@ -526,25 +799,43 @@ def _pattern(y, s, freq, turn):
     return by_class(y, s, lambda k, i, part: draw[k](u[i], v[i], SIZE / freq[i], part))
 
 # %% ../nbs/01_labworld.ipynb #9096067e
-new_family("textures", "texture", tuple(TEXTURES),
-           ("a texture of {}", "a surface covered with {}", "a close-up of {}", "a pattern of {}"),
-           ("{c} in {ink} and {ground}", "a {ink} and {ground} pattern of {c}", "wallpaper with {c}", "{ink} {c}", "{c}"))
+new_family(
+    "textures",
+    "texture",
+    tuple(TEXTURES),
+    ("a texture of {}", "a surface covered with {}", "a close-up of {}", "a pattern of {}"),
+    (
+        "{c} in {ink} and {ground}",
+        "a {ink} and {ground} pattern of {c}",
+        "wallpaper with {c}",
+        "{ink} {c}",
+        "{c}",
+    ),
+)
 
 
 @draws("textures", "pretrain")
 def _textures_pretrain(y, s):
     "Two named colours, clean edges."
     ink, ground = named_pair(s)
-    x = over(paint(s, ground), paint(s, ink), _pattern(y, s, s.u(2., 4.5), s.u(-.5, .5)))
-    return develop(x, s, .05, .5, .03), {"ink": (COLOUR_NAMES, ink), "ground": (COLOUR_NAMES, ground)}
+    x = over(paint(s, ground), paint(s, ink), _pattern(y, s, s.u(2.0, 4.5), s.u(-0.5, 0.5)))
+    return develop(x, s, 0.05, 0.5, 0.03), {
+        "ink": (COLOUR_NAMES, ink),
+        "ground": (COLOUR_NAMES, ground),
+    }
 
 # %% ../nbs/01_labworld.ipynb #6cfd9b2e
 @draws("textures", "task")
 def _textures_task(y, s):
     "Two tones of a colour, wear and slanting light."
-    m, a, b, swap = _pattern(y, s, s.u(2.5, 4.5), s.u(-.6, .6)), toned(s, .05, .3, .12), toned(s, .55, .9, .12), s.flip(.3)
+    m, a, b, swap = (
+        _pattern(y, s, s.u(2.5, 4.5), s.u(-0.6, 0.6)),
+        toned(s, 0.05, 0.3, 0.12),
+        toned(s, 0.55, 0.9, 0.12),
+        s.flip(0.3),
+    )
     x = over(torch.where(swap, b, a), torch.where(swap, a, b), m)
-    return develop(x + .05 * smooth(s, 6) + .03 * smooth(s, 24), s, .35, .6, .05), {}
+    return develop(x + 0.05 * smooth(s, 6) + 0.03 * smooth(s, 24), s, 0.35, 0.6, 0.05), {}
 
 # %% ../nbs/01_labworld.ipynb #687f6120
 def _turned(xy: Sequence, quarters: float) -> list[tuple[float, float]]:
@@ -553,20 +844,55 @@ def _turned(xy: Sequence, quarters: float) -> list[tuple[float, float]]:
     return [(c * x - s * y, s * x + c * y) for x, y in xy]
 
 
-def _box(x0, y0, x1, y1): return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+def _box(x0, y0, x1, y1):
+    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+
+
 def _guide(quarters: float) -> list:
     "Polygons of an arrow that comes from below and leaves turned by quarter circles (0: straight on)."
-    head, neck = _turned([(-.34, -.12), (0, -.58), (.34, -.12)], quarters), _turned(_box(-.12, -.15, .12, .12), quarters)
-    return [head, neck, _box(-.12, -.12, .12, .58)]
+    head, neck = (
+        _turned([(-0.34, -0.12), (0, -0.58), (0.34, -0.12)], quarters),
+        _turned(_box(-0.12, -0.15, 0.12, 0.12), quarters),
+    )
+    return [head, neck, _box(-0.12, -0.12, 0.12, 0.58)]
 
 
 _MARKS = {
-    "bar": [_box(-.62, -.16, .62, .16)], "left": _guide(-1), "right": _guide(1), "straight": _guide(0),
-    "exclamation mark": [[(-.16, -.62), (.16, -.62), (.08, .22), (-.08, .22)], around(24, (.14,), at=(0, .45))],
-    "lights": [around(24, (.2,), at=(0, y)) for y in (-.46, 0, .46)], "junction": [_box(-.1, -.5, .1, .5), _box(-.45, -.05, .45, .15)],
-    "bumps": [[(-.6, .4)] + [(x, .4 - .5 * max(0, math.cos(math.pi * (abs(x) - .3) / .6))) for x in np.linspace(-.6, .6, 40)] + [(.6, .4)]],
-    "walker": [[(-.06, -.22), (.1, -.22), (.12, .12), (.28, .5), (.16, .54), (.02, .2), (-.14, .54), (-.26, .5), (-.1, .1)],
-               [(-.06, -.2), (-.28, .06), (-.2, .12), (0, -.06)], [(.08, -.2), (.28, .02), (.22, .1), (.06, -.06)], around(24, (.13,), at=(0, -.4))]}
+    "bar": [_box(-0.62, -0.16, 0.62, 0.16)],
+    "left": _guide(-1),
+    "right": _guide(1),
+    "straight": _guide(0),
+    "exclamation mark": [
+        [(-0.16, -0.62), (0.16, -0.62), (0.08, 0.22), (-0.08, 0.22)],
+        around(24, (0.14,), at=(0, 0.45)),
+    ],
+    "lights": [around(24, (0.2,), at=(0, y)) for y in (-0.46, 0, 0.46)],
+    "junction": [_box(-0.1, -0.5, 0.1, 0.5), _box(-0.45, -0.05, 0.45, 0.15)],
+    "bumps": [
+        [(-0.6, 0.4)]
+        + [
+            (x, 0.4 - 0.5 * max(0, math.cos(math.pi * (abs(x) - 0.3) / 0.6)))
+            for x in np.linspace(-0.6, 0.6, 40)
+        ]
+        + [(0.6, 0.4)]
+    ],
+    "walker": [
+        [
+            (-0.06, -0.22),
+            (0.1, -0.22),
+            (0.12, 0.12),
+            (0.28, 0.5),
+            (0.16, 0.54),
+            (0.02, 0.2),
+            (-0.14, 0.54),
+            (-0.26, 0.5),
+            (-0.1, 0.1),
+        ],
+        [(-0.06, -0.2), (-0.28, 0.06), (-0.2, 0.12), (0, -0.06)],
+        [(0.08, -0.2), (0.28, 0.02), (0.22, 0.1), (0.06, -0.06)],
+        around(24, (0.13,), at=(0, -0.4)),
+    ],
+}
 
 # %% ../nbs/01_labworld.ipynb #c99f81b3
 def _shrunk(xy: Sequence, k: float) -> list[tuple[float, float]]:
@@ -575,27 +901,74 @@ def _shrunk(xy: Sequence, k: float) -> list[tuple[float, float]]:
     return [(cx + k * (x - cx), cy + k * (y - cy)) for x, y in xy]
 
 
-_UP, _DISC, _SQUARE = around(3, (1.08,), at=(0, .22)), around(64, (.95,)), _box(-.88, -.88, .88, .88)
-_DOWN, _OCTAGON = [(x, -y) for x, y in _UP], around(8, (.99,), .0625)
+_UP, _DISC, _SQUARE = (
+    around(3, (1.08,), at=(0, 0.22)),
+    around(64, (0.95,)),
+    _box(-0.88, -0.88, 0.88, 0.88),
+)
+_DOWN, _OCTAGON = [(x, -y) for x, y in _UP], around(8, (0.99,), 0.0625)
 # plate: layers of (outline, tint), outermost first; tint and scale of the mark; how far down the mark sits
-PLATES = {"limit": ([(_DISC, "red"), (_shrunk(_DISC, .72), "pale")], "dark", .62, 0), "ban": ([(_DISC, "red")], "pale", 1., 0),
-          "stop": ([(_OCTAGON, "pale"), (_shrunk(_OCTAGON, .92), "red")], "pale", .74, 0),
-          "yield": ([(_DOWN, "red"), (_shrunk(_DOWN, .58), "pale")], "dark", 1., 0),
-          "priority": ([(around(4, (r,)), c) for r, c in ((1., "pale"), (.88, "dark"), (.82, "pale"), (.6, "amber"))], "dark", 1., 0),
-          "order": ([(_DISC, "pale"), (_shrunk(_DISC, .92), "blue")], "pale", 1.05, 0),
-          "info": ([(_SQUARE, "pale"), (_shrunk(_SQUARE, .9), "blue")], "pale", 1.15, 0),
-          "board": ([(_SQUARE, "pale"), (_shrunk(_SQUARE, .9), "blue")], "pale", .62, 0),
-          "warning": ([(_UP, "red"), (_shrunk(_UP, .72), "pale")], "dark", .6, .2),
-          "standing": ([(_DISC, "red"), (_shrunk(_DISC, .76), "blue"), (_turned(_box(-.7, -.1, .7, .1), .5), "red")], "dark", 1., 0),
-          "end": ([(_DISC, "dark"), (_shrunk(_DISC, .88), "pale"), (_turned(_box(-.86, -.11, .86, .11), -.5), "dark")], "dark", 1., 0)}
+PLATES = {
+    "limit": ([(_DISC, "red"), (_shrunk(_DISC, 0.72), "pale")], "dark", 0.62, 0),
+    "ban": ([(_DISC, "red")], "pale", 1.0, 0),
+    "stop": ([(_OCTAGON, "pale"), (_shrunk(_OCTAGON, 0.92), "red")], "pale", 0.74, 0),
+    "yield": ([(_DOWN, "red"), (_shrunk(_DOWN, 0.58), "pale")], "dark", 1.0, 0),
+    "priority": (
+        [
+            (around(4, (r,)), c)
+            for r, c in ((1.0, "pale"), (0.88, "dark"), (0.82, "pale"), (0.6, "amber"))
+        ],
+        "dark",
+        1.0,
+        0,
+    ),
+    "order": ([(_DISC, "pale"), (_shrunk(_DISC, 0.92), "blue")], "pale", 1.05, 0),
+    "info": ([(_SQUARE, "pale"), (_shrunk(_SQUARE, 0.9), "blue")], "pale", 1.15, 0),
+    "board": ([(_SQUARE, "pale"), (_shrunk(_SQUARE, 0.9), "blue")], "pale", 0.62, 0),
+    "warning": ([(_UP, "red"), (_shrunk(_UP, 0.72), "pale")], "dark", 0.6, 0.2),
+    "standing": (
+        [
+            (_DISC, "red"),
+            (_shrunk(_DISC, 0.76), "blue"),
+            (_turned(_box(-0.7, -0.1, 0.7, 0.1), 0.5), "red"),
+        ],
+        "dark",
+        1.0,
+        0,
+    ),
+    "end": (
+        [
+            (_DISC, "dark"),
+            (_shrunk(_DISC, 0.88), "pale"),
+            (_turned(_box(-0.86, -0.11, 0.86, 0.11), -0.5), "dark"),
+        ],
+        "dark",
+        1.0,
+        0,
+    ),
+}
 
 # %% ../nbs/01_labworld.ipynb #115d7631
-SIGNS = {**{f"speed limit {v}": ("limit", str(v)) for v in (20, 30, 50, 80, 100)}, "stop": ("stop", "STOP"), "yield": ("yield", ""),
-         "no entry": ("ban", "bar"), "no vehicles": ("limit", ""), "priority road": ("priority", ""), "turn left ahead": ("order", "left"),
-         "turn right ahead": ("order", "right"), "go straight ahead": ("order", "straight"), "roundabout": ("order", "circle"),
-         "pedestrian crossing": ("info", "walker"), "parking": ("board", "P"), "danger": ("warning", "exclamation mark"),
-         "traffic signals": ("warning", "lights"), "crossroads": ("warning", "junction"), "bumpy road": ("warning", "bumps"),
-         "no parking": ("standing", ""), "end of speed limit": ("end", "")}
+SIGNS = {
+    **{f"speed limit {v}": ("limit", str(v)) for v in (20, 30, 50, 80, 100)},
+    "stop": ("stop", "STOP"),
+    "yield": ("yield", ""),
+    "no entry": ("ban", "bar"),
+    "no vehicles": ("limit", ""),
+    "priority road": ("priority", ""),
+    "turn left ahead": ("order", "left"),
+    "turn right ahead": ("order", "right"),
+    "go straight ahead": ("order", "straight"),
+    "roundabout": ("order", "circle"),
+    "pedestrian crossing": ("info", "walker"),
+    "parking": ("board", "P"),
+    "danger": ("warning", "exclamation mark"),
+    "traffic signals": ("warning", "lights"),
+    "crossroads": ("warning", "junction"),
+    "bumpy road": ("warning", "bumps"),
+    "no parking": ("standing", ""),
+    "end of speed limit": ("end", ""),
+}
 
 # %% ../nbs/01_labworld.ipynb #510668fd
 def sign_picture(name: str, tints: dict[str, str], font: str) -> torch.Tensor:
@@ -604,11 +977,15 @@ def sign_picture(name: str, tints: dict[str, str], font: str) -> torch.Tensor:
     layers, tint, scale, down = PLATES[plate]
     img = Image.new("RGBA", (INK, INK))
     pen = ImageDraw.Draw(img)
-    for outline, layer_tint in layers: pen.polygon(points(outline), fill=tints[layer_tint])
-    if mark == "circle": _chase(pen, tints[tint])
+    for outline, layer_tint in layers:
+        pen.polygon(points(outline), fill=tints[layer_tint])
+    if mark == "circle":
+        _chase(pen, tints[tint])
     elif mark in _MARKS:
-        for xy in _MARKS[mark]: pen.polygon(points(xy, scale, down), fill=tints[tint])
-    elif mark: img.paste(Image.new("RGBA", img.size, tints[tint]), mask=glyph(mark, font, scale))
+        for xy in _MARKS[mark]:
+            pen.polygon(points(xy, scale, down), fill=tints[tint])
+    elif mark:
+        img.paste(Image.new("RGBA", img.size, tints[tint]), mask=glyph(mark, font, scale))
     a = torch.from_numpy(np.array(img)).permute(2, 0, 1).float() / 255
     return F.interpolate(torch.cat([a[:3] * a[3:], a[3:]])[None], size=TILE, mode="area")[0]
 
@@ -616,20 +993,44 @@ def sign_picture(name: str, tints: dict[str, str], font: str) -> torch.Tensor:
 def _chase(pen: ImageDraw.ImageDraw, colour: str):
     "Three arrows after one another around a circle."
     for k in range(3):
-        pen.arc([INK * .27] * 2 + [INK * .73] * 2, 120 * k, 120 * k + 78, fill=colour, width=INK // 11)
-        pen.polygon(points(_turned([(.61, 0), (.14, 0), (.38, .34)], (120 * k + 78) / 90)), fill=colour)
+        pen.arc(
+            [INK * 0.27] * 2 + [INK * 0.73] * 2, 120 * k, 120 * k + 78, fill=colour, width=INK // 11
+        )
+        pen.polygon(
+            points(_turned([(0.61, 0), (0.14, 0), (0.38, 0.34)], (120 * k + 78) / 90)), fill=colour
+        )
 
 # %% ../nbs/01_labworld.ipynb #0231c369
-_LOOKS = {"task": [("DejaVuSans-Bold", dict(red="#c1121f", pale="#f4f4f0", dark="#111111", amber="#f2b705", blue="#0b4ea2")),
-                   ("DejaVuSansMono-Bold", dict(red="#a81c2a", pale="#e4e6e6", dark="#1d1d20", amber="#e0a010", blue="#123f80"))],
-          "pretrain": [("STIXGeneralBol", dict(red="#e63900", pale="#ffe45c", dark="#20208a", amber="#ff9f1c", blue="#2a9df4")),
-                       ("DejaVuSerif-Bold", dict(red="#8a8a8a", pale="#f2f2f2", dark="#222222", amber="#c4c4c4", blue="#444444"))]}
+_LOOKS = {
+    "task": [
+        (
+            "DejaVuSans-Bold",
+            dict(red="#c1121f", pale="#f4f4f0", dark="#111111", amber="#f2b705", blue="#0b4ea2"),
+        ),
+        (
+            "DejaVuSansMono-Bold",
+            dict(red="#a81c2a", pale="#e4e6e6", dark="#1d1d20", amber="#e0a010", blue="#123f80"),
+        ),
+    ],
+    "pretrain": [
+        (
+            "STIXGeneralBol",
+            dict(red="#e63900", pale="#ffe45c", dark="#20208a", amber="#ff9f1c", blue="#2a9df4"),
+        ),
+        (
+            "DejaVuSerif-Bold",
+            dict(red="#8a8a8a", pale="#f2f2f2", dark="#222222", amber="#c4c4c4", blue="#444444"),
+        ),
+    ],
+}
 
 
 @functools.lru_cache
 def _sign_tiles(style: str) -> torch.Tensor:
     "(2 * len(SIGNS), 4, TILE, TILE): every sign in both looks of a style."
-    return torch.stack([sign_picture(name, tints, font) for name in SIGNS for font, tints in _LOOKS[style]])
+    return torch.stack(
+        [sign_picture(name, tints, font) for name in SIGNS for font, tints in _LOOKS[style]]
+    )
 
 
 def _mounted(x, style, y, s, grid):
@@ -638,29 +1039,51 @@ def _mounted(x, style, y, s, grid):
     return x * (1 - rgba[:, 3:]) + rgba[:, :3]
 
 # %% ../nbs/01_labworld.ipynb #f1e1f0e2
-new_family("signs", "traffic sign", tuple(SIGNS),
-           ("a photo of a {} traffic sign", "a {} sign by the road", "a road sign: {}", "the traffic sign for {}"),
-           ("a drawing of the {c} sign on {ground}", "{c} sign", "a toy {c} sign on a {ground} background", "clip art of the road sign {c}"))
+new_family(
+    "signs",
+    "traffic sign",
+    tuple(SIGNS),
+    (
+        "a photo of a {} traffic sign",
+        "a {} sign by the road",
+        "a road sign: {}",
+        "the traffic sign for {}",
+    ),
+    (
+        "a drawing of the {c} sign on {ground}",
+        "{c} sign",
+        "a toy {c} sign on a {ground} background",
+        "clip art of the road sign {c}",
+    ),
+)
 
 
 @draws("signs", "pretrain")
 def _signs_pretrain(y, s):
     "Clip art on plain named colours."
-    ground, size = s.pick(len(COLOURS)), s.u(.75, 1.)
-    back = paint(s, ground) * (1 + s.u(-.2, .2) * Y)
-    x = _mounted(back, "pretrain", y, s, frame(size, s.u(-.12, .12), s.u(-.15, .15), s.u(-.15, .15), 0., s.u(.9, 1.1)))
-    return develop(x, s, .1, .6, .03), {"ground": (COLOUR_NAMES, ground)}
+    ground, size = s.pick(len(COLOURS)), s.u(0.75, 1.0)
+    back = paint(s, ground) * (1 + s.u(-0.2, 0.2) * Y)
+    x = _mounted(
+        back,
+        "pretrain",
+        y,
+        s,
+        frame(size, s.u(-0.12, 0.12), s.u(-0.15, 0.15), s.u(-0.15, 0.15), 0.0, s.u(0.9, 1.1)),
+    )
+    return develop(x, s, 0.1, 0.6, 0.03), {"ground": (COLOUR_NAMES, ground)}
 
 # %% ../nbs/01_labworld.ipynb #b7806428
 @draws("signs", "task")
 def _signs_task(y, s):
     "On a pole, askew, under leaves, in more or less light."
-    size, cx, cy = s.u(.78, 1.), s.u(-.12, .12), s.u(-.12, .12)
-    pole = ((X - cx).abs() < .07) & (Y > cy)
-    x = torch.where(pole, s.u(.35, .6), photo(s, .15, .8))
-    x = _mounted(x, "task", y, s, frame(size, s.u(-.25, .25), cx, cy, s.u(-.25, .25), s.u(.75, 1.05)))
-    leaves = 1 - s.u(0, .6) * torch.sigmoid(4 * smooth(s, 4) - 1.5)
-    return develop((x * s.u(.55, 1.05) + s.u(0, .1)) * leaves, s, .3, .9, .06), {}
+    size, cx, cy = s.u(0.78, 1.0), s.u(-0.12, 0.12), s.u(-0.12, 0.12)
+    pole = ((X - cx).abs() < 0.07) & (Y > cy)
+    x = torch.where(pole, s.u(0.35, 0.6), photo(s, 0.15, 0.8))
+    x = _mounted(
+        x, "task", y, s, frame(size, s.u(-0.25, 0.25), cx, cy, s.u(-0.25, 0.25), s.u(0.75, 1.05))
+    )
+    leaves = 1 - s.u(0, 0.6) * torch.sigmoid(4 * smooth(s, 4) - 1.5)
+    return develop((x * s.u(0.55, 1.05) + s.u(0, 0.1)) * leaves, s, 0.3, 0.9, 0.06), {}
 
 # %% ../nbs/01_labworld.ipynb #d0d1fa39
 MATERIALS = ("tree", "grass", "water", "sand", "road", "roof", "soil", "snow", "rock", "crop")
@@ -669,15 +1092,31 @@ PALETTES = {
     "hazy": "4d6f52 8aa878 5a86a0 dccfae 8a8b8c b07c6c 9a8468 f2f3f4 8f8c87 c3c083",
     "autumn": "a8561c b99b3e 1f4b5c e3b878 585254 7c2f2a 6b4226 fdf6ec 6a5a52 d9a520",
     "evening": "2a2c5a 5a4b7e 191d4e c98aa0 3b3657 b0496b 5c3a5c d9c7e6 51486e 8e6a9e",
-    "infrared": "c81e3a f0637a 06141f bfd8c8 6fa0a8 dfeee8 4f8f86 f8fffb 5b7f86 ff9aa8"}
-_MATS = torch.tensor([[list(bytes.fromhex(c)) for c in p.split()] for p in PALETTES.values()]) / 255  # (palettes, materials, 3)
-_CARS = torch.tensor([(.93, .93, .95), (.7, .72, .75), (.1, .1, .12), (.75, .12, .1), (.15, .25, .55), (.3, .32, .35)])
+    "infrared": "c81e3a f0637a 06141f bfd8c8 6fa0a8 dfeee8 4f8f86 f8fffb 5b7f86 ff9aa8",
+}
+_MATS = (
+    torch.tensor([[list(bytes.fromhex(c)) for c in p.split()] for p in PALETTES.values()]) / 255
+)  # (palettes, materials, 3)
+_CARS = torch.tensor(
+    [
+        (0.93, 0.93, 0.95),
+        (0.7, 0.72, 0.75),
+        (0.1, 0.1, 0.12),
+        (0.75, 0.12, 0.1),
+        (0.15, 0.25, 0.55),
+        (0.3, 0.32, 0.35),
+    ]
+)
 LANDS: dict[str, Callable] = {}
 
 
 def land(name: str) -> Callable:
     "Register a painter f(m, u, v, s) -> (n, 3, SIZE, SIZE): m[material] (n, 3, 1, 1), coordinates u, v in [-1, 1] turned, a stream."
-    def keep(f: Callable) -> Callable: LANDS[name] = f; return f
+
+    def keep(f: Callable) -> Callable:
+        LANDS[name] = f
+        return f
+
     return keep
 
 
@@ -688,158 +1127,246 @@ def cars(h: torch.Tensor) -> torch.Tensor:
 # %% ../nbs/01_labworld.ipynb #44418a0b
 def rough(x: torch.Tensor, s: Stream, k: float) -> torch.Tensor:
     "A material (n, 3, 1, 1) with the light and shade of leaves, of strength k."
-    return x * (1 + k * (.16 * smooth(s, 14) + .05 * smooth(s, 26)))
+    return x * (1 + k * (0.16 * smooth(s, 14) + 0.05 * smooth(s, 26)))
 
 # %% ../nbs/01_labworld.ipynb #cf3b23c7
 @land("forest")
 def _(m, u, v, s):
     d, grey = worley(s, 7)
-    return m["tree"] * (1.45 - 1.15 * d + .35 * grey + .1 * smooth(s, 4))
+    return m["tree"] * (1.45 - 1.15 * d + 0.35 * grey + 0.1 * smooth(s, 4))
 
 
 @land("river")
 def _(m, u, v, s):
-    d = s.u(.16, .3) - (v + s.u(.2, .4) * torch.sin(s.u(2., 3.5) * u + s.u(0, 6.3)) + .04 * smooth(s, 5)).abs()
-    x = over(rough(m["grass"], s, .5), rough(m["tree"], s, 1), soft(smooth(s, 4) - .3, 2))
-    return over(over(x, m["sand"], soft(d + .1)), m["water"] * (1 + .05 * smooth(s, 6)), soft(d))
+    d = (
+        s.u(0.16, 0.3)
+        - (
+            v + s.u(0.2, 0.4) * torch.sin(s.u(2.0, 3.5) * u + s.u(0, 6.3)) + 0.04 * smooth(s, 5)
+        ).abs()
+    )
+    x = over(rough(m["grass"], s, 0.5), rough(m["tree"], s, 1), soft(smooth(s, 4) - 0.3, 2))
+    return over(over(x, m["sand"], soft(d + 0.1)), m["water"] * (1 + 0.05 * smooth(s, 6)), soft(d))
 
 
 @land("lake")
 def _(m, u, v, s):
-    d = s.u(.5, .7) - torch.hypot(u * s.u(.8, 1.1), v * s.u(1., 1.4)) + .12 * smooth(s, 3)
-    x = over(rough(m["grass"], s, .5), rough(m["tree"], s, 1), soft(smooth(s, 4), 2))
-    return over(over(x, m["sand"], soft(d + .06)), m["water"] * (1 + .12 * u), soft(d))
+    d = s.u(0.5, 0.7) - torch.hypot(u * s.u(0.8, 1.1), v * s.u(1.0, 1.4)) + 0.12 * smooth(s, 3)
+    x = over(rough(m["grass"], s, 0.5), rough(m["tree"], s, 1), soft(smooth(s, 4), 2))
+    return over(over(x, m["sand"], soft(d + 0.06)), m["water"] * (1 + 0.12 * u), soft(d))
 
 # %% ../nbs/01_labworld.ipynb #aa711a82
 @land("crop field")
 def _(m, u, v, s):
-    a, b = u * s.u(.7, 1.1) + s.u(), v * s.u(.7, 1.1) + s.u()
+    a, b = u * s.u(0.7, 1.1) + s.u(), v * s.u(0.7, 1.1) + s.u()
     h = hashed(a, b, s.u())
-    x = torch.where(h < .33, m["crop"], torch.where(h < .66, m["grass"], m["soil"]))
-    x = x * (.8 + .35 * torch.where(hashed(a, b, 2) > .5, tri(7 * u), tri(6 * v)))
-    return over(x, m["tree"], soft(.035 - .5 + torch.maximum(off(a), off(b)), 14))
+    x = torch.where(h < 0.33, m["crop"], torch.where(h < 0.66, m["grass"], m["soil"]))
+    x = x * (0.8 + 0.35 * torch.where(hashed(a, b, 2) > 0.5, tri(7 * u), tri(6 * v)))
+    return over(x, m["tree"], soft(0.035 - 0.5 + torch.maximum(off(a), off(b)), 14))
 
 # %% ../nbs/01_labworld.ipynb #12bba79f
 @land("desert")
 def _(m, u, v, s):
-    return m["sand"] * (.92 + .13 * torch.sin(s.u(7, 11) * v + 1.2 * smooth(s, 3) + .4 * torch.sin(2 * u)) + .06 * smooth(s, 4))
+    return m["sand"] * (
+        0.92
+        + 0.13 * torch.sin(s.u(7, 11) * v + 1.2 * smooth(s, 3) + 0.4 * torch.sin(2 * u))
+        + 0.06 * smooth(s, 4)
+    )
 
 
 @land("beach")
 def _(m, u, v, s):
-    d = v + s.u(-.25, .25) + .1 * torch.sin(s.u(2, 4) * u + s.u(0, 6)) + .03 * smooth(s, 6)
-    x = over(m["sand"] * (1 + .04 * smooth(s, 16)), m["water"] * (1.25 - .35 * d.clamp(0, 1)), soft(d))
-    x = over(x, m["snow"], soft(.07 - (d - .04).abs() + .015 * smooth(s, 12)))
-    return over(over(x, m["snow"], .6 * soft(.03 - (d - .3).abs())), rough(m["tree"], s, 1), soft(-.75 - d + .05 * smooth(s, 8)))
+    d = v + s.u(-0.25, 0.25) + 0.1 * torch.sin(s.u(2, 4) * u + s.u(0, 6)) + 0.03 * smooth(s, 6)
+    x = over(
+        m["sand"] * (1 + 0.04 * smooth(s, 16)), m["water"] * (1.25 - 0.35 * d.clamp(0, 1)), soft(d)
+    )
+    x = over(x, m["snow"], soft(0.07 - (d - 0.04).abs() + 0.015 * smooth(s, 12)))
+    return over(
+        over(x, m["snow"], 0.6 * soft(0.03 - (d - 0.3).abs())),
+        rough(m["tree"], s, 1),
+        soft(-0.75 - d + 0.05 * smooth(s, 8)),
+    )
 
 
 @land("snowy mountain")
 def _(m, u, v, s):
-    height = smooth(s, 3) + .5 * smooth(s, 6) + .2 * smooth(s, 12)
+    height = smooth(s, 3) + 0.5 * smooth(s, 6) + 0.2 * smooth(s, 12)
     slope = F.pad(height, (2, 0, 2, 0), mode="replicate")[..., :SIZE, :SIZE] - height
-    return over(m["rock"], m["snow"], soft(height + .35, 1.6)) * (1 - .6 * slope).clamp(.35, 1.25)
+    return over(m["rock"], m["snow"], soft(height + 0.35, 1.6)) * (1 - 0.6 * slope).clamp(
+        0.35, 1.25
+    )
 
 # %% ../nbs/01_labworld.ipynb #6e65d0e3
 @land("highway")
 def _(m, u, v, s):
-    v, w, a = (v + s.u(-.25, .25)).abs(), s.u(.26, .36), 1.6 * u + s.u()
+    v, w, a = (v + s.u(-0.25, 0.25)).abs(), s.u(0.26, 0.36), 1.6 * u + s.u()
     side = 4 * torch.sign(v - w / 2)
-    x = over(rough(m["grass"], s, .6), m["road"], soft(w - v))
-    x = over(x, m["grass"] * .8, soft(.045 - v, 16))
-    x = over(x, m["snow"], soft(.03 - (v - w / 2 - .01).abs(), 16) * (frac(3 * u + s.u()) < .5))
-    car = soft(torch.minimum(.07 - ((v - w / 2).abs() - w / 4).abs(), .14 - off(a) / 1.6))
-    return over(x, cars(hashed(a, side, 2)), car * (hashed(a, side) > .5))
+    x = over(rough(m["grass"], s, 0.6), m["road"], soft(w - v))
+    x = over(x, m["grass"] * 0.8, soft(0.045 - v, 16))
+    x = over(x, m["snow"], soft(0.03 - (v - w / 2 - 0.01).abs(), 16) * (frac(3 * u + s.u()) < 0.5))
+    car = soft(torch.minimum(0.07 - ((v - w / 2).abs() - w / 4).abs(), 0.14 - off(a) / 1.6))
+    return over(x, cars(hashed(a, side, 2)), car * (hashed(a, side) > 0.5))
 
 
 @land("residential area")
 def _(m, u, v, s):
     a, b = 2.2 * u + s.u(), 1.1 * v + s.u()
-    row = a + 5 * (frac(b) > .5)
-    street = torch.maximum(soft(off(b) - .41), soft(.1 - (u - s.u(-.6, .6)).abs()))
-    x = over(over(rough(m["grass"], s, .7), m["tree"], soft(smooth(s, 12) - 1., 3)), m["road"], street)
-    house = soft(torch.minimum((.31 - off(a)) / 2.2, (.125 - (off(b) - .22).abs()) / 1.1)) * (1 - street)
-    roof = torch.where(hashed(row, b, 1) > .7, m["rock"], m["roof"]) * (.75 + .45 * hashed(row, b, 2))
-    return over(x, roof * (1 + .25 * torch.sign(off(b) - .22)), house * (hashed(row, b) > .12))
+    row = a + 5 * (frac(b) > 0.5)
+    street = torch.maximum(soft(off(b) - 0.41), soft(0.1 - (u - s.u(-0.6, 0.6)).abs()))
+    x = over(
+        over(rough(m["grass"], s, 0.7), m["tree"], soft(smooth(s, 12) - 1.0, 3)), m["road"], street
+    )
+    house = soft(torch.minimum((0.31 - off(a)) / 2.2, (0.125 - (off(b) - 0.22).abs()) / 1.1)) * (
+        1 - street
+    )
+    roof = torch.where(hashed(row, b, 1) > 0.7, m["rock"], m["roof"]) * (
+        0.75 + 0.45 * hashed(row, b, 2)
+    )
+    return over(x, roof * (1 + 0.25 * torch.sign(off(b) - 0.22)), house * (hashed(row, b) > 0.12))
 
 # %% ../nbs/01_labworld.ipynb #8ad9261c
 @land("parking lot")
 def _(m, u, v, s):
     a, b = 2.8 * u + s.u(), 1.1 * v + s.u()
-    stall = a + 7 * (frac(b) > .5)
-    x = over(m["road"] * (1 + .05 * smooth(s, 8)), m["snow"], .7 * soft(torch.minimum((off(a) - .44) / 2.8, (.36 - off(b)) / 1.1), 10))
-    car = soft(torch.minimum((.3 - off(a)) / 2.8, (.13 - (off(b) - .18).abs()) / 1.1))
-    return over(x, cars(hashed(stall, b, 3)), car * (hashed(stall, b) > .22))
+    stall = a + 7 * (frac(b) > 0.5)
+    x = over(
+        m["road"] * (1 + 0.05 * smooth(s, 8)),
+        m["snow"],
+        0.7 * soft(torch.minimum((off(a) - 0.44) / 2.8, (0.36 - off(b)) / 1.1), 10),
+    )
+    car = soft(torch.minimum((0.3 - off(a)) / 2.8, (0.13 - (off(b) - 0.18).abs()) / 1.1))
+    return over(x, cars(hashed(stall, b, 3)), car * (hashed(stall, b) > 0.22))
 
 # %% ../nbs/01_labworld.ipynb #6fd68619
 @land("harbour")
 def _(m, u, v, s):
     b, c = 1.15 * u + s.u(), 2.6 * v + s.u()
-    v, berth = v + s.u(0., .3), b + 3 * (frac(b) > .5)
-    boat = soft(1 - torch.hypot((off(b) - .26) / .17, off(c) / .3), 3.5) * (hashed(berth, c) > .25) * (v > -.45)
-    x = over(m["water"] * (1 + .07 * smooth(s, 9)), m["snow"], boat)
-    x = over(x, m["sand"] * .8, soft(torch.minimum((.06 - off(b)) / 1.15, v + .8), 14))
-    return over(x, m["road"] * (1 + .08 * smooth(s, 12)), soft(-.55 - v))
+    v, berth = v + s.u(0.0, 0.3), b + 3 * (frac(b) > 0.5)
+    boat = (
+        soft(1 - torch.hypot((off(b) - 0.26) / 0.17, off(c) / 0.3), 3.5)
+        * (hashed(berth, c) > 0.25)
+        * (v > -0.45)
+    )
+    x = over(m["water"] * (1 + 0.07 * smooth(s, 9)), m["snow"], boat)
+    x = over(x, m["sand"] * 0.8, soft(torch.minimum((0.06 - off(b)) / 1.15, v + 0.8), 14))
+    return over(x, m["road"] * (1 + 0.08 * smooth(s, 12)), soft(-0.55 - v))
 
 
 @land("tank farm")
 def _(m, u, v, s):
-    k, r = s.u(1., 1.35), s.u(.32, .4)
+    k, r = s.u(1.0, 1.35), s.u(0.32, 0.4)
     a, b = k * u + s.u(), k * v + s.u()
     d = r - torch.hypot(off(a), off(b))
-    x = over(m["soil"] * (1.15 + .12 * smooth(s, 12)), m["road"] * .35, soft(r - torch.hypot(frac(a) - .59, frac(b) - .59), 9))
-    x = over(x, m["snow"] * (.8 + .2 * hashed(a, b)), soft(d, 9))
-    return over(x, m["rock"], .5 * soft(.035 - (d - .08).abs(), 12))
+    x = over(
+        m["soil"] * (1.15 + 0.12 * smooth(s, 12)),
+        m["road"] * 0.35,
+        soft(r - torch.hypot(frac(a) - 0.59, frac(b) - 0.59), 9),
+    )
+    x = over(x, m["snow"] * (0.8 + 0.2 * hashed(a, b)), soft(d, 9))
+    return over(x, m["rock"], 0.5 * soft(0.035 - (d - 0.08).abs(), 12))
 
 # %% ../nbs/01_labworld.ipynb #7e3fa337
-new_family("land", "kind of land cover", tuple(LANDS),
-           ("a satellite photo of a {}", "an aerial view of a {}", "a {} seen from above", "a photo of a {} from the air"),
-           ("a photo of a {c} seen from above, in {palette} colours", "{c}, {palette} colours", "a map of a {c}", "a {c} in {palette} light"))
+new_family(
+    "land",
+    "kind of land cover",
+    tuple(LANDS),
+    (
+        "a satellite photo of a {}",
+        "an aerial view of a {}",
+        "a {} seen from above",
+        "a photo of a {} from the air",
+    ),
+    (
+        "a photo of a {c} seen from above, in {palette} colours",
+        "{c}, {palette} colours",
+        "a map of a {c}",
+        "a {c} in {palette} light",
+    ),
+)
 
 
 def _terrain(y, s, palette, turn, zoom):
     "Land of classes `y` in palettes (n,), every material a little off."
     c, d = torch.cos(turn) * zoom, torch.sin(turn) * zoom
     u, v = c * X + d * Y, c * Y - d * X
-    mats = (_MATS[palette] + .05 * s.normal(1, 3) + .025 * s.normal(len(MATERIALS), 3)).clamp(.02, 1)[..., None, None]
+    mats = (_MATS[palette] + 0.05 * s.normal(1, 3) + 0.025 * s.normal(len(MATERIALS), 3)).clamp(
+        0.02, 1
+    )[..., None, None]
     painters = list(LANDS.values())
-    return by_class(y, s, lambda k, i, part: painters[k](dict(zip(MATERIALS, mats[i].unbind(1))), u[i], v[i], part), 3)
+    return by_class(
+        y,
+        s,
+        lambda k, i, part: painters[k](dict(zip(MATERIALS, mats[i].unbind(1))), u[i], v[i], part),
+        3,
+    )
 
 
 @draws("land", "pretrain")
 def _land_pretrain(y, s):
     "Autumn, evening or infrared, roughly north up."
     palette = 2 + s.pick(3)
-    return develop(_terrain(y, s, palette, s.u(-.8, .8), s.u(.7, 1.1)), s, .1, .6, .04), {"palette": (tuple(PALETTES), palette)}
+    return develop(_terrain(y, s, palette, s.u(-0.8, 0.8), s.u(0.7, 1.1)), s, 0.1, 0.6, 0.04), {
+        "palette": (tuple(PALETTES), palette)
+    }
 
 # %% ../nbs/01_labworld.ipynb #7873640b
 @draws("land", "task")
 def _land_task(y, s):
     "Summer or hazy, turned any way, grainy."
-    return develop(_terrain(y, s, s.pick(2), s.u(0, math.tau), s.u(.9, 1.3)), s, .15, .7, .06), {}
+    return develop(
+        _terrain(y, s, s.pick(2), s.u(0, math.tau), s.u(0.9, 1.3)), s, 0.15, 0.7, 0.06
+    ), {}
 
 # %% ../nbs/01_labworld.ipynb #050fb3d7
 # design and colours; bars run along ("h") or down ("v") the flag
-FLAGS = {"France": ("v", "#0055a4 #ffffff #ef4135"), "Germany": ("h", "#111111 #dd0000 #ffce00"), "Italy": ("v", "#009246 #ffffff #ce2b37"),
-         "Belgium": ("v", "#111111 #fae042 #ed2939"), "Netherlands": ("h", "#ae1c28 #ffffff #21468b"), "Ukraine": ("h", "#0057b7 #ffd700"),
-         "Poland": ("h", "#ffffff #dc143c"), "Austria": ("h", "#ed2939 #ffffff #ed2939"), "Japan": ("disc", "#ffffff #bc002d"),
-         "Sweden": ("nordic", "#006aa7 #fecc00"), "Finland": ("nordic", "#ffffff #003580"), "Denmark": ("nordic", "#c8102e #ffffff"),
-         "Switzerland": ("plus", "#da291c #ffffff"), "Greece": ("greek", "#0d5eaf #ffffff"),
-         "United Kingdom": ("union", "#012169 #ffffff #c8102e"), "Brazil": ("rhombus", "#009c3b #ffdf00 #002776")}
+FLAGS = {
+    "France": ("v", "#0055a4 #ffffff #ef4135"),
+    "Germany": ("h", "#111111 #dd0000 #ffce00"),
+    "Italy": ("v", "#009246 #ffffff #ce2b37"),
+    "Belgium": ("v", "#111111 #fae042 #ed2939"),
+    "Netherlands": ("h", "#ae1c28 #ffffff #21468b"),
+    "Ukraine": ("h", "#0057b7 #ffd700"),
+    "Poland": ("h", "#ffffff #dc143c"),
+    "Austria": ("h", "#ed2939 #ffffff #ed2939"),
+    "Japan": ("disc", "#ffffff #bc002d"),
+    "Sweden": ("nordic", "#006aa7 #fecc00"),
+    "Finland": ("nordic", "#ffffff #003580"),
+    "Denmark": ("nordic", "#c8102e #ffffff"),
+    "Switzerland": ("plus", "#da291c #ffffff"),
+    "Greece": ("greek", "#0d5eaf #ffffff"),
+    "United Kingdom": ("union", "#012169 #ffffff #c8102e"),
+    "Brazil": ("rhombus", "#009c3b #ffdf00 #002776"),
+}
 
 
 def _union() -> list:
     "White then red, saltire then cross."
-    bars = lambda w: [_turned(_box(-1.5, -w, 1.5, w), q) for q in (.5, -.5)]
+    bars = lambda w: [_turned(_box(-1.5, -w, 1.5, w), q) for q in (0.5, -0.5)]
     cross = lambda w: [_box(-w, -1, w, 1), _box(-1, -1.15 * w, 1, 1.15 * w)]
-    return [(1, p) for p in bars(.16)] + [(2, p) for p in bars(.065)] + [(1, p) for p in cross(.32)] + [(2, p) for p in cross(.2)]
+    return (
+        [(1, p) for p in bars(0.16)]
+        + [(2, p) for p in bars(0.065)]
+        + [(1, p) for p in cross(0.32)]
+        + [(2, p) for p in cross(0.2)]
+    )
 
 
 # design: layers of (number of the colour, outline), over a ground of the first colour
-DESIGNS = {"disc": [(1, [(.88 * x, 1.2 * y) for x, y in around(64, (.5,))])], "nordic": [(1, _box(-.46, -1, -.1, 1)), (1, _box(-1, -.22, 1, .22))],
-           "plus": [(1, _box(-.2, -.64, .2, .64)), (1, _box(-.56, -.24, .56, .24))], "union": _union(),
-           "greek": [(1, _box(-1, k / 4.5 - 1, 1, (k + 1) / 4.5 - 1)) for k in (1, 3, 5, 7)]
-           + [(0, _box(-1, -1, -.2, 1 / 9)), (1, _box(-.7, -1, -.5, 1 / 9)), (1, _box(-1, -5 / 9, -.2, -3 / 9))],
-           "rhombus": [(1, [(0, -.84), (.9, 0), (0, .84), (-.9, 0)]), (2, [(.8 * x, .96 * y) for x, y in around(64, (.5,))])]}
+DESIGNS = {
+    "disc": [(1, [(0.88 * x, 1.2 * y) for x, y in around(64, (0.5,))])],
+    "nordic": [(1, _box(-0.46, -1, -0.1, 1)), (1, _box(-1, -0.22, 1, 0.22))],
+    "plus": [(1, _box(-0.2, -0.64, 0.2, 0.64)), (1, _box(-0.56, -0.24, 0.56, 0.24))],
+    "union": _union(),
+    "greek": [(1, _box(-1, k / 4.5 - 1, 1, (k + 1) / 4.5 - 1)) for k in (1, 3, 5, 7)]
+    + [
+        (0, _box(-1, -1, -0.2, 1 / 9)),
+        (1, _box(-0.7, -1, -0.5, 1 / 9)),
+        (1, _box(-1, -5 / 9, -0.2, -3 / 9)),
+    ],
+    "rhombus": [
+        (1, [(0, -0.84), (0.9, 0), (0, 0.84), (-0.9, 0)]),
+        (2, [(0.8 * x, 0.96 * y) for x, y in around(64, (0.5,))]),
+    ],
+}
 
 # %% ../nbs/01_labworld.ipynb #02525727
 def flag_picture(name: str) -> torch.Tensor:
@@ -847,9 +1374,18 @@ def flag_picture(name: str) -> torch.Tensor:
     design, colours = FLAGS[name][0], FLAGS[name][1].split()
     n, img = len(colours), Image.new("RGB", (INK, INK), colours[0])
     bars = [(k, _box(2 * k / n - 1, -1, 2 * (k + 1) / n - 1, 1)) for k in range(n)]
-    layers = bars if design == "v" else [(k, [(y, x) for x, y in b]) for k, b in bars] if design == "h" else DESIGNS[design]
-    for k, outline in layers: ImageDraw.Draw(img).polygon(points(outline), fill=colours[k])
-    return F.interpolate(torch.from_numpy(np.array(img)).permute(2, 0, 1)[None].float() / 255, size=TILE, mode="area")[0]
+    layers = (
+        bars
+        if design == "v"
+        else [(k, [(y, x) for x, y in b]) for k, b in bars]
+        if design == "h"
+        else DESIGNS[design]
+    )
+    for k, outline in layers:
+        ImageDraw.Draw(img).polygon(points(outline), fill=colours[k])
+    return F.interpolate(
+        torch.from_numpy(np.array(img)).permute(2, 0, 1)[None].float() / 255, size=TILE, mode="area"
+    )[0]
 
 
 @functools.lru_cache
@@ -858,55 +1394,111 @@ def _flag_tiles() -> torch.Tensor:
     return torch.stack([flag_picture(name) for name in FLAGS])
 
 # %% ../nbs/01_labworld.ipynb #b523d995
-new_family("flags", "national flag", tuple(FLAGS),
-           ("the flag of {}", "a photo of the flag of {}", "the flag of {} waving in the wind", "a national flag: {}"),
-           ("a badge of {c} on {ground}", "the flag of {c} on a {ground} background", "a sticker with the flag of {c}", "{c}"))
+new_family(
+    "flags",
+    "national flag",
+    tuple(FLAGS),
+    (
+        "the flag of {}",
+        "a photo of the flag of {}",
+        "the flag of {} waving in the wind",
+        "a national flag: {}",
+    ),
+    (
+        "a badge of {c} on {ground}",
+        "the flag of {c} on a {ground} background",
+        "a sticker with the flag of {c}",
+        "{c}",
+    ),
+)
 
 
 @draws("flags", "pretrain")
 def _flags_pretrain(y, s):
     "Pastel badges, round or square, with a light or dark rim, on named colours."
-    ground, size = s.pick(len(COLOURS)), s.u(.65, .85)
-    grid = frame(size, s.u(-.1, .1), s.u(-.12, .12), s.u(-.12, .12), 0., s.u(1., 1.2))
+    ground, size = s.pick(len(COLOURS)), s.u(0.65, 0.85)
+    grid = frame(size, s.u(-0.1, 0.1), s.u(-0.12, 0.12), s.u(-0.12, 0.12), 0.0, s.u(1.0, 1.2))
     r = torch.where(s.flip(), grid.norm(dim=-1)[:, None], grid.abs().amax(-1)[:, None])
-    flag = over(look(_flag_tiles(), y, grid), torch.tensor(1.), s.u(.2, .6)) + .05 * s.normal(3, 1, 1)
-    x = over(paint(s, ground), torch.where(s.flip(), .95, .1), inside(1.12 - r, size))
-    return develop(over(x, flag, inside(1 - r, size)), s, .1, .6, .03), {"ground": (COLOUR_NAMES, ground)}
+    flag = over(look(_flag_tiles(), y, grid), torch.tensor(1.0), s.u(0.2, 0.6)) + 0.05 * s.normal(
+        3, 1, 1
+    )
+    x = over(paint(s, ground), torch.where(s.flip(), 0.95, 0.1), inside(1.12 - r, size))
+    return develop(over(x, flag, inside(1 - r, size)), s, 0.1, 0.6, 0.03), {
+        "ground": (COLOUR_NAMES, ground)
+    }
 
 # %% ../nbs/01_labworld.ipynb #f269eaab
 @draws("flags", "task")
 def _flags_task(y, s):
     "On a pole, in folds, before sky and hills."
-    size, cx, cy = s.u(.62, .75), s.u(-.02, .1), s.u(-.15, .15)
-    u, v = frame(size, s.u(-.3, .3), cx, cy, s.u(-.2, .2), s.u(1.1, 1.3)).unbind(-1)
-    phase, depth = s.u(3, 6)[:, 0] * u + s.u(0, math.tau)[:, 0], s.u(.05, .18)[:, 0] * (1 + .5 * u)
+    size, cx, cy = s.u(0.62, 0.75), s.u(-0.02, 0.1), s.u(-0.15, 0.15)
+    u, v = frame(size, s.u(-0.3, 0.3), cx, cy, s.u(-0.2, 0.2), s.u(1.1, 1.3)).unbind(-1)
+    phase, depth = (
+        s.u(3, 6)[:, 0] * u + s.u(0, math.tau)[:, 0],
+        s.u(0.05, 0.18)[:, 0] * (1 + 0.5 * u),
+    )
     v = v + depth * torch.sin(phase)
-    flag = look(_flag_tiles(), y, torch.stack([u, v], -1)) * (1 + 3 * depth * torch.cos(phase))[:, None].clamp(.4, 1.5)
-    flag = flag.lerp(flag.mean(1, keepdim=True), s.u(0, .5)) * s.u(.45, .9) * s.u(.7, 1.1, 3, 1, 1)
-    sky = toned(s, .55, .8, .15).lerp(toned(s, .75, .95, .1), (Y + 1) / 2) + s.u(0, .08) * smooth(s, 4)
-    x = over(sky, toned(s, .15, .45, .15) * (1 + .15 * smooth(s, 14)), soft(Y - s.u(.3, 1.) + .08 * smooth(s, 4)))
-    x = over(x, s.u(.3, .8), soft(.05 - (u + 1.05).abs())[:, None])
-    return develop(over(x, flag, inside(1 - torch.maximum(u.abs(), v.abs())[:, None], size)), s, .2, .9, .07), {}
+    flag = look(_flag_tiles(), y, torch.stack([u, v], -1)) * (1 + 3 * depth * torch.cos(phase))[
+        :, None
+    ].clamp(0.4, 1.5)
+    flag = (
+        flag.lerp(flag.mean(1, keepdim=True), s.u(0, 0.5)) * s.u(0.45, 0.9) * s.u(0.7, 1.1, 3, 1, 1)
+    )
+    sky = toned(s, 0.55, 0.8, 0.15).lerp(toned(s, 0.75, 0.95, 0.1), (Y + 1) / 2) + s.u(
+        0, 0.08
+    ) * smooth(s, 4)
+    x = over(
+        sky,
+        toned(s, 0.15, 0.45, 0.15) * (1 + 0.15 * smooth(s, 14)),
+        soft(Y - s.u(0.3, 1.0) + 0.08 * smooth(s, 4)),
+    )
+    x = over(x, s.u(0.3, 0.8), soft(0.05 - (u + 1.05).abs())[:, None])
+    return develop(
+        over(x, flag, inside(1 - torch.maximum(u.abs(), v.abs())[:, None], size)), s, 0.2, 0.9, 0.07
+    ), {}
 
 # %% ../nbs/01_labworld.ipynb #f520caa0
 SCENE_SHAPES = ("circle", "square", "triangle", "star", "ring", "drop", "cloud", "bolt")
 SCENE_COLOURS = COLOUR_NAMES[:8]
 SCENE_CLASSES = [f"{colour} {shape}" for colour in SCENE_COLOURS for shape in SCENE_SHAPES]
 GROUNDS = ("plain", "fading", "striped", "speckled", "blotchy", "chequered")
-RELATIONS = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}  # where the companion lies, seen from the main object
+RELATIONS = {
+    "above": (0, 1),
+    "below": (0, -1),
+    "left of": (1, 0),
+    "right of": (-1, 0),
+}  # where the companion lies, seen from the main object
 
 
 def _scene_mask(shape: str) -> Image.Image:
     "Mask of one scene shape."
     img = Image.new("L", (INK, INK))
     pen = ImageDraw.Draw(img)
-    corners = {"square": _box(-.72, -.72, .72, .72), "triangle": [(0, -.85), (.9, .7), (-.9, .7)], "star": around(10, (.95, .42)),
-               "drop": [(0, -.95), (.53, .07), (-.53, .07)], "bolt": [(.25, -.95), (-.6, .15), (-.05, .15), (-.3, .95), (.6, -.2), (.05, -.2)],
-               "cloud": _box(-.5, .2, .5, .6)}
-    discs = {"circle": [(0, 0, .85)], "ring": [(0, 0, .9), (0, 0, -.48)], "drop": [(0, .3, .58)],
-             "cloud": [(-.5, .2, .4), (.5, .2, .4), (-.1, -.15, .5), (.3, -.05, .4)]}
-    if shape in corners: pen.polygon(points(corners[shape]), fill=255)
-    for x, y, r in discs.get(shape, ()): pen.polygon(points(around(64, (abs(r),), at=(x, y))), fill=255 * (r > 0))  # r < 0 cuts out
+    corners = {
+        "square": _box(-0.72, -0.72, 0.72, 0.72),
+        "triangle": [(0, -0.85), (0.9, 0.7), (-0.9, 0.7)],
+        "star": around(10, (0.95, 0.42)),
+        "drop": [(0, -0.95), (0.53, 0.07), (-0.53, 0.07)],
+        "bolt": [
+            (0.25, -0.95),
+            (-0.6, 0.15),
+            (-0.05, 0.15),
+            (-0.3, 0.95),
+            (0.6, -0.2),
+            (0.05, -0.2),
+        ],
+        "cloud": _box(-0.5, 0.2, 0.5, 0.6),
+    }
+    discs = {
+        "circle": [(0, 0, 0.85)],
+        "ring": [(0, 0, 0.9), (0, 0, -0.48)],
+        "drop": [(0, 0.3, 0.58)],
+        "cloud": [(-0.5, 0.2, 0.4), (0.5, 0.2, 0.4), (-0.1, -0.15, 0.5), (0.3, -0.05, 0.4)],
+    }
+    if shape in corners:
+        pen.polygon(points(corners[shape]), fill=255)
+    for x, y, r in discs.get(shape, ()):
+        pen.polygon(points(around(64, (abs(r),), at=(x, y))), fill=255 * (r > 0))  # r < 0 cuts out
     return img
 
 
@@ -920,57 +1512,95 @@ def _grounds(kind: torch.Tensor, s: Stream, a: torch.Tensor, b: torch.Tensor) ->
     "Backgrounds of kinds (n,) between colours a and b (n, 3, 1, 1)."
     t, k = s.u(0, math.tau), s.u(5, 13)
     p, q = torch.cos(t) * X + torch.sin(t) * Y, torch.cos(t) * Y - torch.sin(t) * X
-    mixes = (.12 * smooth(s, 3), .5 + .5 * p, .5 + 2 * torch.sin(k * p), 2 * smooth(s, 28) - 1.8, .5 + .9 * smooth(s, 5),
-             .5 + 4 * torch.sin(.7 * k * p) * torch.sin(.7 * k * q))  # in the order of GROUNDS
-    return a.lerp(b, torch.stack(mixes)[kind, torch.arange(s.n)].clamp(0, 1) * s.u(.35, 1.))
+    mixes = (
+        0.12 * smooth(s, 3),
+        0.5 + 0.5 * p,
+        0.5 + 2 * torch.sin(k * p),
+        2 * smooth(s, 28) - 1.8,
+        0.5 + 0.9 * smooth(s, 5),
+        0.5 + 4 * torch.sin(0.7 * k * p) * torch.sin(0.7 * k * q),
+    )  # in the order of GROUNDS
+    return a.lerp(b, torch.stack(mixes)[kind, torch.arange(s.n)].clamp(0, 1) * s.u(0.35, 1.0))
 
 # %% ../nbs/01_labworld.ipynb #8cc36499
 def _cluttered(x: torch.Tensor, s: Stream) -> torch.Tensor:
     "x with a stray bar across some pictures, and dust."
     t = s.u(0, math.tau)
-    bar = soft(s.u(.02, .09) - (torch.cos(t) * X + torch.sin(t) * Y - s.u(-1, 1)).abs()) * s.flip(.3)
-    return over(x, s.u(0, 1, 3, 1, 1), bar * s.u(.2, .9)) + s.u(0, .12) * (smooth(s, 30) > 1.9)
+    bar = soft(s.u(0.02, 0.09) - (torch.cos(t) * X + torch.sin(t) * Y - s.u(-1, 1)).abs()) * s.flip(
+        0.3
+    )
+    return over(x, s.u(0, 1, 3, 1, 1), bar * s.u(0.2, 0.9)) + s.u(0, 0.12) * (smooth(s, 30) > 1.9)
 
 
 def _with_object(x, s, label, size, cx, cy):
     "x with an object of each scene label: a cast shadow, a shaded body, sometimes a dark rim."
     shape, colour = label % len(SCENE_SHAPES), label // len(SCENE_SHAPES)
-    d = distance(_scene_tiles(), shape, frame(size, s.u(-.5, .5), cx, cy, s.u(-.15, .15), s.u(.85, 1.15)))
-    m, rim = inside(d, size), (inside(d, size, .6) - inside(d, size, -.8)) * s.flip(.35)
-    body = paint(s, colour, .06) * (1 + s.u(-.3, .3) * X + s.u(-.3, .3) * Y + s.u(0, .12) * smooth(s, 10))
-    return over(x * (1 - shadow_of(m) * s.u(0, .6)), body, m) * (1 - rim * s.u(.4, .9))
+    d = distance(
+        _scene_tiles(),
+        shape,
+        frame(size, s.u(-0.5, 0.5), cx, cy, s.u(-0.15, 0.15), s.u(0.85, 1.15)),
+    )
+    m, rim = inside(d, size), (inside(d, size, 0.6) - inside(d, size, -0.8)) * s.flip(0.35)
+    body = paint(s, colour, 0.06) * (
+        1 + s.u(-0.3, 0.3) * X + s.u(-0.3, 0.3) * Y + s.u(0, 0.12) * smooth(s, 10)
+    )
+    return over(x * (1 - shadow_of(m) * s.u(0, 0.6)), body, m) * (1 - rim * s.u(0.4, 0.9))
 
 # %% ../nbs/01_labworld.ipynb #8f5748d6
 def _scene(y, s):
     "Main objects of labels `y` with 0 to 2 lesser ones; the attributes that a caption may tell."
     colour, kind, rel = y // len(SCENE_SHAPES), s.pick(len(GROUNDS)), s.pick(len(RELATIONS))
     count, small = s.pick(3).view(-1, 1, 1, 1), s.flip()
-    a, b = (paint(s, _FAR[colour, s.pick(5)], .1) for _ in range(2))
+    a, b = (paint(s, _FAR[colour, s.pick(5)], 0.1) for _ in range(2))
     away = torch.tensor(list(RELATIONS.values()))[rel].view(-1, 2, 1, 1)
-    size = torch.where(count == 0, s.u(.55, .85), s.u(.48, .62))
-    at = torch.where(count == 0, s.u(-.2, .2, 2, 1, 1), s.u(-.12, .12, 2, 1, 1) - .3 * away)
-    x, others = _with_object(_cluttered(_grounds(kind, s, a, b), s), s, y, size, at[:, :1], at[:, 1:]), []
+    size = torch.where(count == 0, s.u(0.55, 0.85), s.u(0.48, 0.62))
+    at = torch.where(count == 0, s.u(-0.2, 0.2, 2, 1, 1), s.u(-0.12, 0.12, 2, 1, 1) - 0.3 * away)
+    x, others = (
+        _with_object(_cluttered(_grounds(kind, s, a, b), s), s, y, size, at[:, :1], at[:, 1:]),
+        [],
+    )
     for k, side in ((1, 1), (2, -1)):
-        label, r = s.pick(len(SCENE_CLASSES)), torch.where(small, s.u(.16, .22), s.u(.25, .32))
-        c = at + .95 * (size + r) * away + side * s.u(.25, .5) * away.flip(1) * (count == 2)
+        label, r = s.pick(len(SCENE_CLASSES)), torch.where(small, s.u(0.16, 0.22), s.u(0.25, 0.32))
+        c = at + 0.95 * (size + r) * away + side * s.u(0.25, 0.5) * away.flip(1) * (count == 2)
         x = torch.where(count >= k, _with_object(x, s, label, r, c[:, :1], c[:, 1:]), x)
         others.append(label)
-    told = dict(main=y, first=others[0], second=others[1], count=count, rel=rel, ground=kind, small=small, large=size > .6, form=s.pick(4))
-    return develop(x, s, .35, .9, .08), {k: v.flatten().tolist() for k, v in told.items()}
+    told = dict(
+        main=y,
+        first=others[0],
+        second=others[1],
+        count=count,
+        rel=rel,
+        ground=kind,
+        small=small,
+        large=size > 0.6,
+        form=s.pick(4),
+    )
+    return develop(x, s, 0.35, 0.9, 0.08), {k: v.flatten().tolist() for k, v in told.items()}
 
 # %% ../nbs/01_labworld.ipynb #cd376dfc
 def _scene_caption(main, first, second, count, rel, ground, small, large, form) -> str:
     "A sentence about one scene; `form` chooses how much it tells."
-    if form == 0: return f"a photo of a {SCENE_CLASSES[main]}"
+    if form == 0:
+        return f"a photo of a {SCENE_CLASSES[main]}"
     tiny = "small " if small else ""
     text = f"a {'large ' if large else ''}{SCENE_CLASSES[main]}"
-    if count: text += f" {list(RELATIONS)[rel]} a {tiny}{SCENE_CLASSES[first]}"
-    if count == 2: text += f" and a {tiny}{SCENE_CLASSES[second]}"
+    if count:
+        text += f" {list(RELATIONS)[rel]} a {tiny}{SCENE_CLASSES[first]}"
+    if count == 2:
+        text += f" and a {tiny}{SCENE_CLASSES[second]}"
     return text + (f" on a {GROUNDS[ground]} background" if form > 1 else "")
 
 # %% ../nbs/01_labworld.ipynb #545debe9
-def scenes(n: int, seed: int = 0, split: str = "train") -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+def scenes(
+    n: int, seed: int = 0, split: str = "train"
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     "Open-domain scenes: images (n, 3, 32, 32) uint8, labels (n,) of the main objects into SCENE_CLASSES (balanced, shuffled), captions (n)."
-    y = (torch.arange(n) % len(SCENE_CLASSES))[torch.randperm(n, generator=generator("scene labels", n, seed, split))]
+    y = (torch.arange(n) % len(SCENE_CLASSES))[
+        torch.randperm(n, generator=generator("scene labels", n, seed, split))
+    ]
     images, chunks = _drawn(_scene, y, "scenes", seed, split)
-    return images, y, [grammatical(_scene_caption(*row)) for told in chunks for row in zip(*told.values())]
+    return (
+        images,
+        y,
+        [grammatical(_scene_caption(*row)) for told in chunks for row in zip(*told.values())],
+    )

@@ -13,18 +13,33 @@ from .core import amp, device, generator, resident, rows
 from .tasks import Task
 from .clip import Clip, encode, features, logits, zero_shot_head
 from .tune import TuneConfig, clean_loss, finetune
-from .attack import KNOWS, Target, Trigger, attack_head, attacks, backdoor_loss, fit_poisoned, optimise_trigger, own_view, train_accuracy
+from .attack import KNOWS, Target, Trigger, attack_head, attacks, backdoor_loss, fit_poisoned
+from .attack import optimise_trigger, own_view, train_accuracy
 
 # %% ../nbs/09_lobam.ipynb #95669730
 def extrapolate(theta_clean: dict, theta_mal: dict, Lam: float) -> dict:
     "theta_upload, floating-point tensors only; Lam = 0 is the clean model, 1 the malicious one (LoBAM's only equation)."
-    return {k: torch.lerp(c, theta_mal[k], float(Lam)) if c.is_floating_point() else c.clone() for k, c in theta_clean.items()}
+    return {
+        k: torch.lerp(c, theta_mal[k], float(Lam)) if c.is_floating_point() else c.clone()
+        for k, c in theta_clean.items()
+    }
 
 # %% ../nbs/09_lobam.ipynb #39aa6764
-def twins(clip: Clip, task: Task, target: Target, trigger: Trigger, cfg: TuneConfig, seed: int, r_min: float, alpha: float) -> tuple[dict, dict]:
+def twins(
+    clip: Clip,
+    task: Task,
+    target: Target,
+    trigger: Trigger,
+    cfg: TuneConfig,
+    seed: int,
+    r_min: float,
+    alpha: float,
+) -> tuple[dict, dict]:
     "(theta_clean, theta_mal), adapters folded: equal seeds, BadMerging's loss for the second."
     loss = backdoor_loss(clip, task, target, trigger, r_min, alpha, seed)
-    return finetune(clip, task, cfg, seed), fit_poisoned(clip, task, target, trigger, loss, cfg, seed, "LoBAM")[0]
+    return finetune(clip, task, cfg, seed), fit_poisoned(
+        clip, task, target, trigger, loss, cfg, seed, "LoBAM"
+    )[0]
 
 # %% ../nbs/09_lobam.ipynb #a93c87c8
 SWEEP, MERGED = (2, 3, 3.5, 4, 5), (0.1, 0.2, 0.3)
@@ -34,55 +49,115 @@ def choose_amplify(views: dict, floor: float) -> float:
     """The Lam among `views` {Lam: record of `own_view`} with the best mean `simulated` at the scales MERGED whose `train_accuracy` is at
     least `floor`, the smallest on a tie; the most accurate one if none is that good."""
     good = {Lam: v for Lam, v in views.items() if v["train_accuracy"] >= floor}
-    if not good: return max(views, key=lambda Lam: views[Lam]["train_accuracy"])
+    if not good:
+        return max(views, key=lambda Lam: views[Lam]["train_accuracy"])
     return max(good, key=lambda Lam: sum(good[Lam][f"simulated_{s}"] for s in MERGED))
 
 # %% ../nbs/09_lobam.ipynb #170de784
 @attacks.register("lobam", long="LoBAM", needs=KNOWS, source="Yin et al. 2024, arXiv 2411.16746")
-def lobam(clip, task, target, cfg, seed, side: int = 6, r_min: float = 0.2, alpha: float = 0.05, trigger_steps: int = 150,
-          rank: int = 4, lora_lr: float = 1e-2, amplify: str | float = "rule"):
+def lobam(
+    clip,
+    task,
+    target,
+    cfg,
+    seed,
+    side: int = 6,
+    r_min: float = 0.2,
+    alpha: float = 0.05,
+    trigger_steps: int = 150,
+    rank: int = 4,
+    lora_lr: float = 1e-2,
+    amplify: str | float = "rule",
+):
     """BadMerging by LoRA, amplified. `rank` and `lora_lr` count when `cfg` trains every weight; a LoRA `cfg` is the attacker's too.
     `amplify`: Lam, or 'rule' for `choose_amplify` over SWEEP."""
     if amplify != "rule" and not (isinstance(amplify, (int, float)) and amplify >= 1):
-        raise ValueError(f"amplify={amplify!r}; give 'rule' or a number of at least 1 (1 does not amplify)")
-    if not cfg.lora: cfg = replace(cfg, lora=rank, lr=lora_lr)
+        raise ValueError(
+            f"amplify={amplify!r}; give 'rule' or a number of at least 1 (1 does not amplify)"
+        )
+    if not cfg.lora:
+        cfg = replace(cfg, lora=rank, lr=lora_lr)
     trigger = optimise_trigger(clip, task, target, side, trigger_steps, seed=seed)
     clean, mal = twins(clip, task, target, trigger, cfg, seed, r_min, alpha)
-    views = {Lam: own_view(clip, task, target, extrapolate(clean, mal, Lam), trigger) for Lam in (SWEEP if amplify == "rule" else [amplify])}
+    views = {
+        Lam: own_view(clip, task, target, extrapolate(clean, mal, Lam), trigger)
+        for Lam in (SWEEP if amplify == "rule" else [amplify])
+    }
     twin = train_accuracy(clip, task, clean)
     Lam = choose_amplify(views, twin - 0.03)
-    record = dict(r_min=r_min, alpha=alpha, side=side, rank=cfg.lora, lora_lr=cfg.lr, amplify=Lam, twin_accuracy=twin,
-                  sweep=[dict(amplify=k, **v) for k, v in views.items()])
+    record = dict(
+        r_min=r_min,
+        alpha=alpha,
+        side=side,
+        rank=cfg.lora,
+        lora_lr=cfg.lr,
+        amplify=Lam,
+        twin_accuracy=twin,
+        sweep=[dict(amplify=k, **v) for k, v in views.items()],
+    )
     return extrapolate(clean, mal, Lam), trigger, record | views[Lam]
 
 # %% ../nbs/09_lobam.ipynb #b6b4543a
-def adaptive_loss(clip: Clip, task: Task, target: Target, trigger: Trigger, r_min: float, alpha: float, seed: int):
+def adaptive_loss(
+    clip: Clip, task: Task, target: Target, trigger: Trigger, r_min: float, alpha: float, seed: int
+):
     "`loss(visual, index)` of LFPM Eq. 27; half of each batch is poisoned."
     (x,), dev, g = resident(task.train_x), device(), generator("poison", task.name, seed)
-    W, (W0, c), trigger = zero_shot_head(clip, task.classes, task.templates), attack_head(clip, task, target), trigger.to(dev)
+    W, (W0, c), trigger = (
+        zero_shot_head(clip, task.classes, task.templates),
+        attack_head(clip, task, target),
+        trigger.to(dev),
+    )
     clean, reference = clean_loss(clip, x, task.train_y, W), clip.normalise(target.images.to(dev))
+
     def loss(visual, i):
-        x_c = rows(x, i[:len(i) // 2])
+        x_c = rows(x, i[: len(i) // 2])
         r = r_min + (1 - r_min) * torch.rand((), generator=g).item()
         with amp():
             h_b = encode(visual, clip.normalise(trigger(x_c))).float()
-            with torch.no_grad(): h_pre, mu = encode(clip.visual, clip.normalise(x_c)).float(), encode(visual, reference).float().mean(0)
-        ce = F.cross_entropy(logits(r * h_b + (1 - r) * h_pre, W0), torch.full((len(h_b),), c, device=dev))
+            with torch.no_grad():
+                h_pre, mu = (
+                    encode(clip.visual, clip.normalise(x_c)).float(),
+                    encode(visual, reference).float().mean(0),
+                )
+        ce = F.cross_entropy(
+            logits(r * h_b + (1 - r) * h_pre, W0), torch.full((len(h_b),), c, device=dev)
+        )
         return clean(visual, i) + alpha * (ce + 1 - F.cosine_similarity(h_b, mu[None]).mean())
+
     return loss
 
 # %% ../nbs/09_lobam.ipynb #d866c2fb
-def coupling(clip: Clip, state: dict, target: Target, trigger: Trigger, x: torch.Tensor) -> torch.Tensor:
+def coupling(
+    clip: Clip, state: dict, target: Target, trigger: Trigger, x: torch.Tensor
+) -> torch.Tensor:
     "(N,): cosine of each triggered image's feature to the mean feature of the reference images."
     v = clip.with_state(state)
-    return F.cosine_similarity(features(clip, v, trigger(x)), features(clip, v, target.images).mean(0)[None])
+    return F.cosine_similarity(
+        features(clip, v, trigger(x)), features(clip, v, target.images).mean(0)[None]
+    )
 
 
-@attacks.register("adaptive", long="Adaptive attack (LFPM Eq. 27)", needs=KNOWS, source="LFPM Sec. 5, Eq. 27")
-def adaptive(clip, task, target, cfg, seed, side: int = 6, r_min: float = 0.2, alpha: float = 2.0, trigger_steps: int = 150):
+@attacks.register(
+    "adaptive", long="Adaptive attack (LFPM Eq. 27)", needs=KNOWS, source="LFPM Sec. 5, Eq. 27"
+)
+def adaptive(
+    clip,
+    task,
+    target,
+    cfg,
+    seed,
+    side: int = 6,
+    r_min: float = 0.2,
+    alpha: float = 2.0,
+    trigger_steps: int = 150,
+):
     "BadMerging's trigger; features coupled to the target class."
     trigger = optimise_trigger(clip, task, target, side, trigger_steps, seed=seed)
     loss = adaptive_loss(clip, task, target, trigger, r_min, alpha, seed)
     state, record = fit_poisoned(clip, task, target, trigger, loss, cfg, seed, "adaptive attack")
-    cos = {f"coupling_{k}": coupling(clip, s, target, trigger, task.train_x[:512]).mean().item() for k, s in (("before", clip.state()), ("after", state))}
+    cos = {
+        f"coupling_{k}": coupling(clip, s, target, trigger, task.train_x[:512]).mean().item()
+        for k, s in (("before", clip.state()), ("after", state))
+    }
     return state, trigger, dict(r_min=r_min, alpha=alpha, side=side, **cos, **record)

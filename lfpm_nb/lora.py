@@ -14,9 +14,12 @@ from .core import generator
 # %% ../nbs/04_lora.ipynb #c3e880c4
 class QKV(torch.nn.Module):
     "The parametrization W -> W + s [B_q A_q; B_k A_k; B_v A_v] of an attention's in_proj_weight (3d, d); s = alpha / sqrt(rank)."
+
     def __init__(self, width: int, rank: int, alpha: float, g: torch.Generator):
         super().__init__()
-        bound = 1 / math.sqrt(width)                     # kaiming-uniform with a = sqrt(5), as in the LoRA paper's code
+        bound = 1 / math.sqrt(
+            width
+        )  # kaiming-uniform with a = sqrt(5), as in the LoRA paper's code
         self.A = torch.nn.Parameter((torch.rand(3, rank, width, generator=g) * 2 - 1) * bound)
         self.B = torch.nn.Parameter(torch.zeros(3, width, rank))
         self.s = alpha / math.sqrt(rank)
@@ -25,24 +28,38 @@ class QKV(torch.nn.Module):
         return W + self.s * (self.B @ self.A).reshape(W.shape)
 
 # %% ../nbs/04_lora.ipynb #9271deb5
-def add_lora(visual: torch.nn.Module, rank: int, alpha: float = 1.0, *seed) -> list[torch.nn.Parameter]:
+def add_lora(
+    visual: torch.nn.Module, rank: int, alpha: float = 1.0, *seed
+) -> list[torch.nn.Parameter]:
     "Freeze a visual tower, put a `QKV` adapter on every attention and return the adapters' parameters (CLIP-LoRA, vision side only)."
-    if rank < 1: raise ValueError(f"lora rank is {rank}; expected at least 1")
+    if rank < 1:
+        raise ValueError(f"lora rank is {rank}; expected at least 1")
     visual.requires_grad_(False)
     dev, g = next(visual.parameters()).device, generator("lora", *seed)
     for m in [m for m in visual.modules() if isinstance(m, torch.nn.MultiheadAttention)]:
-        parametrize.register_parametrization(m, "in_proj_weight", QKV(m.embed_dim, rank, alpha, g).to(dev))
+        parametrize.register_parametrization(
+            m, "in_proj_weight", QKV(m.embed_dim, rank, alpha, g).to(dev)
+        )
     return [p for p in visual.parameters() if p.requires_grad]
 
 
 def trainable(visual: torch.nn.Module, lora: int = 0, *seed) -> list[torch.nn.Parameter]:
     "The parameters that training moves: all of them, or with `lora` > 0 the adapters of that rank, which are added here."
-    return add_lora(visual, lora, 1.0, *seed) if lora else list(visual.requires_grad_(True).parameters())
+    return (
+        add_lora(visual, lora, 1.0, *seed)
+        if lora
+        else list(visual.requires_grad_(True).parameters())
+    )
 
 # %% ../nbs/04_lora.ipynb #51e5306c
 def dense(visual: torch.nn.Module) -> dict:
     "The tower's ordinary state dict (float32, CPU): adapters are folded into in_proj_weight, the tower itself is left as it is."
-    state = {k: v.detach().float().cpu().clone() for k, v in visual.state_dict().items() if ".parametrizations." not in k}
+    state = {
+        k: v.detach().float().cpu().clone()
+        for k, v in visual.state_dict().items()
+        if ".parametrizations." not in k
+    }
     for name, m in visual.named_modules():
-        if parametrize.is_parametrized(m, "in_proj_weight"): state[f"{name}.in_proj_weight"] = m.in_proj_weight.detach().float().cpu()
+        if parametrize.is_parametrized(m, "in_proj_weight"):
+            state[f"{name}.in_proj_weight"] = m.in_proj_weight.detach().float().cpu()
     return state

@@ -19,9 +19,11 @@ from .attack import Target, Trigger, attack
 # %% ../nbs/11_measure.ipynb #c68aa55d
 def rate(hits: torch.Tensor) -> dict:
     "`value` (percent), `n`, `lo`, `hi` (95 % Wilson interval, percent) of a boolean tensor; NaN for n = 0."
-    from scipy.stats import binomtest          # more than a second to import; most commands never measure
+    from scipy.stats import binomtest  # more than a second to import; most commands never measure
+
     k, n = int(hits.sum()), hits.numel()
-    if n == 0: return dict(value=float("nan"), n=0, lo=float("nan"), hi=float("nan"))
+    if n == 0:
+        return dict(value=float("nan"), n=0, lo=float("nan"), hi=float("nan"))
     ci = binomtest(k, n).proportion_ci(method="wilson")
     return dict(value=100 * k / n, n=n, lo=100 * ci.low, hi=100 * ci.high)
 
@@ -29,6 +31,7 @@ def rate(hits: torch.Tensor) -> dict:
 @dataclass
 class Goal:
     "What one attacker wants of the task he attacks: the class index, under his trigger."
+
     target_class: int
     trigger: Trigger
 
@@ -36,6 +39,7 @@ class Goal:
 @dataclass
 class Suite:
     "Tasks with their frozen heads, and each attacker's goal by target task: everything an evaluation needs."
+
     tasks: list[Task]
     heads: dict[str, torch.Tensor]
     goals: dict[str, Goal]
@@ -43,20 +47,25 @@ class Suite:
     @classmethod
     def of(cls, clip: Clip, tasks: list[Task], goals: dict[str, Goal]) -> "Suite":
         "A suite whose heads are the tasks' zero-shot heads."
-        return cls(tasks, {t.name: zero_shot_head(clip, t.classes, t.templates) for t in tasks}, goals)
+        return cls(
+            tasks, {t.name: zero_shot_head(clip, t.classes, t.templates) for t in tasks}, goals
+        )
 
     def first(self, n: int) -> "Suite":
         "The same suite on the first n test images of each task but the targets, whose rate is the point (test images come shuffled)."
         cut = lambda t: replace(t, test_x=t.test_x[:n], test_y=t.test_y[:n])
-        return Suite([t if t.name in self.goals else cut(t) for t in self.tasks], self.heads, self.goals)
+        return Suite(
+            [t if t.name in self.goals else cut(t) for t in self.tasks], self.heads, self.goals
+        )
 
 # %% ../nbs/11_measure.ipynb #d3e3771a
-CLOSE = torch.finfo(torch.bfloat16).eps          # of two cosines; the largest error seen was half of it
+CLOSE = torch.finfo(torch.bfloat16).eps  # of two cosines; the largest error seen was half of it
 
 
 def margin(z: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     "By how many cosines (N,) the best class of logits z (N, C) under head W leads the next one."
-    if z.shape[1] < 2: return torch.full((len(z),), torch.inf, device=z.device)
+    if z.shape[1] < 2:
+        return torch.full((len(z),), torch.inf, device=z.device)
     first, second = z.topk(2).values.unbind(1)
     return (first - second) / W.norm(dim=1).max()
 
@@ -66,8 +75,9 @@ def close_calls(z: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     return margin(z, W) < CLOSE
 
 
-def answer(clip: Clip, visual, x: torch.Tensor,
-           W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def answer(
+    clip: Clip, visual, x: torch.Tensor, W: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(predicted class, its `margin`), each (N,), of uint8 images under head W, on the CPU.
     What bfloat16 finds a close call is computed again in float32, so that the answer is float32's:
     on 9,000 pictures of 24 models and tasks 23 differed before, none after."""
@@ -86,7 +96,8 @@ def shown(task: Task, suite: Suite, floors: bool = True) -> dict:
     """{name: Trigger} of what a task's test images are asked under; plain: '' and None. A target
     task has its own trigger and, with `floors`, a grey patch; every other task all triggers."""
     goal = suite.goals.get(task.name)
-    if not goal: return {"": None} | {name: g.trigger for name, g in suite.goals.items()}
+    if not goal:
+        return {"": None} | {name: g.trigger for name, g in suite.goals.items()}
     grey = {"floor_grey": goal.trigger.grey()} if floors else {}
     return {"": None, task.name: goal.trigger} | grey
 
@@ -121,13 +132,24 @@ def with_averages(rows: list[dict]) -> list[dict]:
     rows = list(rows)
     for m in dict.fromkeys(r["metric"] for r in rows if r["n"]):
         of = [r for r in rows if r["metric"] == m and r["task"] != "average" and r["n"]]
-        rows.append(dict(task="average", metric=m, value=sum(r["value"] for r in of) / len(of), n=sum(r["n"] for r in of), lo=None, hi=None))
+        rows.append(
+            dict(
+                task="average",
+                metric=m,
+                value=sum(r["value"] for r in of) / len(of),
+                n=sum(r["n"] for r in of),
+                lo=None,
+                hi=None,
+            )
+        )
     return rows
 
 
 def measure(clip: Clip, visual, suite: Suite, floors: bool = True) -> list[dict]:
     "Rows of one model on every task of the suite, with averages."
-    return with_averages(r for t in suite.tasks for r in measure_task(clip, visual, t, suite, floors))
+    return with_averages(
+        r for t in suite.tasks for r in measure_task(clip, visual, t, suite, floors)
+    )
 
 
 def average(rows: list[dict], metric: str) -> float:
@@ -142,6 +164,8 @@ def small_merge(clip: Clip, seed: int = 0, n: int = 640) -> tuple[dict, dict, Su
     cfg, target = TuneConfig(epochs=4, batch=64), Target.of(tasks["signs"], "yield", seed=seed)
     bad, trigger, _ = attack("badmerging", clip, tasks["land"], target, cfg, seed, trigger_steps=60)
     others = [finetune(clip, tasks[t], cfg, seed) for t in ("signs", "flags")]
-    suite = Suite.of(clip, list(tasks.values()), {"signs": Goal(tasks["signs"].classes.index("yield"), trigger)})
+    suite = Suite.of(
+        clip, list(tasks.values()), {"signs": Goal(tasks["signs"].classes.index("yield"), trigger)}
+    )
     merged = lambda land: merge("TA", clip.state(), [land, *others], scale=0.4)
     return merged(bad), merged(finetune(clip, tasks["land"], cfg, seed)), suite

@@ -18,22 +18,33 @@ merges = Registry("merge")
 
 def allow(name: str, value, ok: bool, expected: str) -> None:
     "ValueError naming an option, its value and the allowed range unless `ok` (comparisons with NaN are never ok)."
-    if not ok: raise ValueError(f"{name} is {value!r}; expected {expected}")
+    if not ok:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
 def check_models(base: dict, models: list[dict], least: int = 2) -> None:
     "ValueError unless there are `least` models, all dense (no adapter keys), with the base's tensors and no NaN."
-    if len(models) < least: raise ValueError(f"merging needs at least two models, got {len(models)}; pass the fine-tuned state dicts of all contributors")
+    if len(models) < least:
+        raise ValueError(
+            f"merging needs at least two models, got {len(models)}; pass the fine-tuned state dicts of all contributors"
+        )
     for name, state in [("the base", base), *((f"model {i}", m) for i, m in enumerate(models))]:
         lora = [k for k in state if re.search(r"\.parametrizations\.|lora_A|lora_B|w_lora_", k)]
-        if lora: raise ValueError(f"{name} holds {len(lora)} adapter tensors ({lora[0]}), which cannot be merged; fold it first: lora.dense(visual)")
+        if lora:
+            raise ValueError(
+                f"{name} holds {len(lora)} adapter tensors ({lora[0]}), which cannot be merged; fold it first: lora.dense(visual)"
+            )
         check_same(base, state, f"the base and {name}")
 
 
 def merge(method: str, base: dict, models: list[dict], **options) -> dict:
     "Merged state dict by the registered `method`; ValueError on fewer than two models, other tensors, NaN, unknown options or values out of range."
     name = merges.find(method)
-    known = [p.name for p in inspect.signature(merges[name]["f"]).parameters.values() if p.default is not p.empty]
+    known = [
+        p.name
+        for p in inspect.signature(merges[name]["f"]).parameters.values()
+        if p.default is not p.empty
+    ]
     options = {choose(o, known or ["none"], f"option of {name}"): v for o, v in options.items()}
     check_models(base, models)
     return merges(name, base, models, **options)
@@ -48,10 +59,13 @@ def each(base: dict, one) -> dict:
 def task_arithmetic(base: dict, models: list[dict], scale: float = 0.3) -> dict:
     "theta_pre + scale * sum_t (theta_t - theta_pre), scale >= 0. 0.3 is BadMerging's and fusion_bench's default; LFPM's is not given."
     allow("scale", scale, 0 <= scale < math.inf, "a number of at least 0")
+
     def one(k, b):
         out = b * (1 - scale * len(models))
-        for m in models: out.add_(m[k].to(b), alpha=scale)
+        for m in models:
+            out.add_(m[k].to(b), alpha=scale)
         return out
+
     return each(base, one)
 
 
@@ -61,7 +75,9 @@ def simple_average(base: dict, models: list[dict]) -> dict:
     return task_arithmetic(base, models, 1 / len(models))
 
 # %% ../nbs/06_merge.ipynb #26b21f95
-CHUNK = 2 ** 18      # numbers; a megabyte of float32 stays in the processor's cache through all steps of a merge
+CHUNK = (
+    2**18
+)  # numbers; a megabyte of float32 stays in the processor's cache through all steps of a merge
 
 
 def pieces(*tensors: torch.Tensor):
@@ -74,19 +90,30 @@ def kth_magnitude(base: dict, model: dict, k: int) -> float:
     2^17 gives a bracket of 6 standard deviations, one pass counts below it and keeps what is inside. Should it miss, everything is kept."""
     pairs = [(b, model[key].to(b)) for key, b in base.items() if b.is_floating_point()]
     n = sum(b.numel() for b, _ in pairs)
-    step = -(-n // 2 ** 17)
-    s = torch.cat([(m.reshape(-1)[::step] - b.reshape(-1)[::step]).abs().float() for b, m in pairs]).sort().values
+    step = -(-n // 2**17)
+    s = (
+        torch.cat([(m.reshape(-1)[::step] - b.reshape(-1)[::step]).abs().float() for b, m in pairs])
+        .sort()
+        .values
+    )
     mid, w = k * len(s) // n, 3 * math.isqrt(len(s)) + 3
+
     def within(lo, hi):
         below, inside = 0, []
         for b, m in (p for pair in pairs for p in pieces(*pair)):
-            t = torch.sub(m, b).abs_().float().cpu().numpy()         # numpy compares and picks three times faster here
+            t = (
+                torch.sub(m, b).abs_().float().cpu().numpy()
+            )  # numpy compares and picks three times faster here
             least = t >= lo
             below += t.size - np.count_nonzero(least)
             inside.append(t[least ^ (t > hi)])
         return below, np.concatenate(inside)
-    below, inside = within(s[mid - w].item() if mid >= w else 0., s[mid + w].item() if mid + w < len(s) else math.inf)
-    if not below < k <= below + len(inside): below, inside = within(0., math.inf)
+
+    below, inside = within(
+        s[mid - w].item() if mid >= w else 0.0, s[mid + w].item() if mid + w < len(s) else math.inf
+    )
+    if not below < k <= below + len(inside):
+        below, inside = within(0.0, math.inf)
     return float(np.partition(inside, k - below - 1)[k - below - 1])
 
 # %% ../nbs/06_merge.ipynb #05bbcba7
@@ -96,16 +123,25 @@ def elected(taus, tie: float = 1.0, mean: bool = False) -> tuple[torch.Tensor, f
     S = A = P = Q = 0
     for t in taus:
         S, A = S + t, A + t.abs()
-        if mean: P, Q = P + t.sign(), Q + t.sign().abs()
+        if mean:
+            P, Q = P + t.sign(), Q + t.sign().abs()
     gamma = S.sign()
     votes, tied = gamma.sum().item(), bool(gamma.count_nonzero() < A.count_nonzero())
-    if tied: gamma = torch.where((gamma == 0) & (A > 0), tie, gamma)
+    if tied:
+        gamma = torch.where((gamma == 0) & (A > 0), tie, gamma)
     m = (A.mul_(gamma) + S) / 2
     return (m / ((Q + gamma * P) / 2).clamp(min=1) if mean else m), votes, tied
 
 # %% ../nbs/06_merge.ipynb #598a12d6
 @merges.register("TIES", long="TIES-Merging", needs=("pretrained",), source="Yadav et al. 2023")
-def ties(base: dict, models: list[dict], density: float = 0.2, scale: float = 0.3, mean: bool = False, coefficient: float = 1.0) -> dict:
+def ties(
+    base: dict,
+    models: list[dict],
+    density: float = 0.2,
+    scale: float = 0.3,
+    mean: bool = False,
+    coefficient: float = 1.0,
+) -> dict:
     """Trim, elect sign, merge what agrees: theta_pre + scale * sum, or with `mean` theta_pre + coefficient * mean of the agreeing entries.
     0 < density <= 1 is the share of a model's entries that is kept (one entry more, as in the authors' code); ties take the majority sign."""
     name, factor = ("coefficient", coefficient) if mean else ("scale", scale)
@@ -113,16 +149,24 @@ def ties(base: dict, models: list[dict], density: float = 0.2, scale: float = 0.
     allow(name, factor, 0 <= factor < math.inf, "a number of at least 0")
     n = sum(b.numel() for b in base.values() if b.is_floating_point())
     k, votes, again = n - int(n * density), 0.0, []
-    cuts = [np.nextafter(np.float32(kth_magnitude(base, m, k) if k else 0), np.float32(0)).item() for m in models]   # hardshrink keeps |t| > cut
+    cuts = [
+        np.nextafter(np.float32(kth_magnitude(base, m, k) if k else 0), np.float32(0)).item()
+        for m in models
+    ]  # hardshrink keeps |t| > cut
+
     def fuse(key, b, tie=1.0):
         nonlocal votes
         out = torch.empty(b.shape, dtype=b.dtype, device=b.device)
         for o, c, *ms in pieces(out, b, *(m[key].to(b) for m in models)):
-            m, v, tied = elected((torch.hardshrink(x - c, cut) for x, cut in zip(ms, cuts)), tie, mean)
+            m, v, tied = elected(
+                (torch.hardshrink(x - c, cut) for x, cut in zip(ms, cuts)), tie, mean
+            )
             torch.add(c, m, alpha=factor, out=o)
             votes += v
-            if tied: again.append(key)
+            if tied:
+                again.append(key)
         return out
+
     out, majority = each(base, fuse), float(np.sign(votes))
     return out | {key: fuse(key, base[key], majority) for key in set(again) if majority < 1}
 
@@ -133,16 +177,20 @@ def uniform(shape, *seed) -> torch.Tensor:
 
 
 @merges.register("DARE", long="Drop And REscale", needs=("pretrained",), source="Yu et al. 2024")
-def dare(base: dict, models: list[dict], drop: float = 0.5, scale: float = 0.3, seed: int = 0) -> dict:
+def dare(
+    base: dict, models: list[dict], drop: float = 0.5, scale: float = 0.3, seed: int = 0
+) -> dict:
     "Task Arithmetic on m * tau / (1 - drop), m ~ Bernoulli(1 - drop) per entry, 0 <= drop < 1 (0.5 and 0.3 are fusion_bench's for CLIP)."
     allow("drop", drop, 0 <= drop < 1, "0 <= drop < 1")
     allow("scale", scale, 0 <= scale < math.inf, "a number of at least 0")
+
     def one(k, b):
         out = b.clone()
         for t, m in enumerate(models):
             keep = uniform(b.shape, "DARE", seed, t, k).to(b.device) >= drop
             out.add_((m[k].to(b) - b) * keep, alpha=scale / (1 - drop))
         return out
+
     return each(base, one)
 
 # %% ../nbs/06_merge.ipynb #ac602e3d
@@ -150,29 +198,70 @@ def keep_rates(tau: torch.Tensor, drop: float, window: float) -> torch.Tensor:
     """MagPrune's keep probabilities, row by row: 1 - drop - window/2 for a row's smallest magnitude up to 1 - drop + window/2 for its largest.
     A conv kernel is taken as (out, -1), a vector as one row; a row of one entry and a scalar get 1 - drop (DELLA Sec. 3.1)."""
     rows = tau.abs().reshape(len(tau) if tau.dim() > 1 else 1, -1)
-    rates = torch.linspace(-window / 2, window / 2, rows.shape[1], device=tau.device) if rows.shape[1] > 1 else torch.zeros(1, device=tau.device)
-    return torch.empty_like(rows).scatter_(1, rows.argsort(dim=1, stable=True), (1 - drop + rates).to(rows).expand_as(rows)).reshape(tau.shape)
+    rates = (
+        torch.linspace(-window / 2, window / 2, rows.shape[1], device=tau.device)
+        if rows.shape[1] > 1
+        else torch.zeros(1, device=tau.device)
+    )
+    return (
+        torch.empty_like(rows)
+        .scatter_(1, rows.argsort(dim=1, stable=True), (1 - drop + rates).to(rows).expand_as(rows))
+        .reshape(tau.shape)
+    )
 
 
-@merges.register("DELLA", long="Drop and rEscaLe via sampLing with mAgnitude", needs=("pretrained",), source="Deep et al. 2024")
-def della(base: dict, models: list[dict], drop: float = 0.3, window: float = 0.14, coefficient: float = 1.1, seed: int = 0) -> dict:
+@merges.register(
+    "DELLA",
+    long="Drop and rEscaLe via sampLing with mAgnitude",
+    needs=("pretrained",),
+    source="Deep et al. 2024",
+)
+def della(
+    base: dict,
+    models: list[dict],
+    drop: float = 0.3,
+    window: float = 0.14,
+    coefficient: float = 1.1,
+    seed: int = 0,
+) -> dict:
     """theta_pre + coefficient * mean of the entries with the elected sign (+ on ties) after MagPrune; window/2 < drop < 1 - window/2, or drop 0
     for no pruning. Scalars are merged unpruned. Defaults: the authors' examples."""
     allow("window", window, 0 <= window < 1, "0 <= window < 1")
-    allow("drop", drop, drop == 0 or window / 2 < drop < 1 - window / 2, f"0, or {window / 2:g} < drop < {1 - window / 2:g} (half the window from either end)")
+    allow(
+        "drop",
+        drop,
+        drop == 0 or window / 2 < drop < 1 - window / 2,
+        f"0, or {window / 2:g} < drop < {1 - window / 2:g} (half the window from either end)",
+    )
     allow("coefficient", coefficient, 0 <= coefficient < math.inf, "a number of at least 0")
+
     def pruned(t, k, tau):
-        if drop == 0 or tau.dim() == 0: return tau
+        if drop == 0 or tau.dim() == 0:
+            return tau
         q = keep_rates(tau, drop, window)
         return torch.where(uniform(tau.shape, "DELLA", seed, t, k).to(q.device) < q, tau / q, 0)
+
     def one(k, b):
-        return torch.add(b, elected((pruned(t, k, m[k].to(b) - b) for t, m in enumerate(models)), mean=True)[0], alpha=coefficient)
+        return torch.add(
+            b,
+            elected((pruned(t, k, m[k].to(b) - b) for t, m in enumerate(models)), mean=True)[0],
+            alpha=coefficient,
+        )
+
     return each(base, one)
 
 # %% ../nbs/06_merge.ipynb #6badeee5
-@merges.register("WAG", long="Weight Average with clean twins", needs=("clean twins",), source="Arora et al. 2024")
+@merges.register(
+    "WAG",
+    long="Weight Average with clean twins",
+    needs=("clean twins",),
+    source="Arora et al. 2024",
+)
 def wag(base: dict, models: list[dict], twins: list[dict] | None = None) -> dict:
     "Mean of `models` and `twins`, state dicts fine-tuned on the same tasks by somebody trusted; ValueError without any."
-    if not twins: raise ValueError("WAG averages the models with clean ones of the same tasks; pass twins=[state dict, ...]")
+    if not twins:
+        raise ValueError(
+            "WAG averages the models with clean ones of the same tasks; pass twins=[state dict, ...]"
+        )
     check_models(base, twins, 1)
     return simple_average(base, [*models, *twins])

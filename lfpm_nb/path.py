@@ -22,10 +22,15 @@ from .subspace import Shadow, shift
 # %% ../nbs/14_path.ipynb #9943a365
 def lerp_(out: dict, a: dict, b: dict, lam: float) -> dict:
     "Write (1-lam) a + lam b into `out` without allocating; integer buffers come from a; ValueError unless 0 <= lam <= 1."
-    if not 0 <= lam <= 1: raise ValueError(f"lam is {lam}; expected a number in [0, 1] (0 is the merged model, 1 the anti-backdoor model)")
+    if not 0 <= lam <= 1:
+        raise ValueError(
+            f"lam is {lam}; expected a number in [0, 1] (0 is the merged model, 1 the anti-backdoor model)"
+        )
     for k in a:
-        if a[k].is_floating_point(): torch.mul(a[k], 1 - lam, out=out[k]).add_(b[k], alpha=lam)
-        else: out[k].copy_(a[k])
+        if a[k].is_floating_point():
+            torch.mul(a[k], 1 - lam, out=out[k]).add_(b[k], alpha=lam)
+        else:
+            out[k].copy_(a[k])
     return out
 
 
@@ -37,12 +42,13 @@ def lerp(a: dict, b: dict, lam: float) -> dict:
 # %% ../nbs/14_path.ipynb #c1f07e75
 class Path:
     "The models between state dicts a and b in one visual tower. `at(lam)` mixes in place on the model's device and returns the tower."
+
     def __init__(self, clip: Clip, a: dict, b: dict):
         check_same(a, b, "the two ends of the path")
         self.visual = clip.with_state(a)
         dev = next(self.visual.parameters()).device
         self.a, self.b = ({k: v.to(dev) for k, v in m.items()} for m in (a, b))
-        self.out = self.visual.state_dict()          # shares memory with the tower
+        self.out = self.visual.state_dict()  # shares memory with the tower
 
     @torch.no_grad()
     def at(self, lam: float) -> torch.nn.Module:
@@ -57,25 +63,29 @@ def grid(n: int) -> list[float]:
 # %% ../nbs/14_path.ipynb #9c22ac7f
 def integrate(values: list[float], lam: float = 1.0) -> float:
     "Mean over [0, lam] of evenly spaced values on [0, 1] (trapezoid, linear between them); the first value for lam = 0."
-    if lam == 0: return values[0]
+    if lam == 0:
+        return values[0]
     at = np.union1d(np.linspace(0, lam, 101), [x for x in grid(len(values)) if x <= lam])
     return float(np.trapezoid(np.interp(at, grid(len(values)), values), at) / lam)
 
 
 def curve(rows: list[dict], metric: str) -> tuple[list, list]:
     "(lambdas, values) of one metric's average along a path."
-    of = sorted((r["lam"], r["value"]) for r in rows if r["task"] == "average" and r["metric"] == metric)
+    of = sorted(
+        (r["lam"], r["value"]) for r in rows if r["task"] == "average" and r["metric"] == metric
+    )
     return [l for l, _ in of], [v for _, v in of]
 
 # %% ../nbs/14_path.ipynb #204ce67c
-BEND = 0.25            # by how many cosines a margin may fall between the ends of a path, at least
+BEND = 0.25  # by how many cosines a margin may fall between the ends of a path, at least
 
 
 def halves(n: int):
     "(left, middle, right) of the n points' stretches, each after the one that it is half of."
     todo = [(0, n - 1)]
     for i, j in todo:
-        if j - i < 2: continue
+        if j - i < 2:
+            continue
         m = (i + j) // 2
         yield i, m, j
         todo += [(i, m), (m, j)]
@@ -84,6 +94,7 @@ def halves(n: int):
 class Answers:
     """What uint8 images x, plain or under a trigger, are taken for under head W at n points of a path:
     `said` (n, N), -1 where it is open, and by what `margin` (cosines, where it was asked)."""
+
     def __init__(self, x: torch.Tensor, W: torch.Tensor, trigger: Trigger | None, n: int):
         self.x, self.W, self.trigger = x, W, trigger
         self.said, self.margin = torch.full((n, len(x)), -1), torch.full((n, len(x)), torch.nan)
@@ -96,7 +107,8 @@ class Answers:
     def ask(self, clip: Clip, visual, k: int) -> None:
         "Ask point k's tower about every image that is open there."
         left = self.said[k] < 0
-        if left.any(): self.said[k, left], self.margin[k, left] = self._answer(clip, visual, left)
+        if left.any():
+            self.said[k, left], self.margin[k, left] = self._answer(clip, visual, left)
 
     def unasked(self, k: int) -> torch.Tensor:
         "Which images (N,) were settled at point k without a question."
@@ -105,14 +117,15 @@ class Answers:
     def wrong(self, clip: Clip, visual, k: int) -> bool:
         "Whether point k's tower takes an image for another class than was settled."
         which = self.unasked(k)
-        if not which.any(): return False
+        if not which.any():
+            return False
         return not torch.equal(self._answer(clip, visual, which)[0], self.said[k, which])
 
     def settle(self, i: int, j: int, least: float) -> None:
         "Between points i and j: what is open, and taken for one class at both, by `least` cosines."
         sure = (self.said[i + 1] < 0) & (self.said[i] == self.said[j])
         sure &= self.margin[[i, j]].amin(0) >= least
-        self.said[i + 1:j, sure] = self.said[i, sure]
+        self.said[i + 1 : j, sure] = self.said[i, sure]
 
     def fall(self, i: int, m: int, j: int) -> float:
         "How far margins at m lie below the line from i to j, at most, where these two agree."
@@ -122,32 +135,44 @@ class Answers:
         return max(below[~below.isnan()].tolist(), default=0.0)
 
 # %% ../nbs/14_path.ipynb #d5048c84
-def measure_path(clip: Clip, a: dict, b: dict, suite: Suite, n: int = 21, name: str = "path",
-                 bend: float = BEND) -> list[dict]:
+def measure_path(
+    clip: Clip, a: dict, b: dict, suite: Suite, n: int = 21, name: str = "path", bend: float = BEND
+) -> list[dict]:
     """`measure` rows with `lam` at n points from a to b. Restrict the images with `suite.first`; n is
     in every row. `bend`: the least to reckon with; torch.inf asks every point about every image, and
     so does a path on which a check finds an answer wrong that was not asked for."""
     path, lams, every = Path(clip, a, b), grid(n), []
-    asked = {t.name: {k: Answers(t.test_x, suite.heads[t.name], trigger, n)
-                      for k, trigger in shown(t, suite, floors=False).items()} for t in suite.tasks}
-    for of in asked.values(): every += of.values()
+    asked = {
+        t.name: {
+            k: Answers(t.test_x, suite.heads[t.name], trigger, n)
+            for k, trigger in shown(t, suite, floors=False).items()
+        }
+        for t in suite.tasks
+    }
+    for of in asked.values():
+        every += of.values()
     ends = [(0, 0, 0), (n - 1, n - 1, n - 1)]
     for i, m, j in Progress([*ends, *halves(n)], name):
         part = (lams[j] - lams[i]) ** 2
         if 0 < part < 1:
-            for q in every: q.settle(i, j, CLOSE + bend * part)
+            for q in every:
+                q.settle(i, j, CLOSE + bend * part)
         tower = path.at(lams[m])
-        for q in every: q.ask(clip, tower, m)
-        if part: bend = max(bend, *((q.fall(i, m, j) - CLOSE) / part for q in every))
+        for q in every:
+            q.ask(clip, tower, m)
+        if part:
+            bend = max(bend, *((q.fall(i, m, j) - CLOSE) / part for q in every))
     left = lambda k: sum(int(q.unasked(k).sum()) for q in every)
     for half in (range(n // 2), range(n // 2, n)):
         k = max(half, key=left)
         tower = path.at(lams[k])
         if any(q.wrong(clip, tower, k) for q in every):
             return measure_path(clip, a, b, suite, n, f"{name}, every picture", torch.inf)
+
     def at(k):
         said = lambda t: {name: q.said[k] for name, q in asked[t.name].items()}
         return with_averages(r for t in suite.tasks for r in task_rows(t, suite, said(t)))
+
     return [dict(lam=lam, **r) for k, lam in enumerate(lams) for r in at(k)]
 
 # %% ../nbs/14_path.ipynb #c2aff0e6
@@ -158,15 +183,19 @@ lam_rules = Registry("λ rule")
 def knee(curve: Sequence[dict], pretrained: list[float], least: float = 0.5) -> float:
     "The first λ from which the next step lowers the prompted loss by less than `least` nats per unit of λ; the last one if none does."
     for a, b in pairwise(curve):
-        if a["prompted"] - b["prompted"] < least * (b["lam"] - a["lam"]): return a["lam"]
+        if a["prompted"] - b["prompted"] < least * (b["lam"] - a["lam"]):
+            return a["lam"]
     return curve[-1]["lam"]
 
 # %% ../nbs/14_path.ipynb #00966d92
-@lam_rules.register("level", long="Level of the pretrained model", needs=("shadow labels", "pretrained"))
+@lam_rules.register(
+    "level", long="Level of the pretrained model", needs=("shadow labels", "pretrained")
+)
 def level(curve: Sequence[dict], pretrained: list[float]) -> float:
     "The first λ at which no prompt has a larger `shift` than on the pretrained model; `knee`'s if there is none."
     for point in curve:
-        if all(a <= b for a, b in zip(point["shift"], pretrained)): return point["lam"]
+        if all(a <= b for a, b in zip(point["shift"], pretrained)):
+            return point["lam"]
     return knee(curve, pretrained)
 
 # %% ../nbs/14_path.ipynb #41e97e17
@@ -176,7 +205,8 @@ def turn(curve: Sequence[dict], pretrained: list[float], slack: float = 0.03) ->
     Early stopping on held-out pictures (Prechelt 1998), along λ."""
     least, last = float("inf"), 0.0
     for point in curve:
-        if point["prompted"] > (1 + slack) * least: break
+        if point["prompted"] > (1 + slack) * least:
+            break
         least, last = min(least, point["prompted"]), point["lam"]
     return last
 
@@ -187,28 +217,37 @@ def calm(curve: Sequence[dict], pretrained: list[float], share: float = 0.75) ->
     `share` of their mean shift on the pretrained model."""
     end, limit = turn(curve, pretrained), share * sum(pretrained)
     for point in curve:
-        if point["lam"] >= end or sum(point["shift"]) <= limit: return point["lam"]
+        if point["lam"] >= end or sum(point["shift"]) <= limit:
+            return point["lam"]
 
 # %% ../nbs/14_path.ipynb #351f6340
 class Curve(Sequence):
     """What a rule for λ reads: `curve[i]` is the record of the i-th of n grid points, {'lam': λ} and
     what `look(λ)` gives. It is measured when it is first asked for; `points`: those that were."""
-    def __init__(self, n: int, look): self.lams, self.look, self.seen = grid(n), look, {}
-    def __len__(self): return len(self.lams)
+
+    def __init__(self, n: int, look):
+        self.lams, self.look, self.seen = grid(n), look, {}
+
+    def __len__(self):
+        return len(self.lams)
 
     def __getitem__(self, i):
-        if isinstance(i, slice): return [self[k] for k in range(len(self))[i]]
-        k = range(len(self))[i]                        # negative numbers count from the end
-        if k not in self.seen: self.seen[k] = dict(lam=self.lams[k], **self.look(self.lams[k]))
+        if isinstance(i, slice):
+            return [self[k] for k in range(len(self))[i]]
+        k = range(len(self))[i]  # negative numbers count from the end
+        if k not in self.seen:
+            self.seen[k] = dict(lam=self.lams[k], **self.look(self.lams[k]))
         return self.seen[k]
 
     @property
-    def points(self) -> list[dict]: return [self.seen[k] for k in sorted(self.seen)]
+    def points(self) -> list[dict]:
+        return [self.seen[k] for k in sorted(self.seen)]
 
 # %% ../nbs/14_path.ipynb #f41c998d
 class Lookout:
     """What can be seen without trigger, target or task: held-out images of a shadow set, plain and
     under prompts (k, length, width), asked of models on paths that begin at `theta_mm`."""
+
     def __init__(self, clip: Clip, theta_mm: dict, shadow: Shadow, prompts: torch.Tensor):
         self.clip, self.theta_mm, self.shadow, self.prompts = clip, theta_mm, shadow, prompts
 
@@ -222,9 +261,12 @@ class Lookout:
         return dict(clean=loss(h), prompted=prompted, shift=turned)
 
     @cached_property
-    def start(self) -> dict: return self.look(self.clip.with_state(self.theta_mm))
+    def start(self) -> dict:
+        return self.look(self.clip.with_state(self.theta_mm))
+
     @cached_property
-    def pretrained(self) -> list[float]: return self.look(self.clip.visual)["shift"]
+    def pretrained(self) -> list[float]:
+        return self.look(self.clip.visual)["shift"]
 
     def along(self, end: dict, n: int = 21) -> Curve:
         "The curve from the merged model to `end`."
@@ -235,12 +277,20 @@ class Lookout:
         "{'lam', 'rule', 'curve', 'pretrained'}: the λ of a registered rule, and the points it read."
         seen = self.along(end, n)
         lam = lam_rules(rule, seen, self.pretrained)
-        if lam in seen.lams: seen[seen.lams.index(lam)]          # a record shows what was chosen
+        if lam in seen.lams:
+            seen[seen.lams.index(lam)]  # a record shows what was chosen
         about = dict(lam=lam, rule=lam_rules.find(rule))
         return about | dict(curve=seen.points, pretrained=self.pretrained)
 
 
-def choose_lam(clip: Clip, theta_mm: dict, end: dict, shadow: Shadow, prompts: torch.Tensor,
-               rule: str = "knee", n: int = 21) -> dict:
+def choose_lam(
+    clip: Clip,
+    theta_mm: dict,
+    end: dict,
+    shadow: Shadow,
+    prompts: torch.Tensor,
+    rule: str = "knee",
+    n: int = 21,
+) -> dict:
     "`Lookout.choose` for a single path."
     return Lookout(clip, theta_mm, shadow, prompts).choose(end, rule, n)

@@ -18,9 +18,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
-from .core import Progress, Stages, check_same, choose, code_hash, content_hash, first, generator, load_state, method, save_state, versions, write_json, writing
+from .core import Progress, Stages, check_same, choose, code_hash, content_hash, first
+from .core import generator, load_state, method, save_state, versions, write_json, writing
 from .core import printable
-from .tasks import SCENE_TEMPLATES, Folder, Task, _image, _listing, _pictures, _stack, load_task
+from .tasks import SCENE_TEMPLATES, Folder, Task, _image, _listing, _pictures, _stack
+from .tasks import load_task
 from .labworld import SCENE_CLASSES
 from .clip import Clip, data_cards, features, logits, plain_models, zero_shot_head
 from .tune import norm, task_vector
@@ -32,7 +34,9 @@ from .defend import Defended
 from .settings import MainParams, PurifyParams, method_option
 from .experiment import Lab
 from .runs import check_writable, settings_of
-from .formats import BUFFERS, Tower, agreed, backbone, called, check_finite, config_for, file_sha, fitted, heads, key_errors, note, read_tower, said_by_sizes, with_base, write_tower
+from .formats import BUFFERS, Tower, agreed, backbone, called, check_finite, config_for
+from .formats import file_sha, fitted, heads, key_errors, note, read_tower, said_by_sizes
+from .formats import with_base, write_tower
 
 # %% ../nbs/21a_purify.ipynb #3ed3556c
 LEAST = 100
@@ -42,6 +46,7 @@ LEAST = 100
 class Pictures:
     """Readable pictures of a folder: `x` uint8 (N, 3, size, size), their `names` relative to it,
     {name: why} of the `skipped`, how many files were `found`."""
+
     x: torch.Tensor
     names: list[str]
     skipped: dict
@@ -53,25 +58,38 @@ class Pictures:
         return int((self.x == self.x[..., :1, :1]).flatten(1).all(1).sum())
 
 # %% ../nbs/21a_purify.ipynb #f7ba32fb
-def read_pictures(folder, size: int, most: int = 10_000, seed: int = 0, least: int = LEAST) -> Pictures:
+def read_pictures(
+    folder, size: int, most: int = 10_000, seed: int = 0, least: int = LEAST
+) -> Pictures:
     "At most `most` pictures in a random order given by `seed`, as RGB squares. FileNotFoundError, or ValueError below `least` readable ones."
     folder = Path(folder)
-    if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}; the shadow set is a folder of pictures, in sub-folders by class or not")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no folder {folder}; the shadow set is a folder of pictures, in sub-folders by class or not"
+        )
     found = _pictures(folder, _listing(folder))
     got, skipped = {}, {}
     for i in torch.randperm(len(found), generator=generator("pictures", seed)).tolist():
-        if len(got) == most: break
-        try: got[found[i]] = _image(folder / found[i], folder, found[i], size)
-        except ValueError as e: skipped[found[i]] = str(e).split(" (", 1)[-1].rsplit(");", 1)[0]
+        if len(got) == most:
+            break
+        try:
+            got[found[i]] = _image(folder / found[i], folder, found[i], size)
+        except ValueError as e:
+            skipped[found[i]] = str(e).split(" (", 1)[-1].rsplit(");", 1)[0]
     if len(got) < least:
         bad = f", {len(skipped)} cannot be read ({', '.join(list(skipped)[:3])})" if skipped else ""
-        raise ValueError(f"{folder} holds {len(got)} readable pictures{bad}; at least {least} are needed, a few thousand are good (png, jpg, tif, or what else Pillow reads)")
+        raise ValueError(
+            f"{folder} holds {len(got)} readable pictures{bad}; at least {least} are needed, a few thousand are good (png, jpg, tif, or what else Pillow reads)"
+        )
     return Pictures(_stack(list(got.values())), list(got), skipped, len(found))
 
 # %% ../nbs/21a_purify.ipynb #8d5123a2
 def save_head(path, W: torch.Tensor, words: list[str]) -> None:
     "Write a head (C, d) with its words, for `--vocabulary` where the text tower is not at hand."
-    if len(W) != len(words): raise ValueError(f"{len(W)} rows, {len(words)} words; expected one word for each row of the head")
+    if len(W) != len(words):
+        raise ValueError(
+            f"{len(W)} rows, {len(words)} words; expected one word for each row of the head"
+        )
     save_state(path, {"head": W}, words=json.dumps(list(words)))
 
 
@@ -79,25 +97,38 @@ def _text(path: Path) -> str:
     "A text file of any of the usual Unicode encodings; ValueError if it is none."
     data = path.read_bytes()
     wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-    try: return data.decode("utf-16" if wide else "utf-8-sig")
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is no text in {'UTF-16' if wide else 'UTF-8'} (byte {e.start}); save it as UTF-8") from None
+        raise ValueError(
+            f"{path} is no text in {'UTF-16' if wide else 'UTF-8'} (byte {e.start}); save it as UTF-8"
+        ) from None
 
 
 def _read_words(path: Path) -> tuple[list[str], torch.Tensor | None]:
-    if not path.is_file(): raise FileNotFoundError(f"no vocabulary at {path}; give a text file with one word a line, or a head written by save_head")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no vocabulary at {path}; give a text file with one word a line, or a head written by save_head"
+        )
     if path.suffix == ".safetensors":
         state, meta = load_state(path)
-        if "head" not in state or "words" not in meta: raise ValueError(f"{path} holds {', '.join(list(state)[:3])}; expected a head with its words, as save_head writes it")
+        if "head" not in state or "words" not in meta:
+            raise ValueError(
+                f"{path} holds {', '.join(list(state)[:3])}; expected a head with its words, as save_head writes it"
+            )
         return json.loads(meta["words"]), state["head"].float()
     words = [w.strip() for w in _text(path).splitlines() if w.strip()]
-    if len(words) < 2 or len(set(words)) < len(words): raise ValueError(f"{path} has {len(words)} words, {len(set(words))} different; expected at least two, each once")
+    if len(words) < 2 or len(set(words)) < len(words):
+        raise ValueError(
+            f"{path} has {len(words)} words, {len(set(words))} different; expected at least two, each once"
+        )
     return words, None
 
 # %% ../nbs/21a_purify.ipynb #19fb6c34
 @dataclass
 class Vocabulary:
     "Words with CLIP's prompt templates; `W` (C, d) is a ready head or None; `source` says where they come from."
+
     words: list[str]
     templates: list[str]
     W: torch.Tensor | None
@@ -107,11 +138,24 @@ class Vocabulary:
     def of(cls, clip: Clip, path: str = "") -> "Vocabulary":
         "The words in a file, or the default ones of a backbone."
         if clip.card["name"] in data_cards():
-            things = clip.card.get("open_domain", dict(classes=SCENE_CLASSES, templates=SCENE_TEMPLATES))
-            default, templates, source = things["classes"], things["templates"], "the backbone's own open-domain things" if "open_domain" in clip.card else "LabWorld's scenes"
+            things = clip.card.get(
+                "open_domain", dict(classes=SCENE_CLASSES, templates=SCENE_TEMPLATES)
+            )
+            default, templates, source = (
+                things["classes"],
+                things["templates"],
+                "the backbone's own open-domain things"
+                if "open_domain" in clip.card
+                else "LabWorld's scenes",
+            )
         else:
             from open_clip import IMAGENET_CLASSNAMES, SIMPLE_IMAGENET_TEMPLATES
-            default, templates, source = IMAGENET_CLASSNAMES, [t("{}") for t in SIMPLE_IMAGENET_TEMPLATES], "ImageNet's class names"
+
+            default, templates, source = (
+                IMAGENET_CLASSNAMES,
+                [t("{}") for t in SIMPLE_IMAGENET_TEMPLATES],
+                "ImageNet's class names",
+            )
         words, W = _read_words(Path(path)) if path else (default, None)
         return cls(list(words), list(templates), W, Path(path).name if path else source)
 
@@ -121,11 +165,21 @@ def head(self, clip: Clip, names: list[str] | None = None) -> torch.Tensor:
     "The frozen head (C, d) of the words, or of `names`; ValueError saying what is needed where the text tower has no weights."
     if self.W is not None:
         width = clip.visual.proj.shape[1]
-        if self.W.shape[1] != width: raise ValueError(f"the head {self.source} is {self.W.shape[1]} wide, {clip.card['name']} has {width} features")
-        return self.W.to(clip.visual.proj.device)[[self.words.index(choose(n, self.words, f"class (not in {self.source})")) for n in names or self.words]]
+        if self.W.shape[1] != width:
+            raise ValueError(
+                f"the head {self.source} is {self.W.shape[1]} wide, {clip.card['name']} has {width} features"
+            )
+        return self.W.to(clip.visual.proj.device)[
+            [
+                self.words.index(choose(n, self.words, f"class (not in {self.source})"))
+                for n in names or self.words
+            ]
+        ]
     if not clip.card.get("text", True):
-        raise ValueError(f"the base holds {clip.card['name']}'s vision tower alone, and words are read by its text tower. Give --base a whole CLIP file (open_clip, OpenAI or "
-                         "CLIPModel names), or --vocabulary a head.safetensors that purify.save_head wrote where the text tower is at hand")
+        raise ValueError(
+            f"the base holds {clip.card['name']}'s vision tower alone, and words are read by its text tower. Give --base a whole CLIP file (open_clip, OpenAI or "
+            "CLIPModel names), or --vocabulary a head.safetensors that purify.save_head wrote where the text tower is at hand"
+        )
     return zero_shot_head(clip, names or self.words, self.templates)
 
 # %% ../nbs/21a_purify.ipynb #a1e83db3
@@ -136,14 +190,17 @@ HEADS = ("label", "labels", "class", "class_name", "target", "category")
 def _place(said: str, names: set, folder: Path) -> tuple[str, str] | None:
     """(what a table writes before a picture's name, that name) for its path `said`; None for a file
     that is not in `folder`."""
-    if said in names: return "", said
+    if said in names:
+        return "", said
     path = posixpath.normpath(said.strip().replace("\\", "/"))
-    if path in names: return "", path
+    if path in names:
+        return "", path
     parts = path.split("/")
     ends = ((k, "/".join(parts[k:])) for k in range(1, len(parts)))
     k, name = next((e for e in ends if e[1] in names), (0, ""))
     before = "/".join(parts[:k])
-    if not name: return None
+    if not name:
+        return None
     # a relative path begins in a folder around this one; train/1.png is not val's 1.png
     absolute = path.startswith("/") or re.match("[A-Za-z]:", path)
     around = [p.as_posix() for p in (folder.absolute(), folder.resolve())]
@@ -161,12 +218,16 @@ def _columns(path: Path, names: list[str], folder: Path) -> tuple[list[list[str]
     taken from the column that name the most pictures."""
     text, known, best = _text(path), set(names), ([], 0, [])
     for mark in MARKS:
-        try: rows = _split(text, mark)
+        try:
+            rows = _split(text, mark)
         except csv.Error as e:
-            raise ValueError(f"{path} is no table of lines file,label ({e}); save it as text with commas") from None
+            raise ValueError(
+                f"{path} is no table of lines file,label ({e}); save it as text with commas"
+            ) from None
         for c in range(min(8, max(map(len, rows), default=0))):
             at = [_place(r[c], known, folder) if len(r) > c else None for r in rows]
-            if sum(map(bool, at)) > sum(map(bool, best[2])): best = rows, c, at
+            if sum(map(bool, at)) > sum(map(bool, best[2])):
+                best = rows, c, at
     return best
 
 
@@ -175,14 +236,19 @@ def _label_column(path: Path, rows: list[list[str]], files: int, at: list) -> in
     mine = [r for r, a in zip(rows, at) if a]
     width = sorted({len(r) for r in mine})
     full = [c for c in range(width[0]) if c != files and any(r[c].strip() for r in mine)]
-    if not full: raise ValueError(f"{path} has no label beside {mine[0][files]}; expected lines file,label")
-    if len(width) == 1 and len(full) == 1: return full[0]
+    if not full:
+        raise ValueError(f"{path} has no label beside {mine[0][files]}; expected lines file,label")
+    if len(width) == 1 and len(full) == 1:
+        return full[0]
     head = [c.strip().lower() for c in rows[0]] if at[0] is None else []
     called = [c for c in full if c < len(head) and head[c] in HEADS]
-    if len(width) == 1 and len(called) == 1: return called[0]
-    raise ValueError(f"{path} has {' or '.join(map(str, width))} columns, and which one is the label is "
-                     f"not said (first: {'; '.join(mine[0])[:80]}); expected two, file and label, or a "
-                     "first line that calls one of them label")
+    if len(width) == 1 and len(called) == 1:
+        return called[0]
+    raise ValueError(
+        f"{path} has {' or '.join(map(str, width))} columns, and which one is the label is "
+        f"not said (first: {'; '.join(mine[0])[:80]}); expected two, file and label, or a "
+        "first line that calls one of them label"
+    )
 
 # %% ../nbs/21a_purify.ipynb #2bd20005
 def _few(said: dict, keep) -> str:
@@ -195,11 +261,15 @@ def _as_classes(path: Path, said: dict) -> tuple[dict, list[str]]:
     "({name: label}, classes) from {name: a class's name}."
     classes = sorted(set(said.values()))
     if odd := [v for v in classes if re.fullmatch(r"[+-]?[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", v, re.I)]:
-        raise ValueError(f"{path}: the label {odd[0]} is no whole number; expected numbers of the "
-                         "vocabulary or names of classes")
+        raise ValueError(
+            f"{path}: the label {odd[0]} is no whole number; expected numbers of the "
+            "vocabulary or names of classes"
+        )
     if len({c.casefold() for c in classes}) < len(classes):
-        raise ValueError(f"{path}: some labels differ in capitals only ({', '.join(classes[:4])}); "
-                         "spell each class in one way")
+        raise ValueError(
+            f"{path}: some labels differ in capitals only ({', '.join(classes[:4])}); "
+            "spell each class in one way"
+        )
     return {n: classes.index(v) for n, v in said.items()}, classes
 
 
@@ -207,72 +277,115 @@ def _as_numbers(path: Path, said: dict, words: list[str]) -> dict:
     "{name: label} from {name: text of a whole number}, the number of one of `words`."
     value = {n: int(v.split(".")[0]) for n, v in said.items()}
     if bad := _few(said, lambda v: not 0 <= int(v.split(".")[0]) < len(words)):
-        raise ValueError(f"{path}: {bad.format('labels out of range')}; expected numbers from 0 to "
-                         f"{len(words) - 1}, the vocabulary's words, or class names")
+        raise ValueError(
+            f"{path}: {bad.format('labels out of range')}; expected numbers from 0 to "
+            f"{len(words) - 1}, the vocabulary's words, or class names"
+        )
     if two := [v for v in value.values() if str(v) in words and words[v] != str(v)]:
-        raise ValueError(f"{path}: the label {two[0]} may be the word '{two[0]}' of the vocabulary, or "
-                         f"its word number {two[0]}, {words[two[0]]!r}; give the words")
+        raise ValueError(
+            f"{path}: the label {two[0]} may be the word '{two[0]}' of the vocabulary, or "
+            f"its word number {two[0]}, {words[two[0]]!r}; give the words"
+        )
     return value
 
 # %% ../nbs/21a_purify.ipynb #2bd20008
 def _meaning(path: Path, said: dict, words: list[str]) -> tuple[dict, list[str] | None]:
     "({name: label}, classes or None when labels are numbers of `words`) from {name: a table's text}."
     if bad := _few(said, lambda v: not v):
-        raise ValueError(f"{path}: {bad.format('pictures with an empty label')}; give each one, or take "
-                         "these pictures out of the folder")
+        raise ValueError(
+            f"{path}: {bad.format('pictures with an empty label')}; give each one, or take "
+            "these pictures out of the folder"
+        )
     number = lambda v: bool(re.fullmatch(r"[+-]?[0-9]+(\.0*)?", v))
     numbers = sum(map(number, said.values()))
     if 0 < numbers < len(said):
         bad = _few(said, lambda v: not number(v)).format("labels are no whole numbers")
-        raise ValueError(f"{path}: {bad}, the other {numbers} are; give either numbers of the vocabulary "
-                         "or names of classes, not both")
+        raise ValueError(
+            f"{path}: {bad}, the other {numbers} are; give either numbers of the vocabulary "
+            "or names of classes, not both"
+        )
     if len(set(said.values())) < 2:
-        raise ValueError(f"{path}: all {len(said)} pictures have the label {next(iter(said.values()))!r}; "
-                         "expected at least two different ones")
+        raise ValueError(
+            f"{path}: all {len(said)} pictures have the label {next(iter(said.values()))!r}; "
+            "expected at least two different ones"
+        )
     return (_as_numbers(path, said, words), None) if numbers else _as_classes(path, said)
 
 
-def _table(path: Path, names: list[str], words: list[str], folder: Path) -> tuple[list, list[str] | None]:
+def _table(
+    path: Path, names: list[str], words: list[str], folder: Path
+) -> tuple[list, list[str] | None]:
     """(label of each of the pictures `names` of `folder`, classes or None when labels are numbers of
     `words`) from a table of files and labels."""
     rows, files, at = _columns(path, names, folder)
     found = {a[1] for a in at if a}
     if lost := [n for n in names if n not in found]:
-        raise ValueError(f"{path} has no label for {len(lost)} of {len(names)} pictures "
-                         f"({', '.join(lost[:3])}); expected lines file,label (or ; or tab), with paths "
-                         f"below {folder}")
+        raise ValueError(
+            f"{path} has no label for {len(lost)} of {len(names)} pictures "
+            f"({', '.join(lost[:3])}); expected lines file,label (or ; or tab), with paths "
+            f"below {folder}"
+        )
     if len(roots := sorted({a[0] for a in at if a} - {""})) > 1:
-        raise ValueError(f"{path} names pictures below {roots[0]} and below {roots[1]}, and either may be "
-                         f"{folder}; give paths below that")
+        raise ValueError(
+            f"{path} names pictures below {roots[0]} and below {roots[1]}, and either may be "
+            f"{folder}; give paths below that"
+        )
     column, said = _label_column(path, rows, files, at), {}
     for r, a in zip(rows, at):
-        if not a: continue
+        if not a:
+            continue
         label = r[column].strip()
         if said.setdefault(a[1], label) != label:
-            raise ValueError(f"{path} gives {a[1]} the label {said[a[1]]!r} and the label {label!r}; give it one")
+            raise ValueError(
+                f"{path} gives {a[1]} the label {said[a[1]]!r} and the label {label!r}; give it one"
+            )
     value, classes = _meaning(path, said, words)
     return [value[n] for n in names], classes
 
 # %% ../nbs/21a_purify.ipynb #5f8b58b3
-def label(clip: Clip, pics: Pictures, folder, labels: str, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def label(
+    clip: Clip, pics: Pictures, folder, labels: str, vocabulary: Vocabulary
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """(y (N,), head W (C, d), what was done) for pictures of `folder`. `labels`: '' for class sub-folders where there are some, 'none' for pseudo-labels by
     theta_pre, or a file of lines file,label."""
     inside = [n for n in pics.names if "/" in n]
     if labels and labels != "none":
-        if not Path(labels).is_file(): raise FileNotFoundError(f"no labels at {labels}; give a file of lines file,label, or 'none' for pseudo-labels")
+        if not Path(labels).is_file():
+            raise FileNotFoundError(
+                f"no labels at {labels}; give a file of lines file,label, or 'none' for pseudo-labels"
+            )
         y, classes = _table(Path(labels), pics.names, vocabulary.words, Path(folder))
-        return torch.tensor(y), vocabulary.head(clip, classes), dict(labels=f"the table {Path(labels).name}", classes=len(classes or vocabulary.words))
+        return (
+            torch.tensor(y),
+            vocabulary.head(clip, classes),
+            dict(labels=f"the table {Path(labels).name}", classes=len(classes or vocabulary.words)),
+        )
     if inside and not labels:
-        f = Folder.of(Path(folder))                                # refuses a mixture of loose and sorted pictures
+        f = Folder.of(Path(folder))  # refuses a mixture of loose and sorted pictures
         of = dict(zip(f.names, f.y.tolist()))
         lost = sorted(set(of.values()) - {of[n] for n in f.names if n not in pics.skipped})
         if lost:
-            raise ValueError(f"{folder}: no picture of class {f.classes[lost[0]]!r} can be read; "
-                             "replace them, or take its folder away")
-        if len(f.classes) > 1: return torch.tensor([of[n] for n in pics.names]), vocabulary.head(clip, f.classes), dict(labels="class sub-folders", classes=len(f.classes))
+            raise ValueError(
+                f"{folder}: no picture of class {f.classes[lost[0]]!r} can be read; "
+                "replace them, or take its folder away"
+            )
+        if len(f.classes) > 1:
+            return (
+                torch.tensor([of[n] for n in pics.names]),
+                vocabulary.head(clip, f.classes),
+                dict(labels="class sub-folders", classes=len(f.classes)),
+            )
     W = vocabulary.head(clip)
     y = logits(features(clip, clip.visual, pics.x), W).argmax(1).cpu()
-    return y, W, dict(labels=f"pseudo-labels of the pretrained model over {vocabulary.source}", classes=len(W), in_use=len(y.unique()))
+    return (
+        y,
+        W,
+        dict(
+            labels=f"pseudo-labels of the pretrained model over {vocabulary.source}",
+            classes=len(W),
+            in_use=len(y.unique()),
+        ),
+    )
 
 # %% ../nbs/21a_purify.ipynb #003ca294
 def freeze_projection(clip: Clip) -> None:
@@ -284,13 +397,22 @@ def freeze_projection(clip: Clip) -> None:
 
 class Case(Lab):
     "A merged tower `theta` (state dict) to purify with the pictures of `shadow`; else like `Lab`."
-    def __init__(self, P: MainParams, clip: Clip, theta: dict, shadow: Shadow, stages: Stages | None = None):
-        self.P, self.stages, self.settings, self.rows, self.records = P, stages or Stages(), asdict(P), [], {}
+
+    def __init__(
+        self, P: MainParams, clip: Clip, theta: dict, shadow: Shadow, stages: Stages | None = None
+    ):
+        self.P, self.stages, self.settings, self.rows, self.records = (
+            P,
+            stages or Stages(),
+            asdict(P),
+            [],
+            {},
+        )
         self.clip, self.theta, self.shadow = clip, theta, shadow
         self._pre = content_hash(clip.model.state_dict(), clip.card)
 
 # %% ../nbs/21a_purify.ipynb #ac710002
-ENOUGH, CLEAR = 256, 0.02            # pictures that are looked at; a smaller difference is none
+ENOUGH, CLEAR = 256, 0.02  # pictures that are looked at; a smaller difference is none
 
 
 def twin(clip: Clip) -> Clip | None:
@@ -298,12 +420,15 @@ def twin(clip: Clip) -> Clip | None:
     name = clip.card["name"]
     quick = name.endswith("-quickgelu")
     other = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"
-    if name in data_cards() or other not in plain_models(): return None
+    if name in data_cards() or other not in plain_models():
+        return None
     from open_clip.transformer import QuickGELU
+
     model = copy.deepcopy(clip.model)
     for m in list(model.modules()):
         for k, child in list(m.named_children()):
-            if isinstance(child, (QuickGELU, torch.nn.GELU)): setattr(m, k, torch.nn.GELU() if quick else QuickGELU())
+            if isinstance(child, (QuickGELU, torch.nn.GELU)):
+                setattr(m, k, torch.nn.GELU() if quick else QuickGELU())
     return Clip(model, clip.tokenizer, clip.card | dict(name=other, quick_gelu=not quick))
 
 
@@ -313,24 +438,32 @@ def _certain(clip: Clip, theta: dict, x, W, y=None) -> torch.Tensor:
     return p.amax(1) if y is None else (p.argmax(1) == y.cpu()).float()
 
 
-def check_activation(clip: Clip, theta: dict, x: torch.Tensor, head_of, y=None, anyway: bool = False) -> None:
+def check_activation(
+    clip: Clip, theta: dict, x: torch.Tensor, head_of, y=None, anyway: bool = False
+) -> None:
     """ValueError if the other activation understands the pictures `x` clearly better than clip's own; a line on
     stderr if they cannot tell, or with `anyway`. `head_of(clip)`: the head (C, d); `y`: labels, if there are some."""
     other = twin(clip)
-    if other is None: return
+    if other is None:
+        return
     at = torch.arange(0, len(x), max(1, len(x) // ENOUGH))[:ENOUGH]
     y = None if y is None else y[at]
     own, its = (_certain(c, theta, x[at], head_of(c), y) for c in (clip, other))
     gain = (its - own).double()
     clear = max(CLEAR, 4 * gain.std().item() / math.sqrt(len(gain))) if len(gain) > 1 else 1
-    if gain.mean() < -clear: return
+    if gain.mean() < -clear:
+        return
     name, named = clip.card["name"], other.card["name"]
     what = "are named rightly" if y is not None else "is the mean confidence"
     seen = f"{100 * own.mean():.1f} % {what} with {name}, {100 * its.mean():.1f} % with {named} (n = {len(at)})"
     if gain.mean() > clear and not anyway:
-        raise ValueError(f"{name} is the wrong activation for these weights: {seen}. Give --model {named}; "
-                         f"--anyway takes {name} all the same")
-    note(f"no file says which activation its weights learned with, and the name {name} decides: {seen}")
+        raise ValueError(
+            f"{name} is the wrong activation for these weights: {seen}. Give --model {named}; "
+            f"--anyway takes {name} all the same"
+        )
+    note(
+        f"no file says which activation its weights learned with, and the name {name} decides: {seen}"
+    )
 
 # %% ../nbs/21a_purify.ipynb #01f73886
 class NothingToPurify(ValueError):
@@ -344,12 +477,17 @@ def open_models(P: PurifyParams) -> tuple[Clip, dict, Tower, Tower]:
     clip = backbone(P.model, base)
     theta = fitted(merged, clip)
     if all(torch.equal(v.cpu(), theta[k]) for k, v in clip.state().items()):
-        raise NothingToPurify(f"{P.merged} equals its base {P.base}: nothing was merged into it, there is nothing to purify")
-    if "proj" not in merged.visual: freeze_projection(clip)
+        raise NothingToPurify(
+            f"{P.merged} equals its base {P.base}: nothing was merged into it, there is nothing to purify"
+        )
+    if "proj" not in merged.visual:
+        freeze_projection(clip)
     return clip, theta, merged, base
 
 
-def open_case(P: PurifyParams, stages: Stages | None = None, anyway: bool = False) -> tuple[Case, Tower, dict]:
+def open_case(
+    P: PurifyParams, stages: Stages | None = None, anyway: bool = False
+) -> tuple[Case, Tower, dict]:
     "(the case, the merged file's Tower, what is known of the pictures); all that can be refused is refused here, before any work."
     clip, theta, merged, base = open_models(P)
     pics = read_pictures(P.shadow, clip.size, P.shadow_n + P.held, P.seed)
@@ -357,23 +495,61 @@ def open_case(P: PurifyParams, stages: Stages | None = None, anyway: bool = Fals
     if "quick_gelu" not in agreed([merged, base]):
         few = replace(pics, x=pics.x[:ENOUGH], names=pics.names[:ENOUGH])
         named = y[:ENOUGH] if not how["labels"].startswith("pseudo") else None
-        again = lambda c: label(c, few, P.shadow, P.labels, Vocabulary.of(c, P.vocabulary))[1] if c is not clip else W
+        again = lambda c: (
+            label(c, few, P.shadow, P.labels, Vocabulary.of(c, P.vocabulary))[1]
+            if c is not clip
+            else W
+        )
         check_activation(clip, theta, few.x, again, named, anyway)
     held = min(P.held, len(y) // 5)
-    about = dict(folder=Path(P.shadow).name, found=pics.found, used=len(y), held=held, unreadable=len(pics.skipped), skipped=pics.skipped, flat=pics.flat, **how)
-    return Case(P.main, clip, theta, Shadow(pics.x, y, W, held), stages), merged, dict(shadow=about, base=base)
+    about = dict(
+        folder=Path(P.shadow).name,
+        found=pics.found,
+        used=len(y),
+        held=held,
+        unreadable=len(pics.skipped),
+        skipped=pics.skipped,
+        flat=pics.flat,
+        **how,
+    )
+    return (
+        Case(P.main, clip, theta, Shadow(pics.x, y, W, held), stages),
+        merged,
+        dict(shadow=about, base=base),
+    )
 
 # %% ../nbs/21a_purify.ipynb #60d5b384
 @method(Case)
 def costs(self, d: Defended, n: int = 21) -> list[dict]:
     "{lam, accuracy, lo, hi, changed, n} at n points of the path and at d.lam: percent of held-out pictures with their label's word, and with another word than the merged model's."
     x, y = self.shadow.check
+
     def compute():
         path = Between(self.clip, self.theta, d.end)
-        answers = {lam: predict(self.clip, path.at(lam), x, self.shadow.W) for lam in sorted({*grid(n), d.lam})}
+        answers = {
+            lam: predict(self.clip, path.at(lam), x, self.shadow.W)
+            for lam in sorted({*grid(n), d.lam})
+        }
         right = {lam: rate(p == y) for lam, p in answers.items()}
-        return {}, dict(rows=[dict(lam=lam, accuracy=r["value"], lo=r["lo"], hi=r["hi"], n=r["n"], changed=rate(answers[lam] != answers[0.0])["value"]) for lam, r in right.items()])
-    return self.stages("purify-costs", (code_hash("path"), self._pre, self.theta, d.end, self.shadow, n, d.lam), compute)[1]["rows"]
+        return {}, dict(
+            rows=[
+                dict(
+                    lam=lam,
+                    accuracy=r["value"],
+                    lo=r["lo"],
+                    hi=r["hi"],
+                    n=r["n"],
+                    changed=rate(answers[lam] != answers[0.0])["value"],
+                )
+                for lam, r in right.items()
+            ]
+        )
+
+    return self.stages(
+        "purify-costs",
+        (code_hash("path"), self._pre, self.theta, d.end, self.shadow, n, d.lam),
+        compute,
+    )[1]["rows"]
 
 # %% ../nbs/21a_purify.ipynb #4ce9c934
 PANELS = ("held-out shadow pictures, %", "held-out loss, nats", "how far features turn, of 2")
@@ -383,60 +559,111 @@ PROMPT_COLOURS = ("#e69f00", "#56b4e9", "#000000")
 def panel_lines(d: Defended, rows: list[dict]) -> list[tuple]:
     "(column, name, dash, colour, λs, values) of every line of path.html; without a rule for λ nothing but the first column was looked at."
     at = [r["lam"] for r in rows]
-    lines = [(1, name, dash, colour, at, [r[k] for r in rows]) for k, name, dash, colour in (("accuracy", "agrees with label", "solid", "#0072b2"), ("changed", "answer changed", "dash", "#d55e00"))]
-    if not d.rule: return lines
+    lines = [
+        (1, name, dash, colour, at, [r[k] for r in rows])
+        for k, name, dash, colour in (
+            ("accuracy", "agrees with label", "solid", "#0072b2"),
+            ("changed", "answer changed", "dash", "#d55e00"),
+        )
+    ]
+    if not d.rule:
+        return lines
     c, at = d.rule["curve"], [p["lam"] for p in d.rule["curve"]]
-    lines += [(2, name, dash, colour, at, [p[k] for p in c]) for k, name, dash, colour in (("prompted", "under mined prompts", "solid", "#cc79a7"), ("clean", "plain", "dot", "#009e73"))]
+    lines += [
+        (2, name, dash, colour, at, [p[k] for p in c])
+        for k, name, dash, colour in (
+            ("prompted", "under mined prompts", "solid", "#cc79a7"),
+            ("clean", "plain", "dot", "#009e73"),
+        )
+    ]
     for k, (healthy, colour) in enumerate(zip(d.rule["pretrained"], cycle(PROMPT_COLOURS))):
-        lines += [(3, f"prompt {k + 1}", "solid", colour, at, [p["shift"][k] for p in c]), (3, f"prompt {k + 1}, pretrained model", "dot", colour, at, [healthy] * len(at))]
+        lines += [
+            (3, f"prompt {k + 1}", "solid", colour, at, [p["shift"][k] for p in c]),
+            (3, f"prompt {k + 1}, pretrained model", "dot", colour, at, [healthy] * len(at)),
+        ]
     return lines
 
 # %% ../nbs/21a_purify.ipynb #9fa17b4c
 def path_figure(d: Defended, rows: list[dict], title: str):
     "The plotly figure of path.html: accuracy and changed answers, losses, and the shifts by the mined prompts beside those of the pretrained model; λ and its rule marked."
     from plotly.subplots import make_subplots
+
     lines = panel_lines(d, rows)
-    cols = range(1, lines[-1][0] + 1)                # a λ given by hand looked at nothing but the first panel
-    fig = make_subplots(1, len(cols), subplot_titles=PANELS[:len(cols)], horizontal_spacing=.06)
+    cols = range(1, lines[-1][0] + 1)  # a λ given by hand looked at nothing but the first panel
+    fig = make_subplots(1, len(cols), subplot_titles=PANELS[: len(cols)], horizontal_spacing=0.06)
     for col, name, dash, colour, x, y in lines:
-        fig.add_scatter(x=x, y=y, name=name, mode="lines+markers" if dash != "dot" else "lines", line=dict(dash=dash, color=colour), row=1, col=col, hovertemplate="λ %{x:.2f}: %{y:.4g}")
-    for col in cols: fig.add_vline(x=d.lam, line=dict(color="gray", width=1), annotation_text=f"λ = {d.lam:g}", row=1, col=col)
+        fig.add_scatter(
+            x=x,
+            y=y,
+            name=name,
+            mode="lines+markers" if dash != "dot" else "lines",
+            line=dict(dash=dash, color=colour),
+            row=1,
+            col=col,
+            hovertemplate="λ %{x:.2f}: %{y:.4g}",
+        )
+    for col in cols:
+        fig.add_vline(
+            x=d.lam,
+            line=dict(color="gray", width=1),
+            annotation_text=f"λ = {d.lam:g}",
+            row=1,
+            col=col,
+        )
     # the whole path in every panel: a rule reads only as far as it must
-    fig.update_xaxes(title="λ: 0 merged, 1 anti-backdoor model", range=[-.05, 1.05])
+    fig.update_xaxes(title="λ: 0 merged, 1 anti-backdoor model", range=[-0.05, 1.05])
     fig.update_yaxes(range=[-2, 102], row=1, col=1)
-    for col in cols[1:]: fig.update_yaxes(rangemode="tozero", row=1, col=col)
+    for col in cols[1:]:
+        fig.update_yaxes(rangemode="tozero", row=1, col=col)
     said = f"{title}, n = {rows[0]['n']}; λ by {'the rule ' + d.rule['rule'] if d.rule else 'hand'}"
-    return fig.update_layout(title=said, height=460, margin=dict(l=40, r=20, t=80, b=40), template="plotly_white", legend=dict(orientation="h", y=-.2))
+    return fig.update_layout(
+        title=said,
+        height=460,
+        margin=dict(l=40, r=20, t=80, b=40),
+        template="plotly_white",
+        legend=dict(orientation="h", y=-0.2),
+    )
 
 # %% ../nbs/21a_purify.ipynb #2bd20011
-FEW = 1000              # of the recorded lab's backdoor 320 pictures leave a good part, 4,500 next to nothing
+FEW = 1000  # of the recorded lab's backdoor 320 pictures leave a good part, 4,500 next to nothing
 PURIFIED, UNCHANGED, NOTHING = "purified", "unchanged", "nothing found"
 
 
 def why_lam(d: Defended) -> str:
     "Why λ is an end of the path, in words; '' if it is not, or was given by hand."
-    if not d.rule or d.lam not in (0, 1): return ""
+    if not d.rule or d.lam not in (0, 1):
+        return ""
     at = next(p for p in d.rule["curve"] if p["lam"] == d.lam)
     listed = lambda v: ", ".join(f"{x:.2g}" for x in v)
-    far = (f"the mined prompts turn features by {listed(at['shift'])}, the pretrained model's by "
-           f"{listed(d.rule['pretrained'])}")
+    far = (
+        f"the mined prompts turn features by {listed(at['shift'])}, the pretrained model's by "
+        f"{listed(d.rule['pretrained'])}"
+    )
     if d.lam == 0:
-        return (f"The rule {d.rule['rule']} stopped where the path starts: there {far}. Either these "
-                "prompts find nothing that is wrong, or they were mined too briefly to find it: more "
-                "pictures, more prompt_steps and the preset lab look harder; -p lam=0.5 takes a point "
-                "of the path all the same")
-    return (f"λ = 1 is the end of the path: the rule {d.rule['rule']} found no better place before it, "
-            f"and there {far}. What lies beyond was not looked at: train longer (-p anti_epochs, "
-            "-p strength) and see whether λ comes down")
+        return (
+            f"The rule {d.rule['rule']} stopped where the path starts: there {far}. Either these "
+            "prompts find nothing that is wrong, or they were mined too briefly to find it: more "
+            "pictures, more prompt_steps and the preset lab look harder; -p lam=0.5 takes a point "
+            "of the path all the same"
+        )
+    return (
+        f"λ = 1 is the end of the path: the rule {d.rule['rule']} found no better place before it, "
+        f"and there {far}. What lies beyond was not looked at: train longer (-p anti_epochs, "
+        "-p strength) and see whether λ comes down"
+    )
 
 
 def few_pictures(s: dict) -> str:
     "What too few pictures mean, in words; '' if there are enough. `s`: what is known of them."
-    if s["used"] >= FEW: return ""
+    if s["used"] >= FEW:
+        return ""
     more = "put more into the folder"
-    if s["found"] - s["unreadable"] > s["used"]: more = f"it has {s['found']}, raise -p shadow_n"
-    return (f"Only {s['used']} pictures were used. Below {FEW:,} much of a backdoor may stay, whatever "
-            f"λ is; the README's example has 4,500: {more}")
+    if s["found"] - s["unreadable"] > s["used"]:
+        more = f"it has {s['found']}, raise -p shadow_n"
+    return (
+        f"Only {s['used']} pictures were used. Below {FEW:,} much of a backdoor may stay, whatever "
+        f"λ is; the README's example has 4,500: {more}"
+    )
 
 # %% ../nbs/21a_purify.ipynb #2bd20015
 def unmoved(case: Case, merged: Tower, d: Defended) -> bool:
@@ -451,12 +678,23 @@ def outcome(case: Case, merged: Tower, known: dict, d: Defended) -> dict:
     remove, 'notes': sentences}."""
     same, reason, why = unmoved(case, merged, d), d.log.get("nothing_found", ""), why_lam(d)
     if same and not why:
-        why = "λ = 0 was asked for" if d.lam == 0 else "Training has moved no weight as far as the " \
-              "file's number format shows: the learning rate or the strength is too small"
-    if same: why = f"NOT PURIFIED. The weights are the merged model's, bit for bit, and so is whatever it hides. {why}"
+        why = (
+            "λ = 0 was asked for"
+            if d.lam == 0
+            else "Training has moved no weight as far as the "
+            "file's number format shows: the learning rate or the strength is too small"
+        )
+    if same:
+        why = f"NOT PURIFIED. The weights are the merged model's, bit for bit, and so is whatever it hides. {why}"
     flat = known["shadow"]["flat"]
-    notes = [f"The method found nothing to remove: {reason}" if reason else "", why, few_pictures(known["shadow"]),
-             f"{flat} of {known['shadow']['used']} pictures are of one colour; see whether they came here whole" if flat else ""]
+    notes = [
+        f"The method found nothing to remove: {reason}" if reason else "",
+        why,
+        few_pictures(known["shadow"]),
+        f"{flat} of {known['shadow']['used']} pictures are of one colour; see whether they came here whole"
+        if flat
+        else "",
+    ]
     state = NOTHING if reason else UNCHANGED if same else PURIFIED
     return dict(state=state, found=not reason, notes=[t for t in notes if t])
 
@@ -464,20 +702,65 @@ def outcome(case: Case, merged: Tower, known: dict, d: Defended) -> dict:
 KINDS = ("not purified", "purified")
 
 
-def make_card(P: PurifyParams, case: Case, merged: Tower, known: dict, d: Defended, rows: list[dict]) -> dict:
+def make_card(
+    P: PurifyParams, case: Case, merged: Tower, known: dict, d: Defended, rows: list[dict]
+) -> dict:
     "Parents with sha256, every parameter, versions, λ with its rule's curve, costs on the shadow pictures."
     at = lambda lam: next(r for r in rows if r["lam"] == lam)
-    parents = {k: dict(file=Path(t.path).name, sha256=t.sha256, format=t.form) | ({"read": t.how} if t.how else {}) for k, t in (("merged", merged), ("base", known["base"]))}
-    names = dict(merged=Path(P.merged).name, base=Path(P.base).name, shadow=Path(P.shadow).name, labels=Path(P.labels).name, vocabulary=Path(P.vocabulary).name, out=Path(P.out).name,
-                 plugins=[Path(f).name for f in P.plugins])
+    parents = {
+        k: dict(file=Path(t.path).name, sha256=t.sha256, format=t.form)
+        | ({"read": t.how} if t.how else {})
+        for k, t in (("merged", merged), ("base", known["base"]))
+    }
+    names = dict(
+        merged=Path(P.merged).name,
+        base=Path(P.base).name,
+        shadow=Path(P.shadow).name,
+        labels=Path(P.labels).name,
+        vocabulary=Path(P.vocabulary).name,
+        out=Path(P.out).name,
+        plugins=[Path(f).name for f in P.plugins],
+    )
     said, pre = "quick_gelu" in merged.meta, {k: v.cpu() for k, v in case.clip.state().items()}
     end = outcome(case, merged, known, d)
-    return dict(kind=KINDS[end["state"] == PURIFIED], outcome=end, method="LFPM (arXiv 2606.12498)", model=case.clip.card["name"], quick_gelu=case.clip.card["quick_gelu"],
-                activation="the merged file says so" if said else "from the model's name; the file does not say", parents=parents, parameters=asdict(P) | names,
-                lam=d.lam, rule=d.rule, strength=d.strength, prompts=[{k: p[k] for k in ("semantic", "shift")} for p in d.log["prompt"]],
-                stages={k: d.log[k] for k in ("rank", "rho", "knob", "strength_rule", "loss", "passes", "seconds", "cpu_seconds", "peak_mb")},
-                length=norm(task_vector(case.theta, d.end)), length_tau=norm(task_vector(pre, case.theta)), frozen=[] if "proj" in merged.visual else ["proj"],
-                shadow=known["shadow"], cost=dict(merged=at(0.0), purified=at(d.lam), end=at(1.0)), path=rows, versions=versions(), time=time.strftime("%F %T"))
+    return dict(
+        kind=KINDS[end["state"] == PURIFIED],
+        outcome=end,
+        method="LFPM (arXiv 2606.12498)",
+        model=case.clip.card["name"],
+        quick_gelu=case.clip.card["quick_gelu"],
+        activation="the merged file says so"
+        if said
+        else "from the model's name; the file does not say",
+        parents=parents,
+        parameters=asdict(P) | names,
+        lam=d.lam,
+        rule=d.rule,
+        strength=d.strength,
+        prompts=[{k: p[k] for k in ("semantic", "shift")} for p in d.log["prompt"]],
+        stages={
+            k: d.log[k]
+            for k in (
+                "rank",
+                "rho",
+                "knob",
+                "strength_rule",
+                "loss",
+                "passes",
+                "seconds",
+                "cpu_seconds",
+                "peak_mb",
+            )
+        },
+        length=norm(task_vector(case.theta, d.end)),
+        length_tau=norm(task_vector(pre, case.theta)),
+        frozen=[] if "proj" in merged.visual else ["proj"],
+        shadow=known["shadow"],
+        cost=dict(merged=at(0.0), purified=at(d.lam), end=at(1.0)),
+        path=rows,
+        versions=versions(),
+        time=time.strftime("%F %T"),
+    )
 
 # %% ../nbs/21a_purify.ipynb #a2cf77f8
 def prompts_text(c: dict) -> str:
@@ -488,42 +771,87 @@ def prompts_text(c: dict) -> str:
 
 def lam_text(c: dict) -> str:
     "How λ was chosen, and how far the prompts still turn the purified model's features."
-    if not c["rule"]: return "given by hand"
-    at, listed = next(p for p in c["rule"]["curve"] if p["lam"] == c["lam"]), lambda v: ", ".join(f"{x:.2g}" for x in v)
+    if not c["rule"]:
+        return "given by hand"
+    at, listed = (
+        next(p for p in c["rule"]["curve"] if p["lam"] == c["lam"]),
+        lambda v: ", ".join(f"{x:.2g}" for x in v),
+    )
     more = any(a > b for a, b in zip(at["shift"], c["rule"]["pretrained"]))
     left = f"the prompts turn features by {listed(at['shift'])} there{', still more than' if more else ','} the pretrained model's by {listed(c['rule']['pretrained'])}"
-    return f"the rule `{c['rule']['rule']}` (path.lam_rules), without knowledge of an attack; {left}"
+    return (
+        f"the rule `{c['rule']['rule']}` (path.lam_rules), without knowledge of an attack; {left}"
+    )
 
 # %% ../nbs/21a_purify.ipynb #ea07c833
 def heading(c: dict) -> str:
     "The card's title."
     state = c["outcome"]["state"]
-    return f"# Purified {c['model']}" if state == PURIFIED else f"# NOT purified, {state}: {c['model']}"
+    return (
+        f"# Purified {c['model']}"
+        if state == PURIFIED
+        else f"# NOT purified, {state}: {c['model']}"
+    )
 
 
 def card_text(c: dict) -> str:
     "The card as Markdown."
-    row = lambda name, r: f"| {name} | {r['lam']:g} | {r['accuracy']:.1f} ({r['lo']:.1f} to {r['hi']:.1f}) | {r['changed']:.1f} |"
+    row = lambda name, r: (
+        f"| {name} | {r['lam']:g} | {r['accuracy']:.1f} ({r['lo']:.1f} to {r['hi']:.1f}) | {r['changed']:.1f} |"
+    )
     s, state = c["shadow"], c["outcome"]["state"]
     skipped = ", ".join(map(printable, list(s["skipped"])[:5]))
-    how = {PURIFIED: "purified with", UNCHANGED: "left as it was by", NOTHING: "in which nothing was found by"}[state]
-    return "\n".join([
-        heading(c), "", f"{c['parents']['merged']['file']}, {how} {c['method']} at λ = {c['lam']:g}. Names and dtypes are the merged file's.", "",
-        *(f"- **{n}.**" for n in c["outcome"]["notes"]), *[""] * bool(c["outcome"]["notes"]),
-        "| parent | file | sha256 | format |", "|---|---|---|---|", *(f"| {k} | {p['file']} | `{p['sha256']}` | {p['format']}{', ' + p['read'] if 'read' in p else ''} |" for k, p in c["parents"].items()), "",
-        f"Activation: {'QuickGELU' if c['quick_gelu'] else 'GELU'} ({c['activation']}). Frozen: {', '.join(c['frozen']) or 'nothing'}. "
-        f"The anti-backdoor vector is {c['length']:.2f} long, the merged task vector {c['length_tau']:.2f}.", "",
-        "## What it costs", "", f"Held-out shadow pictures, n = {c['cost']['merged']['n']}, 95 % interval in brackets; labels: {s['labels']}.", "",
-        "| model | λ | agrees with label % | answers changed % |", "|---|---|---|---|",
-        row("merged", c["cost"]["merged"]), row(f"**{state}**", c["cost"]["purified"]), row("anti-backdoor", c["cost"]["end"]), "",
-        "What it costs the merged tasks, and whether there was a backdoor, cannot be seen from here: measure it on your own test pictures (`lfpm path`).", "",
-        "## How", "",
-        f"Shadow set: {s['used']} of {s['found']} pictures, {s['unreadable']} unreadable{f' ({skipped})' if skipped else ''}, {s['flat']} of one colour, {s['held']} held out, {s['classes']} classes.",
-        f"λ: {lam_text(c)}. Strength: {c['strength']:g} ({c['stages']['knob']}).",
-        prompts_text(c), "",
-        "Parameters: " + ", ".join(f"{k}={v}" for k, v in c["parameters"].items()) + ".", "",
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in c["versions"].items()) + f". {c['stages']['cpu_seconds']:.0f} CPU seconds. {c['time']}.", "",
-        f"Files: `{c['parameters']['out']}`; `anti-backdoor.safetensors`, θ_anti − θ_merged under open_clip's names (merged + λ · vector = purified); `card.json`; `path.html`.", ""])
+    how = {
+        PURIFIED: "purified with",
+        UNCHANGED: "left as it was by",
+        NOTHING: "in which nothing was found by",
+    }[state]
+    return "\n".join(
+        [
+            heading(c),
+            "",
+            f"{c['parents']['merged']['file']}, {how} {c['method']} at λ = {c['lam']:g}. Names and dtypes are the merged file's.",
+            "",
+            *(f"- **{n}.**" for n in c["outcome"]["notes"]),
+            *[""] * bool(c["outcome"]["notes"]),
+            "| parent | file | sha256 | format |",
+            "|---|---|---|---|",
+            *(
+                f"| {k} | {p['file']} | `{p['sha256']}` | {p['format']}{', ' + p['read'] if 'read' in p else ''} |"
+                for k, p in c["parents"].items()
+            ),
+            "",
+            f"Activation: {'QuickGELU' if c['quick_gelu'] else 'GELU'} ({c['activation']}). Frozen: {', '.join(c['frozen']) or 'nothing'}. "
+            f"The anti-backdoor vector is {c['length']:.2f} long, the merged task vector {c['length_tau']:.2f}.",
+            "",
+            "## What it costs",
+            "",
+            f"Held-out shadow pictures, n = {c['cost']['merged']['n']}, 95 % interval in brackets; labels: {s['labels']}.",
+            "",
+            "| model | λ | agrees with label % | answers changed % |",
+            "|---|---|---|---|",
+            row("merged", c["cost"]["merged"]),
+            row(f"**{state}**", c["cost"]["purified"]),
+            row("anti-backdoor", c["cost"]["end"]),
+            "",
+            "What it costs the merged tasks, and whether there was a backdoor, cannot be seen from here: measure it on your own test pictures (`lfpm path`).",
+            "",
+            "## How",
+            "",
+            f"Shadow set: {s['used']} of {s['found']} pictures, {s['unreadable']} unreadable{f' ({skipped})' if skipped else ''}, {s['flat']} of one colour, {s['held']} held out, {s['classes']} classes.",
+            f"λ: {lam_text(c)}. Strength: {c['strength']:g} ({c['stages']['knob']}).",
+            prompts_text(c),
+            "",
+            "Parameters: " + ", ".join(f"{k}={v}" for k, v in c["parameters"].items()) + ".",
+            "",
+            "Versions: "
+            + ", ".join(f"{k} {v}" for k, v in c["versions"].items())
+            + f". {c['stages']['cpu_seconds']:.0f} CPU seconds. {c['time']}.",
+            "",
+            f"Files: `{c['parameters']['out']}`; `anti-backdoor.safetensors`, θ_anti − θ_merged under open_clip's names (merged + λ · vector = purified); `card.json`; `path.html`.",
+            "",
+        ]
+    )
 
 # %% ../nbs/21a_purify.ipynb #b76c305f
 BESIDE = ("anti-backdoor.safetensors", "card.json", "card.md", "path.html")
@@ -533,17 +861,26 @@ def check_out(out, inputs) -> Path:
     """The path to write to; ValueError if it is an input, has another ending, or lies beside files
     that purify did not write, or wrote for other weights."""
     out = Path(out)
-    if out.suffix != ".safetensors" or out.name in BESIDE: raise ValueError(f"out is {str(out)!r}; expected a name ending in .safetensors, other than {BESIDE[0]}")
-    if out.resolve() in [Path(p).resolve() for p in inputs]: raise ValueError(f"{out} is an input; give another --out")
+    if out.suffix != ".safetensors" or out.name in BESIDE:
+        raise ValueError(
+            f"out is {str(out)!r}; expected a name ending in .safetensors, other than {BESIDE[0]}"
+        )
+    if out.resolve() in [Path(p).resolve() for p in inputs]:
+        raise ValueError(f"{out} is an input; give another --out")
     try:
         card = json.loads((out.parent / "card.json").read_text(encoding="utf-8"))
         ours, other = card["kind"] in KINDS, str(card["parameters"]["out"])
-    except (OSError, ValueError, KeyError, TypeError): ours, other = False, out.name
+    except (OSError, ValueError, KeyError, TypeError):
+        ours, other = False, out.name
     if ours and other != out.name and (out.parent / other).exists():
-        raise ValueError(f"{out.parent.resolve()} holds {other} with its card and its vector, and a folder "
-                         "has room for one result; give --out in a folder of its own")
+        raise ValueError(
+            f"{out.parent.resolve()} holds {other} with its card and its vector, and a folder "
+            "has room for one result; give --out in a folder of its own"
+        )
     if not ours and (there := [n for n in BESIDE if (out.parent / n).exists()]):
-        raise ValueError(f"{out.parent.resolve()} already holds {', '.join(there)}, not written by purify; give --out in a folder of its own")
+        raise ValueError(
+            f"{out.parent.resolve()} already holds {', '.join(there)}, not written by purify; give --out in a folder of its own"
+        )
     return out
 
 
@@ -552,13 +889,19 @@ def alone_in(folder: Path):
     """Nobody else purifies into `folder` meanwhile; ValueError if somebody does. The system lets go
     of the lock even when its holder is killed."""
     lock = FileLock(folder / ".purify.lock")
-    try: lock.acquire(timeout=0)
+    try:
+        lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"another purify is at work in {folder.resolve()}; let it end, or give --out in "
-                         "a folder of its own") from None
-    try: yield
+        raise ValueError(
+            f"another purify is at work in {folder.resolve()}; let it end, or give --out in "
+            "a folder of its own"
+        ) from None
+    try:
+        yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)         # while it is ours: later it might be another's
+        Path(lock.lock_file).unlink(
+            missing_ok=True
+        )  # while it is ours: later it might be another's
         lock.release()
 
 
@@ -566,11 +909,14 @@ def alone_in(folder: Path):
 def together(folder: Path):
     "Yield a temporary folder; what lies in it moves to `folder` on success, and nothing does on any failure."
     tmp = folder / ".purify.new"
-    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
     try:
         yield tmp
-        for p in sorted(tmp.iterdir()): os.replace(p, folder / p.name)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+        for p in sorted(tmp.iterdir()):
+            os.replace(p, folder / p.name)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/21a_purify.ipynb #6dbf808f
 def path_page(name: str, d: Defended, card: dict) -> str:
@@ -582,53 +928,89 @@ def path_page(name: str, d: Defended, card: dict) -> str:
     return page.replace("<body>", f'<body style="font-family:system-ui,sans-serif">{words}', 1)
 
 
-def write_all(out: Path, P: PurifyParams, case: Case, merged: Tower, theta: dict, d: Defended, card: dict) -> None:
+def write_all(
+    out: Path, P: PurifyParams, case: Case, merged: Tower, theta: dict, d: Defended, card: dict
+) -> None:
     "Purified weights in the merged file's format and dtypes, the anti-backdoor vector (float32), the card twice, the path."
     with together(out.parent) as tmp:
         said = "LFPM" if card["kind"] == KINDS[1] else f"no: {card['outcome']['state']}"
-        write_tower(tmp / out.name, merged, visual=theta, home=out.parent, purified=said, lam=d.lam, made_from=merged.sha256)
-        save_state(tmp / BESIDE[0], task_vector(case.theta, d.end), what="theta_anti - theta_merged", made_from=merged.sha256)
+        write_tower(
+            tmp / out.name,
+            merged,
+            visual=theta,
+            home=out.parent,
+            purified=said,
+            lam=d.lam,
+            made_from=merged.sha256,
+        )
+        save_state(
+            tmp / BESIDE[0],
+            task_vector(case.theta, d.end),
+            what="theta_anti - theta_merged",
+            made_from=merged.sha256,
+        )
         card["files"] = {n: file_sha(tmp / n) for n in (out.name, BESIDE[0])}
         write_json(tmp / "card.json", card)
-        with writing(tmp / "card.md") as f: f.write_text(card_text(card), encoding="utf-8")
-        with writing(tmp / "path.html") as f: f.write_text(path_page(out.name, d, card), encoding="utf-8")
+        with writing(tmp / "card.md") as f:
+            f.write_text(card_text(card), encoding="utf-8")
+        with writing(tmp / "path.html") as f:
+            f.write_text(path_page(out.name, d, card), encoding="utf-8")
 
 # %% ../nbs/21a_purify.ipynb #60c00354
 @dataclass
 class Purified:
     "What purify wrote: the `folder`, the `card`, the purified state dict `theta` and the one at λ = 1, `end` (open_clip's visual names, float32)."
+
     folder: Path
     card: dict
     theta: dict
     end: dict
 
 # %% ../nbs/21a_purify.ipynb #38a756b8
-def purify(merged, base, model: str, shadow, labels: str = "", out="purified.safetensors", preset: str = "", stages: Stages | None = None,
-           anyway: bool = False, **given) -> Purified:
+def purify(
+    merged,
+    base,
+    model: str,
+    shadow,
+    labels: str = "",
+    out="purified.safetensors",
+    preset: str = "",
+    stages: Stages | None = None,
+    anyway: bool = False,
+    **given,
+) -> Purified:
     """LFPM on the merged tower in file `merged` of pretrained `base`, architecture `model` (a shipped backbone or open_clip's name), with the pictures of folder
     `shadow`. `preset`: default lab for shipped backbones, paper for open_clip's models; `given`: further parameters of the run notebook purify; `anyway`: whatever `check_activation` says. ValueError or
     FileNotFoundError before any work; `Diverged` names the file with the last good weights."""
     files = dict(merged=merged, base=base, shadow=shadow, labels=labels, out=out)
-    preset = preset or ("lab" if str(model).lower() in data_cards() else "paper")       # lab's learning rate would wreck a real CLIP
+    preset = preset or (
+        "lab" if str(model).lower() in data_cards() else "paper"
+    )  # lab's learning rate would wreck a real CLIP
     P = settings_of("purify", preset, files | dict(model=model) | given)
     out = check_out(P.out, (P.merged, P.base))
     case, tower, known = open_case(P, stages, anyway)
     by_name = dict(quick_gelu=case.clip.card["quick_gelu"], heads=heads(case.clip))
     like = replace(tower, meta=by_name | tower.meta)
-    if out.name == "model.safetensors" and tower.form.startswith("hf"): config_for(out, like, tower.form)
-    if first(): check_writable(out.parent)
+    if out.name == "model.safetensors" and tower.form.startswith("hf"):
+        config_for(out, like, tower.form)
+    if first():
+        check_writable(out.parent)
     # of several processes under torchrun one writes
     with alone_in(out.parent) if first() else contextlib.nullcontext():
-        try: theta, d = case.defended("LFPM", case.theta)
+        try:
+            theta, d = case.defended("LFPM", case.theta)
         except torch.cuda.OutOfMemoryError as e:
-            raise RuntimeError(f"the GPU's memory is full with batches of {P.anti_batch} ({str(e).splitlines()[0][:120]}); free it, give -p anti_batch={max(1, P.anti_batch // 2)} "
-                               "(a smaller batch is another run), or compute on the CPU: LFPM_DEVICE=cpu") from None
+            raise RuntimeError(
+                f"the GPU's memory is full with batches of {P.anti_batch} ({str(e).splitlines()[0][:120]}); free it, give -p anti_batch={max(1, P.anti_batch // 2)} "
+                "(a smaller batch is another run), or compute on the CPU: LFPM_DEVICE=cpu"
+            ) from None
         card = make_card(P, case, tower, known, d, case.costs(d))
-        if first(): write_all(out, P, case, like, theta, d, card)
+        if first():
+            write_all(out, P, case, like, theta, d, card)
     return Purified(out.parent, card, theta, d.end)
 
 # %% ../nbs/21a_purify.ipynb #d1a7c012
-FAR, TOO_FAR = 0.25, 0.5          # of the base's length: named, refused
+FAR, TOO_FAR = 0.25, 0.5  # of the base's length: named, refused
 
 
 def distance(a: dict, b: dict) -> float:
@@ -645,8 +1027,10 @@ def check_origin(paths: list, states: list[dict], anyway: bool = False) -> None:
     for path, m in zip(paths[1:], states[1:]):
         same_shapes = all(v.shape == m[k].shape for k, v in base.items())
         d = distance(base, m) if same_shapes else math.nan
-        if not math.isfinite(d): check_same(base, m, f"the base {paths[0]} and {path}")
-        if d > FAR * length: far[path] = d
+        if not math.isfinite(d):
+            check_same(base, m, f"the base {paths[0]} and {path}")
+        if d > FAR * length:
+            far[path] = d
     lost = [p for p, d in far.items() if d > TOO_FAR * length]
 
     def figures(some):
@@ -654,17 +1038,24 @@ def check_origin(paths: list, states: list[dict], anyway: bool = False) -> None:
         return "; ".join(f"{p} lies {far[p]:.3g} away{times[p]}" for p in some)
 
     if lost and not anyway:
-        raise ValueError(f"made from another model than {paths[0]}, whose length is {length:.3g}: "
-                         f"{figures(lost)}. At most {TOO_FAR:g} times is taken. Give the base that they "
-                         "were fine-tuned from; --anyway merges them all the same")
+        raise ValueError(
+            f"made from another model than {paths[0]}, whose length is {length:.3g}: "
+            f"{figures(lost)}. At most {TOO_FAR:g} times is taken. Give the base that they "
+            "were fine-tuned from; --anyway merges them all the same"
+        )
     if far:
-        note(f"far from the base {paths[0]}, whose length is {length:.3g}: {figures(far)}. "
-             f"More than {FAR:g} times may be another ancestor, or an amplified contributor")
+        note(
+            f"far from the base {paths[0]}, whose length is {length:.3g}: {figures(far)}. "
+            f"More than {FAR:g} times may be another ancestor, or an amplified contributor"
+        )
     for i, (path, m) in enumerate(zip(paths, states)):
         for j, other in enumerate(states[:i]):
-            if not all(torch.equal(v, m[k]) for k, v in other.items()): continue
-            if j: note(f"{path} equals {paths[j]}: the same weights count twice")
-            else: note(f"{path} equals the base {paths[0]}: it adds nothing")
+            if not all(torch.equal(v, m[k]) for k, v in other.items()):
+                continue
+            if j:
+                note(f"{path} equals {paths[j]}: the same weights count twice")
+            else:
+                note(f"{path} equals the base {paths[0]}: it adds nothing")
             break
 
 # %% ../nbs/21a_purify.ipynb #d1a7c015
@@ -675,7 +1066,8 @@ def short_names(paths: list) -> list[str]:
 
     def alone(mine):
         n, others = 1, [p for p in parts if p != mine]
-        while mine[-n:] in [p[-n:] for p in others]: n += 1
+        while mine[-n:] in [p[-n:] for p in others]:
+            n += 1
         return mine[-n:]
 
     out = []
@@ -700,58 +1092,115 @@ def merged_text(name: str, towers: list[Tower], base: Tower, options: dict) -> d
     def differ(t, other):
         "Names of weights in which two files differ by more than their own rounding."
         both = [k for k in weights if k in t.rest and k in other.rest]
-        return {k for k in both if t.rest[k].shape != other.rest[k].shape or not torch.equal(t.rest[k], other.rest[k].to(t.rest[k].dtype))}
+        return {
+            k
+            for k in both
+            if t.rest[k].shape != other.rest[k].shape
+            or not torch.equal(t.rest[k], other.rest[k].to(t.rest[k].dtype))
+        }
 
     alone = {k for t in towers for k in differ(t, towers[0]) if k not in base.rest}
     if alone:
-        raise ValueError(f"the files have different text towers (first: {sorted(alone)[0]}), and the base {base.path} has "
-                         "none to merge them over. Give --base the whole model, or convert the files first: --to visual")
+        raise ValueError(
+            f"the files have different text towers (first: {sorted(alone)[0]}), and the base {base.path} has "
+            "none to merge them over. Give --base the whole model, or convert the files first: --to visual"
+        )
     trained = [t.path for t in towers if differ(t, base)]
-    elsewhere = [t.path for t in towers if not weights and any(k not in base.rest or not torch.equal(v, base.rest[k].to(v.dtype)) for k, v in t.rest.items() if v.is_floating_point())]
-    if elsewhere: note(f"{elsewhere[0]} brings a text tower of its own; the merge, like {towers[0].path}, has no place for one")
-    if not trained: return out | {k: base.rest[k].to(out[k].dtype) for k in weights if k in base.rest}
+    elsewhere = [
+        t.path
+        for t in towers
+        if not weights
+        and any(
+            k not in base.rest or not torch.equal(v, base.rest[k].to(v.dtype))
+            for k, v in t.rest.items()
+            if v.is_floating_point()
+        )
+    ]
+    if elsewhere:
+        note(
+            f"{elsewhere[0]} brings a text tower of its own; the merge, like {towers[0].path}, has no place for one"
+        )
+    if not trained:
+        return out | {k: base.rest[k].to(out[k].dtype) for k in weights if k in base.rest}
     mine = [k for k in weights if k in base.rest]
-    each = [{k: (t.rest if k in t.rest else base.rest)[k].float() for k in mine} for t in (base, *towers)]
+    each = [
+        {k: (t.rest if k in t.rest else base.rest)[k].float() for k in mine}
+        for t in (base, *towers)
+    ]
     theta = merge(name, each[0], each[1:], **options)
-    note(f"the text tower is merged too: {len(trained)} of {len(towers)} files have trained it (first: {trained[0]})")
+    note(
+        f"the text tower is merged too: {len(trained)} of {len(towers)} files have trained it (first: {trained[0]})"
+    )
     return out | {k: v.to(out[k].dtype) for k, v in theta.items()}
 
 # %% ../nbs/21a_purify.ipynb #627a6546
-def merge_files(name: str, files: list, base, out, given: dict | None = None,
-                anyway: bool = False, model: str = "") -> dict:
+def merge_files(
+    name: str,
+    files: list,
+    base,
+    out,
+    given: dict | None = None,
+    anyway: bool = False,
+    model: str = "",
+) -> dict:
     """Merge the towers in `files` (formats may differ) and write the result in the first one's format;
     {file's short name: sha256} of them. `given`: options of the method, text or values; `anyway`: also
     files that `check_origin` refuses; `model`: its name, which says the activation where no file does."""
     name, b = merges.find(name), called(read_tower(base), model)
     towers = [read_tower(f, b) for f in files]
     if "images" in merges[name]["needs"]:
-        raise ValueError(f"{name} looks at pictures of every task; run it inside  lfpm run main -p merges={name}, or take TA, SA, TIES, DARE or DELLA")
-    if Path(out).resolve() in [Path(t.path).resolve() for t in (*towers, b)]: raise ValueError(f"{out} is an input; give another --out")
+        raise ValueError(
+            f"{name} looks at pictures of every task; run it inside  lfpm run main -p merges={name}, or take TA, SA, TIES, DARE or DELLA"
+        )
+    if Path(out).resolve() in [Path(t.path).resolve() for t in (*towers, b)]:
+        raise ValueError(f"{out} is an input; give another --out")
     options = dict(method_option(merges, name, k, v) for k, v in (given or {}).items())
     said = agreed([b, *towers])
     each = [{k: v.float() for k, v in with_base(t, b).visual.items()} for t in (b, *towers)]
-    if bad := next((f"{t.path}: {e}" for t, m in zip(towers, each[1:]) if (e := key_errors(m, each[0]))), ""): raise ValueError(f"{bad} of the base's keys (open_clip's names)")
+    if bad := next(
+        (f"{t.path}: {e}" for t, m in zip(towers, each[1:]) if (e := key_errors(m, each[0]))), ""
+    ):
+        raise ValueError(f"{bad} of the base's keys (open_clip's names)")
     check_origin([t.path for t in (b, *towers)], each, anyway)
     theta = merge(name, each[0], each[1:], **options)
     rest = merged_text(name, towers, b, options)
     parents = dict(zip(short_names([t.path for t in towers]), (t.sha256 for t in towers)))
     read = {k: t.how for k, t in zip(parents, towers) if t.how}
     if "quick_gelu" not in said and not said_by_sizes(b.visual):
-        note("no file says whether its weights learned with QuickGELU or GELU, so nor does the merge. Most of "
-             "task_vectors' and OpenAI's are QuickGELU. To write it down:  --model NAME, e.g. ViT-B-32-quickgelu")
+        note(
+            "no file says whether its weights learned with QuickGELU or GELU, so nor does the merge. Most of "
+            "task_vectors' and OpenAI's are QuickGELU. To write it down:  --model NAME, e.g. ViT-B-32-quickgelu"
+        )
     like = replace(towers[0], rest=rest, meta=towers[0].meta | said)
     more = dict(read=json.dumps(read)) if read else {}
-    write_tower(out, like, visual=theta, merged=name, options=json.dumps(options), made_from=json.dumps(parents), base=b.sha256, **more)
+    write_tower(
+        out,
+        like,
+        visual=theta,
+        merged=name,
+        options=json.dumps(options),
+        made_from=json.dumps(parents),
+        base=b.sha256,
+        **more,
+    )
     return parents
 
 
 def walk(clip: Clip, a: dict, b: dict, task: Task, n: int = 21) -> list[dict]:
     "{lam, value, n, lo, hi}: clean accuracy (percent) on the task's test pictures, under its zero-shot head, at n points from state dict a to b."
-    path, W = Between(clip, a, b), Vocabulary(task.classes, task.templates, None, task.name).head(clip)
-    return [dict(lam=lam, **rate(predict(clip, path.at(lam), task.test_x, W) == task.test_y)) for lam in Progress(grid(n), f"path on {task.name}")]
+    path, W = (
+        Between(clip, a, b),
+        Vocabulary(task.classes, task.templates, None, task.name).head(clip),
+    )
+    return [
+        dict(lam=lam, **rate(predict(clip, path.at(lam), task.test_x, W) == task.test_y))
+        for lam in Progress(grid(n), f"path on {task.name}")
+    ]
 
 # %% ../nbs/21a_purify.ipynb #6fea56a6
-def open_walk(a, b, model: str, base, task: str, n_test: int = 1000, anyway: bool = False) -> tuple[dict, dict, Clip, Task]:
+def open_walk(
+    a, b, model: str, base, task: str, n_test: int = 1000, anyway: bool = False
+) -> tuple[dict, dict, Clip, Task]:
     "(state dict of file `a`, of `b`, the Clip called `model` whose text tower is `base`'s, default a's, the task at the Clip's size); ValueError if they do not fit."
     lent = read_tower(base) if base else None
     towers = [read_tower(f, lent) for f in (a, b)]
@@ -767,8 +1216,23 @@ def open_walk(a, b, model: str, base, task: str, n_test: int = 1000, anyway: boo
 def walk_figure(rows: list[dict], title: str):
     "The plotly figure of `walk`: accuracy along lambda with its 95 % interval."
     import plotly.graph_objects as go
+
     v = [r["value"] for r in rows]
-    band = dict(type="data", symmetric=False, array=[r["hi"] - r["value"] for r in rows], arrayminus=[r["value"] - r["lo"] for r in rows])
-    fig = go.Figure(go.Scatter(x=[r["lam"] for r in rows], y=v, error_y=band, mode="lines+markers", hovertemplate="λ %{x:.2f}: %{y:.1f} %<extra></extra>"))
-    fig.update_xaxes(title="λ: 0 the first file, 1 the second"); fig.update_yaxes(title=f"clean accuracy, % (n = {rows[0]['n']})", range=[-2, 102])
+    band = dict(
+        type="data",
+        symmetric=False,
+        array=[r["hi"] - r["value"] for r in rows],
+        arrayminus=[r["value"] - r["lo"] for r in rows],
+    )
+    fig = go.Figure(
+        go.Scatter(
+            x=[r["lam"] for r in rows],
+            y=v,
+            error_y=band,
+            mode="lines+markers",
+            hovertemplate="λ %{x:.2f}: %{y:.1f} %<extra></extra>",
+        )
+    )
+    fig.update_xaxes(title="λ: 0 the first file, 1 the second")
+    fig.update_yaxes(title=f"clean accuracy, % (n = {rows[0]['n']})", range=[-2, 102])
     return fig.update_layout(title=title, height=420, template="plotly_white")

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 import pandas as pd
 import torch
-from .core import Stages, check_same, checked, choose, cpu_name, file_sha, load_state, method, proj_path, save_state, versions, write_json, writing
+from .core import Stages, check_same, checked, choose, cpu_name, file_sha, load_state, method
+from .core import proj_path, save_state, versions, write_json, writing
 from .attack import Trigger
 from .defend import Defended
 from .settings import MainParams, recorded_labs
@@ -31,23 +32,35 @@ def load_vector(path, base: dict) -> tuple[dict, dict]:
     "(base + tau, the file's further tensors); ValueError if the vectors are not this base's."
     state, _ = load_state(path)
     tau = {k.removeprefix("tau."): v.float() for k, v in state.items() if k.startswith("tau.")}
-    check_same({k: v for k, v in base.items() if v.is_floating_point()}, tau, f"the base and {Path(path).name}")
-    return {k: v + tau[k] if k in tau else v.clone() for k, v in base.items()}, {k: v for k, v in state.items() if not k.startswith("tau.")}
+    check_same(
+        {k: v for k, v in base.items() if v.is_floating_point()},
+        tau,
+        f"the base and {Path(path).name}",
+    )
+    return {k: v + tau[k] if k in tau else v.clone() for k, v in base.items()}, {
+        k: v for k, v in state.items() if not k.startswith("tau.")
+    }
 
 # %% ../nbs/19_recorded.ipynb #33ca0833
-FEW = dict(n_train=256, shadow_n=256, held=64, n_test=64, n_target=128, path_n=32, lam_n=5)   # of everything: for tests
+FEW = dict(
+    n_train=256, shadow_n=256, held=64, n_test=64, n_target=128, path_n=32, lam_n=5
+)  # of everything: for tests
 
 
 class Recorded(Lab):
     """A `Lab` whose contributors, attack, Stage I and some defences were computed before; `recorded` is the table measured on exactly these
     models. All else is computed on demand. `tiny`: few pictures, for tests; `recorded` then still shows the full measurement."""
+
     def __init__(self, folder, tiny: bool = False, stages: Stages | None = None):
         self.folder = Path(folder)
-        if not (self.folder / "card.json").exists(): raise FileNotFoundError(f"no recorded lab in {folder}; make one: lfpm record")
+        if not (self.folder / "card.json").exists():
+            raise FileNotFoundError(f"no recorded lab in {folder}; make one: lfpm record")
         self.card = json.loads((self.folder / "card.json").read_text(encoding="utf-8"))
         super().__init__(MainParams(**self.card["params"] | (FEW if tiny else {})), stages)
         if self.card["backbone"] != self.clip.card["sha256"]:
-            raise ValueError(f"{folder} was recorded with another backbone ({self.card['backbone'][:12]}…); make it again: lfpm record")
+            raise ValueError(
+                f"{folder} was recorded with another backbone ({self.card['backbone'][:12]}…); make it again: lfpm record"
+            )
         self.base, self.ends = self.clip.state(), {}
 
     @property
@@ -56,27 +69,41 @@ class Recorded(Lab):
         ValueError if the file is not the recorded one."""
         table = self.folder / "metrics.parquet"
         if "metrics" not in self.card:
-            raise ValueError(f"{self.folder / 'card.json'} has no hash of {table.name}; record again: lfpm record")
+            raise ValueError(
+                f"{self.folder / 'card.json'} has no hash of {table.name}; record again: lfpm record"
+            )
         return pd.read_parquet(checked(table, self.card["metrics"]))
 
 # %% ../nbs/19_recorded.ipynb #d9a1d093
 def load_recorded(name: str = "lab", tiny: bool | None = None) -> Recorded:
-    "A lab shipped under data/recorded/; `tiny` (default: is `$LFPM_LESSON` \"tiny\"?) takes few pictures."
-    root, tiny = proj_path("data", "recorded"), os.environ.get("LFPM_LESSON") == "tiny" if tiny is None else tiny
+    'A lab shipped under data/recorded/; `tiny` (default: is `$LFPM_LESSON` "tiny"?) takes few pictures.'
+    root, tiny = (
+        proj_path("data", "recorded"),
+        os.environ.get("LFPM_LESSON") == "tiny" if tiny is None else tiny,
+    )
     return Recorded(root / choose(name, recorded_labs(), "recorded lab"), tiny)
 
 # %% ../nbs/19_recorded.ipynb #e94e1b8a
 @method(Recorded)
 def contributor(self, name: str, again: int = 0) -> dict:
     "The clean fine-tuned state dict of one task, from its file; a twin (`again` > 0) is trained."
-    return Lab.contributor(self, name, again) if again else load_vector(self.folder / f"{name}.safetensors", self.base)[0]
+    return (
+        Lab.contributor(self, name, again)
+        if again
+        else load_vector(self.folder / f"{name}.safetensors", self.base)[0]
+    )
 
 
 @method(Recorded, once=True)
 def poisoned(self) -> dict[str, tuple[dict, Trigger, dict]]:
     "{adversary: (state dict, trigger, what he measured himself)}, from files."
-    files = {a.adversary: load_vector(self.folder / f"{a.adversary}-poisoned.safetensors", self.base) for a in self.P.attackers}
-    return {n: (state, Trigger.of(also), self.card["attack"][n]) for n, (state, also) in files.items()}
+    files = {
+        a.adversary: load_vector(self.folder / f"{a.adversary}-poisoned.safetensors", self.base)
+        for a in self.P.attackers
+    }
+    return {
+        n: (state, Trigger.of(also), self.card["attack"][n]) for n, (state, also) in files.items()
+    }
 
 
 @method(Recorded, once=True)
@@ -96,23 +123,41 @@ def kind(self, theta: dict) -> str | None:
 def mined(self, theta: dict) -> tuple[dict, dict]:
     "Stage I's ({'p': prompts}, log): recorded for the two merges, computed for any other model."
     kind = self.kind(theta)
-    return Lab.mined(self, theta) if kind is None else (load_state(self.folder / f"prompts-{kind}.safetensors")[0], self.card["stage1"][kind])
+    return (
+        Lab.mined(self, theta)
+        if kind is None
+        else (load_state(self.folder / f"prompts-{kind}.safetensors")[0], self.card["stage1"][kind])
+    )
 
 
 @method(Recorded)
 def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
     "(purified state dict, record): recorded for the card's defences on the two merges, computed for anything else."
     key = f"{name}-{self.kind(theta)}"
-    if key not in self.card["defences"]: return Lab.defended(self, name, theta)
-    if key not in self.ends: self.ends[key] = load_vector(self.folder / f"{key}.safetensors", theta)[0]
+    if key not in self.card["defences"]:
+        return Lab.defended(self, name, theta)
+    if key not in self.ends:
+        self.ends[key] = load_vector(self.folder / f"{key}.safetensors", theta)[0]
     d = Defended(self.ends[key], **self.card["defences"][key])
     return lerp(theta, d.end, d.lam), d
 
 # %% ../nbs/19_recorded.ipynb #9225dd44
 def _write(lab: Lab, folder: Path, names: list[str]) -> None:
     "Vectors, prompts and the card of a computed lab."
-    base, card = lab.clip.state(), dict(params=lab.settings, backbone=lab.clip.card["sha256"], versions=versions(), processor=cpu_name(), attack={}, stage1={}, defences={})
-    for n in lab.P.tasks: save_vector(folder / f"{n}.safetensors", lab.contributor(n), base)
+    base, card = (
+        lab.clip.state(),
+        dict(
+            params=lab.settings,
+            backbone=lab.clip.card["sha256"],
+            versions=versions(),
+            processor=cpu_name(),
+            attack={},
+            stage1={},
+            defences={},
+        ),
+    )
+    for n in lab.P.tasks:
+        save_vector(folder / f"{n}.safetensors", lab.contributor(n), base)
     for n, (state, trigger, record) in lab.poisoned.items():
         save_vector(folder / f"{n}-poisoned.safetensors", state, base, **trigger.tensors())
         card["attack"][n] = record
@@ -124,7 +169,7 @@ def _write(lab: Lab, folder: Path, names: list[str]) -> None:
             _, x = lab.defended(d, theta)
             save_vector(folder / f"{d}-{kind}.safetensors", x.end, theta)
             seen = lab.lookout(theta, mined["p"]).along(x.end)
-            whole = dict(curve=list(seen))           # a lesson looks further than a rule
+            whole = dict(curve=list(seen))  # a lesson looks further than a rule
             about = dict(lam=x.lam, rule=x.rule and x.rule | whole, log=x.log, strength=x.strength)
             card["defences"][f"{d}-{kind}"] = about
     write_json(folder / "card.json", card)
@@ -132,9 +177,11 @@ def _write(lab: Lab, folder: Path, names: list[str]) -> None:
 # %% ../nbs/19_recorded.ipynb #dff3fe50
 def _measure(rec: Recorded) -> pd.DataFrame:
     "All rows of a recording: individuals, merges, and each recorded defence's model and path."
-    rec.measured("individual (clean)", rec.models(poisoned=False)); rec.measured("individual", rec.models(poisoned=True))
+    rec.measured("individual (clean)", rec.models(poisoned=False))
+    rec.measured("individual", rec.models(poisoned=True))
     first = rec.P.merges[0]
-    for row, kind in ((f"{first} (clean)", "clean"), (first, "poisoned")): rec.measured(row, rec.both[kind])
+    for row, kind in ((f"{first} (clean)", "clean"), (first, "poisoned")):
+        rec.measured(row, rec.both[kind])
     for key in rec.card["defences"]:
         defence, _, kind = key.rpartition("-")
         rec.defend_and_measure(first, defence, rec.both[kind], kind == "poisoned")
@@ -150,8 +197,11 @@ def record(lab: Lab, folder, stages: Stages | None = None) -> Path:
         _write(lab, tmp, lab.P.defences)
         rec = Recorded(tmp, stages=stages or lab.stages)
         df = _measure(rec)
-        with writing(tmp / "metrics.parquet") as f: df[df.kind != "seconds"].to_parquet(f, index=False)
+        with writing(tmp / "metrics.parquet") as f:
+            df[df.kind != "seconds"].to_parquet(f, index=False)
         write_json(tmp / "card.json", rec.card | dict(metrics=file_sha(tmp / "metrics.parquet")))
-        shutil.rmtree(folder, ignore_errors=True); tmp.rename(folder)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        tmp.rename(folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     return folder

@@ -24,12 +24,23 @@ from .results import DASHES, MARKS, draw_path, plot_path, styles, versus
 from .runs import check_writable, find_runs
 
 # %% ../nbs/23_report.ipynb #cb9ad549
-ROW = ["paper", "table", "attack", "finetuning", "sequence", "backbone", "method", "metric"]       # what one row and one column of a printed table share
+ROW = [
+    "paper",
+    "table",
+    "attack",
+    "finetuning",
+    "sequence",
+    "backbone",
+    "method",
+    "metric",
+]  # what one row and one column of a printed table share
 
 
 def attacked(df: pd.DataFrame) -> pd.Series:
     "Which rows' task is one that the attack's name lists (DAM's tables: `TrojViT on RESISC45+EuroSAT`)."
-    return pd.Series([t.rstrip("0123456789") in a for t, a in zip(df.task, df.attack)], df.index, bool)
+    return pd.Series(
+        [t.rstrip("0123456789") in a for t, a in zip(df.task, df.attack)], df.index, bool
+    )
 
 
 def slips(paper: pd.DataFrame, within: float = 0.015) -> pd.DataFrame:
@@ -39,7 +50,11 @@ def slips(paper: pd.DataFrame, within: float = 0.015) -> pd.DataFrame:
     found = []
     for task, of in (("average", single), ("poisoned tasks", single[attacked(single)])):
         printed = paper[paper.task == task].set_index(ROW)[["task", "value"]]
-        found.append(printed.join(of.groupby(ROW).value.agg(mean="mean", n="size"), how="inner").reset_index())
+        found.append(
+            printed.join(
+                of.groupby(ROW).value.agg(mean="mean", n="size"), how="inner"
+            ).reset_index()
+        )
     both = pd.concat(found, ignore_index=True)
     return both[(both.value - both["mean"]).abs() > within].reset_index(drop=True)
 
@@ -61,16 +76,26 @@ def paper_table(table: int, paper: str = "LFPM") -> pd.DataFrame:
     every = load_paper()
     choose(paper, every.paper.unique(), "paper")
     of = every[(every.paper == paper) & (every.table == table)]
-    if of.empty: raise ValueError(f"{paper} Table {table} is not in data/paper; known: {', '.join(map(str, every[every.paper == paper].table.unique()))}")
+    if of.empty:
+        raise ValueError(
+            f"{paper} Table {table} is not in data/paper; known: {', '.join(map(str, every[every.paper == paper].table.unique()))}"
+        )
     show = [f"{v:g}" + ("" if np.isnan(s) else f" †{s:.2f}") for v, s in zip(of.value, of.slip)]
     varies = [c for c in ("sequence", "attack") if of[c].nunique() > 1]
-    wide = of.assign(show=show).pivot_table(index=["method", *varies], columns=["task", "metric"], values="show", aggfunc="first", sort=False)
+    wide = of.assign(show=show).pivot_table(
+        index=["method", *varies],
+        columns=["task", "metric"],
+        values="show",
+        aggfunc="first",
+        sort=False,
+    )
     return wide.rename_axis(columns=[None, None]).fillna("–")
 
 # %% ../nbs/23_report.ipynb #59d23fd0
 @dataclass
 class Results:
     "The finished runs of one experiment's newest configuration: tidy rows of all seeds, where they lie, seconds, versions; what was left out."
+
     name: str
     preset: str
     df: pd.DataFrame
@@ -78,73 +103,122 @@ class Results:
     folders: list
     seconds: float
     versions: dict
-    others: dict = field(default_factory=dict)         # {other configuration: its folders}
-    notes: list = field(default_factory=list)          # what a run's status says of how it was made (`note`)
+    others: dict = field(default_factory=dict)  # {other configuration: its folders}
+    notes: list = field(
+        default_factory=list
+    )  # what a run's status says of how it was made (`note`)
 
     @property
-    def seeds(self) -> list: return sorted(self.df.seed.unique().tolist())
+    def seeds(self) -> list:
+        return sorted(self.df.seed.unique().tolist())
 
     @property
-    def command(self) -> list[str]: return [f"lfpm run {self.name} --preset {self.preset} --seed {s}" for s in self.seeds]
+    def command(self) -> list[str]:
+        return [f"lfpm run {self.name} --preset {self.preset} --seed {s}" for s in self.seeds]
 
 # %% ../nbs/23_report.ipynb #ce89229e
-PRINTED = {"dam_masks": {"DAM:losses=perturbed": "DAM without M1", "DAM:losses=clean": "DAM without M2", "AdaLayer": "DAM without masks"}}     # rows of ours that a table calls otherwise
+PRINTED = {
+    "dam_masks": {
+        "DAM:losses=perturbed": "DAM without M1",
+        "DAM:losses=clean": "DAM without M2",
+        "AdaLayer": "DAM without masks",
+    }
+}  # rows of ours that a table calls otherwise
 
 
 def read_results(name: str, preset: str, root: Path) -> tuple[Results | None, dict]:
     """(Results or None, {folder that was left out: why}) of one experiment under `root`.
     Runs of another preset stay silent."""
     found = find_runs(name, preset, root)
-    if not found.runs: return None, found.left
+    if not found.runs:
+        return None, found.left
     df = found.rows.replace({"method": PRINTED.get(name, {})})
     notes = {r.status["note"] for r in found.runs if "note" in r.status}
     notes |= {f"made as {was}: {how}" for was, how in found.made.items()}
     folders, seconds = [r.folder for r in found.runs], sum(r.status["seconds"] for r in found.runs)
     versions = found.runs[-1].params.get("versions", {})
-    r = Results(name, preset, df, found.config, folders, seconds, versions, found.others, sorted(notes))
+    r = Results(
+        name, preset, df, found.config, folders, seconds, versions, found.others, sorted(notes)
+    )
     return r, found.left
 
 # %% ../nbs/23_report.ipynb #35f15e1a
 def gather(preset: str = "lab", roots: list | None = None) -> tuple[dict[str, Results], dict]:
     """({experiment: Results}, {folder: why it was left out}) of all experiments; per experiment the first of `roots` (default: your runs, then
     what the kit ships) that has finished runs. A folder that no experiment is called after is named."""
-    roots = [runs_dir(), proj_path("data", "results")] if roots is None else [Path(r) for r in roots]
+    roots = (
+        [runs_dir(), proj_path("data", "results")] if roots is None else [Path(r) for r in roots]
+    )
     found, bad = {}, {}
     for root in roots:
-        for name in sorted(f.name for f in Path(root).glob("*") if f.is_dir() and f.name != "cache"):
+        for name in sorted(
+            f.name for f in Path(root).glob("*") if f.is_dir() and f.name != "cache"
+        ):
             if name not in SOURCES:
-                if name not in notebooks(): bad[name] = "unknown experiment: no claim and no table reads it"
+                if name not in notebooks():
+                    bad[name] = "unknown experiment: no claim and no table reads it"
                 continue
-            if name in found: continue
+            if name in found:
+                continue
             r, left = read_results(name, preset, root)
             bad |= left
-            if r: found[name] = r
+            if r:
+                found[name] = r
     return found, bad
 
 # %% ../nbs/23_report.ipynb #9f3865cd
-SOURCES = {"main": ("LFPM", 1), "rivals": ("LFPM", 1), "lobam": ("LFPM", 2), "adaptive": ("LFPM", 3), "merging": ("LFPM", 6), "multi_adversary": ("LFPM", 7),
-           "sequence2": ("LFPM", 8), "sequence2_lobam": ("LFPM", 9), "sequence3": ("LFPM", 10), "sequence3_lobam": ("LFPM", 11), "backbone": ("LFPM", 12),
-           "ctl": ("LFPM", None), "curvature": ("LFPM", 13), "cost": ("LFPM", 14), "efficiency": ("LFPM", 15),
-           **{f"ablation_{k}": ("LFPM", 16) for k in ("abc", "bc", "ac", "ab", "b", "c")},
-           "dam_two": ("DAM", 2), "dam_four": ("DAM", 3), "dam_mixed": ("DAM", 9), "dam_other": ("DAM", 11),
-           "dam_domain": ("DAM", 15), "dam_masks": ("DAM", 6), "wag": ("DAM", 4), "dam_two_defended": ("DAM", 2), "dam_cost": ("DAM", 8)}
+SOURCES = {
+    "main": ("LFPM", 1),
+    "rivals": ("LFPM", 1),
+    "lobam": ("LFPM", 2),
+    "adaptive": ("LFPM", 3),
+    "merging": ("LFPM", 6),
+    "multi_adversary": ("LFPM", 7),
+    "sequence2": ("LFPM", 8),
+    "sequence2_lobam": ("LFPM", 9),
+    "sequence3": ("LFPM", 10),
+    "sequence3_lobam": ("LFPM", 11),
+    "backbone": ("LFPM", 12),
+    "ctl": ("LFPM", None),
+    "curvature": ("LFPM", 13),
+    "cost": ("LFPM", 14),
+    "efficiency": ("LFPM", 15),
+    **{f"ablation_{k}": ("LFPM", 16) for k in ("abc", "bc", "ac", "ab", "b", "c")},
+    "dam_two": ("DAM", 2),
+    "dam_four": ("DAM", 3),
+    "dam_mixed": ("DAM", 9),
+    "dam_other": ("DAM", 11),
+    "dam_domain": ("DAM", 15),
+    "dam_masks": ("DAM", 6),
+    "wag": ("DAM", 4),
+    "dam_two_defended": ("DAM", 2),
+    "dam_cost": ("DAM", 8),
+}
 
 
 def results_of(name: str, preset: str = "lab", roots: list | None = None) -> Results:
     "One experiment's Results; ValueError names the nearest experiment, FileNotFoundError the command that makes them."
     name = choose(name, SOURCES, "experiment")
     found, bad = gather(preset, roots)
-    if name in found: return found[name]
+    if name in found:
+        return found[name]
     left = "; ".join(f"{k} {v}" for k, v in bad.items() if k.startswith(f"{name}/"))
-    raise FileNotFoundError(f"no finished run of {name} with preset {preset}{f' ({left})' if left else ''}; make one: lfpm run {name} --preset {preset}")
+    raise FileNotFoundError(
+        f"no finished run of {name} with preset {preset}{f' ({left})' if left else ''}; make one: lfpm run {name} --preset {preset}"
+    )
 
 # %% ../nbs/23_report.ipynb #c4cad252
-VERDICTS = {"confirmed": ("✓", "#0072b2"), "contradicted": ("✗", "#d55e00"), "not testable here": ("○", "#767676")}
+VERDICTS = {
+    "confirmed": ("✓", "#0072b2"),
+    "contradicted": ("✗", "#d55e00"),
+    "not testable here": ("○", "#767676"),
+}
 
 
 @dataclass
 class Verdict:
     "What a claim came to: the number per seed that decides, the numbers it was computed from ({label: Series by seed}), and why not where not."
+
     verdict: str
     value: pd.Series = field(default_factory=lambda: pd.Series(dtype=float))
     parts: dict = field(default_factory=dict)
@@ -155,6 +229,7 @@ class Verdict:
 class Claim:
     """A sentence of a paper and its test. `check(frames)` -> (number by seed, parts); confirmed if it is above `limit` (below, if `sense` is -1) in every seed.
     `needs`: experiments; `words`: the test in words; `swap`: two (experiment, method) rows whose exchange refutes a confirmed claim; `differs`: why ours may."""
+
     id: str
     text: str
     where: str
@@ -166,24 +241,35 @@ class Claim:
     unit: str = "points"
     swap: tuple = ()
     differs: str = ""
-    on_paper: object = None           # the same test where the papers print other rows than we measure
+    on_paper: object = None  # the same test where the papers print other rows than we measure
 
     @property
-    def paper(self) -> str: return self.where.split()[0]
+    def paper(self) -> str:
+        return self.where.split()[0]
 
     @property
-    def threshold(self) -> str: return f"{'>' if self.sense > 0 else '<'} {self.limit:g} {self.unit}".strip()
+    def threshold(self) -> str:
+        return f"{'>' if self.sense > 0 else '<'} {self.limit:g} {self.unit}".strip()
 
 # %% ../nbs/23_report.ipynb #aadd3af6
 def judge(c: Claim, frames: dict[str, pd.DataFrame], preset: str = "lab") -> Verdict:
     "The claim's verdict on {experiment: tidy rows}; not testable where an experiment or a row is missing, or no seed can be compared."
     missing = [n for n in c.needs if n not in frames]
-    if missing: return Verdict("not testable here", why="run " + ", ".join(f"`lfpm run {n} --preset {preset}`" for n in missing))
-    try: value, parts = c.check(frames)
-    except LookupError as e: return Verdict("not testable here", why=f"{', '.join(c.needs)}: {e.args[0]}")
+    if missing:
+        return Verdict(
+            "not testable here",
+            why="run " + ", ".join(f"`lfpm run {n} --preset {preset}`" for n in missing),
+        )
+    try:
+        value, parts = c.check(frames)
+    except LookupError as e:
+        return Verdict("not testable here", why=f"{', '.join(c.needs)}: {e.args[0]}")
     value = value.dropna()
-    if value.empty: return Verdict("not testable here", value, parts, "no seed has both sides")
-    return Verdict("confirmed" if (c.sense * (value - c.limit) > 0).all() else "contradicted", value, parts)
+    if value.empty:
+        return Verdict("not testable here", value, parts, "no seed has both sides")
+    return Verdict(
+        "confirmed" if (c.sense * (value - c.limit) > 0).all() else "contradicted", value, parts
+    )
 
 
 def swapped(frames: dict, a: tuple, b: tuple) -> dict:
@@ -198,21 +284,31 @@ def swapped(frames: dict, a: tuple, b: tuple) -> dict:
 # %% ../nbs/23_report.ipynb #f5ecf847
 def at(df: pd.DataFrame, who: str, metric: str, task: str = "average") -> pd.Series:
     "One method's number by seed; LookupError names what is missing."
-    of = df[(df.method == who) & (df.metric == metric) & (df.task == task) & df.kind.isin(["model", "summary"])]
-    if of.empty: raise LookupError(f"no {metric} of {who}")
+    of = df[
+        (df.method == who)
+        & (df.metric == metric)
+        & (df.task == task)
+        & df.kind.isin(["model", "summary"])
+    ]
+    if of.empty:
+        raise LookupError(f"no {metric} of {who}")
     return of.set_index("seed").value
 
 
 def lower(df: pd.DataFrame, mine: str, others, metric: str) -> tuple[pd.Series, dict]:
     "By how much `mine` is below the lowest of `others`; a seed that lacks one of them drops out."
     parts = {m: at(df, m, metric) for m in (mine, *others)}
-    return pd.DataFrame({o: parts[o] for o in others}).min(axis=1, skipna=False) - parts[mine], parts
+    return pd.DataFrame({o: parts[o] for o in others}).min(axis=1, skipna=False) - parts[
+        mine
+    ], parts
 
 
 def higher(df: pd.DataFrame, mine: str, others, metric: str) -> tuple[pd.Series, dict]:
     "By how much `mine` is above the highest of `others`."
     parts = {m: at(df, m, metric) for m in (mine, *others)}
-    return parts[mine] - pd.DataFrame({o: parts[o] for o in others}).max(axis=1, skipna=False), parts
+    return parts[mine] - pd.DataFrame({o: parts[o] for o in others}).max(
+        axis=1, skipna=False
+    ), parts
 
 # %% ../nbs/23_report.ipynb #37c2f77f
 def ratio(df: pd.DataFrame, mine: str, other: str, metric: str) -> tuple[pd.Series, dict]:
@@ -224,17 +320,22 @@ def ratio(df: pd.DataFrame, mine: str, other: str, metric: str) -> tuple[pd.Seri
 def worst(sense: int, *tests) -> tuple[pd.Series, dict]:
     "Several tests as one, the weakest of them in each seed (`sense` as in Claim); parts are labelled by the tests' names."
     values = pd.DataFrame({name: v for name, (v, _) in tests})
-    return (values.min(axis=1, skipna=False) if sense > 0 else values.max(axis=1, skipna=False)), {f"{name}: {k}": p for name, (_, ps) in tests for k, p in ps.items()}
+    return (values.min(axis=1, skipna=False) if sense > 0 else values.max(axis=1, skipna=False)), {
+        f"{name}: {k}": p for name, (_, ps) in tests for k, p in ps.items()
+    }
 
 # %% ../nbs/23_report.ipynb #7f2859e8
 claims: dict[str, Claim] = {}
-RIVALS = ("IBVS", "SAU", "SAM", "PAM")                              # the paper's
+RIVALS = ("IBVS", "SAU", "SAM", "PAM")  # the paper's
 
 
 def claim(id: str, text: str, where: str, needs, words: str, check, **more) -> None:
     "Add a claim; `needs` is one experiment or several."
-    if id in claims: raise ValueError(f"two claims are called {id}")
-    claims[id] = Claim(id, text, where, (needs,) if isinstance(needs, str) else tuple(needs), words, check, **more)
+    if id in claims:
+        raise ValueError(f"two claims are called {id}")
+    claims[id] = Claim(
+        id, text, where, (needs,) if isinstance(needs, str) else tuple(needs), words, check, **more
+    )
 
 
 def both(e: str, a: str, b: str) -> tuple:
@@ -242,130 +343,375 @@ def both(e: str, a: str, b: str) -> tuple:
     return (e, a), (e, b)
 
 
-claim("leak", "The trigger of the attacked task also disturbs the other tasks, and the merged model more than the single ones.", "LFPM Table 1, Sec 5.1", "main",
-      "ASR(N) of the poisoned merge minus that of the contributors", lambda f: higher(f["main"], "TA", ["individual"], "ASR_N"), swap=both("main", "TA", "individual"))
-claim("leak-lora", "The same when everybody trains LoRA adapters.", "LFPM Table 2, Sec 5.1", "lobam",
-      "ASR(N) of the poisoned merge minus that of the contributors", lambda f: higher(f["lobam"], "TA", ["individual"], "ASR_N"), swap=both("lobam", "TA", "individual"))
-claim("survives", "One poisoned contributor is enough: the backdoor survives the merge.", "LFPM Table 1", "main",
-      "ASR(T) of the poisoned merge minus that of the clean merge under the same trigger", lambda f: higher(f["main"], "TA", ["TA (clean)"], "ASR_T"), limit=50,
-      swap=both("main", "TA", "TA (clean)"), on_paper=lambda f: (at(f["main"], "TA", "ASR_T"), dict(TA=at(f["main"], "TA", "ASR_T"))))
+claim(
+    "leak",
+    "The trigger of the attacked task also disturbs the other tasks, and the merged model more than the single ones.",
+    "LFPM Table 1, Sec 5.1",
+    "main",
+    "ASR(N) of the poisoned merge minus that of the contributors",
+    lambda f: higher(f["main"], "TA", ["individual"], "ASR_N"),
+    swap=both("main", "TA", "individual"),
+)
+claim(
+    "leak-lora",
+    "The same when everybody trains LoRA adapters.",
+    "LFPM Table 2, Sec 5.1",
+    "lobam",
+    "ASR(N) of the poisoned merge minus that of the contributors",
+    lambda f: higher(f["lobam"], "TA", ["individual"], "ASR_N"),
+    swap=both("lobam", "TA", "individual"),
+)
+claim(
+    "survives",
+    "One poisoned contributor is enough: the backdoor survives the merge.",
+    "LFPM Table 1",
+    "main",
+    "ASR(T) of the poisoned merge minus that of the clean merge under the same trigger",
+    lambda f: higher(f["main"], "TA", ["TA (clean)"], "ASR_T"),
+    limit=50,
+    swap=both("main", "TA", "TA (clean)"),
+    on_paper=lambda f: (at(f["main"], "TA", "ASR_T"), dict(TA=at(f["main"], "TA", "ASR_T"))),
+)
 
 # %% ../nbs/23_report.ipynb #8b2389d7
-claim("lowest-asr", "LFPM leaves the least of the backdoor.", "LFPM Table 1, Sec 5.1", "rivals", "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's, each at the blind rule's λ",
-      lambda f: lower(f["rivals"], "LFPM", RIVALS, "ASR_T"), swap=both("rivals", "LFPM", "PAM"))
-claim("lowest-leak", "LFPM disturbs the other tasks' predictions least under the trigger.", "LFPM Table 1, Sec 5.1", "rivals", "lowest ASR(N) of IBVS, SAU, SAM, PAM minus LFPM's",
-      lambda f: lower(f["rivals"], "LFPM", RIVALS, "ASR_N"), swap=both("rivals", "LFPM", "PAM"),
-      differs="ASR(N) counts every changed prediction; at the rule's small λ many pictures are still near the merged model's boundaries.")
-claim("highest-ca", "LFPM keeps the most clean accuracy.", "LFPM Table 1, Sec 5.1", "rivals", "LFPM's CA minus the highest of IBVS, SAU, SAM, PAM, each at the blind rule's λ",
-      lambda f: higher(f["rivals"], "LFPM", RIVALS, "CA"), swap=both("rivals", "LFPM", "SAU"),
-      differs="Given LFPM's prompts, its steps and a blind λ, the rivals do not lose accuracy here; in the paper they lose much, with settings it does not print.")
+claim(
+    "lowest-asr",
+    "LFPM leaves the least of the backdoor.",
+    "LFPM Table 1, Sec 5.1",
+    "rivals",
+    "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's, each at the blind rule's λ",
+    lambda f: lower(f["rivals"], "LFPM", RIVALS, "ASR_T"),
+    swap=both("rivals", "LFPM", "PAM"),
+)
+claim(
+    "lowest-leak",
+    "LFPM disturbs the other tasks' predictions least under the trigger.",
+    "LFPM Table 1, Sec 5.1",
+    "rivals",
+    "lowest ASR(N) of IBVS, SAU, SAM, PAM minus LFPM's",
+    lambda f: lower(f["rivals"], "LFPM", RIVALS, "ASR_N"),
+    swap=both("rivals", "LFPM", "PAM"),
+    differs="ASR(N) counts every changed prediction; at the rule's small λ many pictures are still near the merged model's boundaries.",
+)
+claim(
+    "highest-ca",
+    "LFPM keeps the most clean accuracy.",
+    "LFPM Table 1, Sec 5.1",
+    "rivals",
+    "LFPM's CA minus the highest of IBVS, SAU, SAM, PAM, each at the blind rule's λ",
+    lambda f: higher(f["rivals"], "LFPM", RIVALS, "CA"),
+    swap=both("rivals", "LFPM", "SAU"),
+    differs="Given LFPM's prompts, its steps and a blind λ, the rivals do not lose accuracy here; in the paper they lose much, with settings it does not print.",
+)
 
 
 def same_price(df: pd.DataFrame, others, column: str) -> pd.DataFrame:
     "`versus` LFPM seed by seed: one column a rival, NaN where its path has no such point."
     missing = {"LFPM", *others} - set(df[df.kind == "path"].method)
-    if missing: raise LookupError(f"no path of {', '.join(sorted(missing))}")
-    wide = pd.DataFrame({s: versus(g, "LFPM").set_index("method")[column] for s, g in df.groupby("seed")}).T
+    if missing:
+        raise LookupError(f"no path of {', '.join(sorted(missing))}")
+    wide = pd.DataFrame(
+        {s: versus(g, "LFPM").set_index("method")[column] for s, g in df.groupby("seed")}
+    ).T
     return wide[list(others)].astype(float)
 
 # %% ../nbs/23_report.ipynb #6dab1a79
 def _equal_asr(f: dict) -> tuple[pd.Series, dict]:
     "LFPM's CA minus the highest CA anywhere on SAM's or PAM's path where at most one point more of the backdoor is left; a path without such a point keeps 0."
     df = f["rivals"]
-    ours, rest = same_price(df, ["LFPM"], "CA_same_ASR")["LFPM"] - same_price(df, ["LFPM"], "dCA")["LFPM"], same_price(df, ("SAM", "PAM"), "CA_same_ASR").fillna(0)
+    ours, rest = (
+        same_price(df, ["LFPM"], "CA_same_ASR")["LFPM"] - same_price(df, ["LFPM"], "dCA")["LFPM"],
+        same_price(df, ("SAM", "PAM"), "CA_same_ASR").fillna(0),
+    )
     return ours - rest.max(axis=1), {"LFPM": ours, **rest}
 
 
 def _equal_ca(f: dict) -> tuple[pd.Series, dict]:
     "The lowest ASR(T) on any rival's path within two points of LFPM's CA, minus LFPM's; a seed without such a point drops out."
     df = f["rivals"]
-    ours, rest = same_price(df, ["LFPM"], "ASR_same_CA")["LFPM"] - same_price(df, ["LFPM"], "dASR")["LFPM"], same_price(df, RIVALS, "ASR_same_CA")
+    ours, rest = (
+        same_price(df, ["LFPM"], "ASR_same_CA")["LFPM"] - same_price(df, ["LFPM"], "dASR")["LFPM"],
+        same_price(df, RIVALS, "ASR_same_CA"),
+    )
     return rest.min(axis=1) - ours, {"LFPM": ours, **rest}
 
 
-claim("equal-asr", "At equal attack success LFPM keeps more clean accuracy than SAM and PAM.", "LFPM Table 1, Sec 5.1", "rivals",
-      "LFPM's CA minus the highest CA on SAM's or PAM's path where ASR(T) is at most 1 point above LFPM's", _equal_asr, swap=both("rivals", "LFPM", "SAM"),
-      on_paper=lambda f: higher(f["rivals"], "LFPM", ("SAM", "PAM"), "CA"),
-      differs="Towards the end of their paths SAM and PAM, trained on LFPM's own mined prompts, are as safe and keep their accuracy; what they lack is a safe way there. The paper compares one λ each.")
-claim("equal-ca", "At equal clean accuracy LFPM leaves the least of the backdoor.", "LFPM Table 1 (our comparison)", "rivals",
-      "lowest ASR(T) on any rival's path within 2 points of LFPM's CA, minus LFPM's", _equal_ca, swap=both("rivals", "LFPM", "SAM"))
+claim(
+    "equal-asr",
+    "At equal attack success LFPM keeps more clean accuracy than SAM and PAM.",
+    "LFPM Table 1, Sec 5.1",
+    "rivals",
+    "LFPM's CA minus the highest CA on SAM's or PAM's path where ASR(T) is at most 1 point above LFPM's",
+    _equal_asr,
+    swap=both("rivals", "LFPM", "SAM"),
+    on_paper=lambda f: higher(f["rivals"], "LFPM", ("SAM", "PAM"), "CA"),
+    differs="Towards the end of their paths SAM and PAM, trained on LFPM's own mined prompts, are as safe and keep their accuracy; what they lack is a safe way there. The paper compares one λ each.",
+)
+claim(
+    "equal-ca",
+    "At equal clean accuracy LFPM leaves the least of the backdoor.",
+    "LFPM Table 1 (our comparison)",
+    "rivals",
+    "lowest ASR(T) on any rival's path within 2 points of LFPM's CA, minus LFPM's",
+    _equal_ca,
+    swap=both("rivals", "LFPM", "SAM"),
+)
 
 # %% ../nbs/23_report.ipynb #fa60a78b
-claim("path", "Along the whole path from the merged model, LFPM is the safest.", "LFPM Fig 2, Sec 5.2", "rivals", "lowest Path-ASR of IBVS, SAU, SAM, PAM minus LFPM's",
-      lambda f: lower(f["rivals"], "LFPM", RIVALS, "path_ASR"), swap=both("rivals", "LFPM", "PAM"))
-claim("path-lora", "The same under LoBAM.", "LFPM Fig 2, Sec 5.2", "lobam", "lowest Path-ASR of IBVS, SAU, SAM, PAM minus LFPM's",
-      lambda f: lower(f["lobam"], "LFPM", RIVALS, "path_ASR"), swap=both("lobam", "LFPM", "PAM"))
-claim("sam-like", "Methods that flatten (SAM, PAM, LFPM) have safer paths than those that do not (SAU, IBVS).", "LFPM Fig 2, Sec 5.2", "rivals",
-      "lower Path-ASR of SAU and IBVS minus the highest of SAM, PAM, LFPM",
-      lambda f: worst(1, *((m, lower(f["rivals"], m, ("SAU", "IBVS"), "path_ASR")) for m in ("SAM", "PAM", "LFPM"))), swap=both("rivals", "PAM", "SAU"))
-claim("ibvs-weak", "IBVS leaves most of the backdoor.", "LFPM Table 1, Sec 5.1", "rivals", "ASR(T) after IBVS divided by that of the poisoned merge",
-      lambda f: ratio(f["rivals"], "IBVS", "TA", "ASR_T"), limit=.5, unit="of it", swap=both("rivals", "IBVS", "LFPM"))
-claim("ibvs-costs", "IBVS costs much clean accuracy.", "LFPM Table 1, Sec 5.1", "rivals", "CA of the poisoned merge minus that after IBVS",
-      lambda f: higher(f["rivals"], "TA", ["IBVS"], "CA"), limit=10, swap=both("rivals", "TA", "IBVS"),
-      differs="The blind rule gives IBVS a small strength here; it then costs little and removes little.")
-claim("sau-lora", "SAU works against LoBAM and fails against full fine-tuning.", "LFPM Tables 1 and 2, Sec 5.1", ("rivals", "lobam"),
-      "ASR(T) after SAU under BadMerging minus under LoBAM",
-      lambda f: (at(f["rivals"], "SAU", "ASR_T") - at(f["lobam"], "SAU", "ASR_T"), {"BadMerging": at(f["rivals"], "SAU", "ASR_T"), "LoBAM": at(f["lobam"], "SAU", "ASR_T")}),
-      limit=20, swap=(("rivals", "SAU"), ("lobam", "SAU")))
+claim(
+    "path",
+    "Along the whole path from the merged model, LFPM is the safest.",
+    "LFPM Fig 2, Sec 5.2",
+    "rivals",
+    "lowest Path-ASR of IBVS, SAU, SAM, PAM minus LFPM's",
+    lambda f: lower(f["rivals"], "LFPM", RIVALS, "path_ASR"),
+    swap=both("rivals", "LFPM", "PAM"),
+)
+claim(
+    "path-lora",
+    "The same under LoBAM.",
+    "LFPM Fig 2, Sec 5.2",
+    "lobam",
+    "lowest Path-ASR of IBVS, SAU, SAM, PAM minus LFPM's",
+    lambda f: lower(f["lobam"], "LFPM", RIVALS, "path_ASR"),
+    swap=both("lobam", "LFPM", "PAM"),
+)
+claim(
+    "sam-like",
+    "Methods that flatten (SAM, PAM, LFPM) have safer paths than those that do not (SAU, IBVS).",
+    "LFPM Fig 2, Sec 5.2",
+    "rivals",
+    "lower Path-ASR of SAU and IBVS minus the highest of SAM, PAM, LFPM",
+    lambda f: worst(
+        1,
+        *((m, lower(f["rivals"], m, ("SAU", "IBVS"), "path_ASR")) for m in ("SAM", "PAM", "LFPM")),
+    ),
+    swap=both("rivals", "PAM", "SAU"),
+)
+claim(
+    "ibvs-weak",
+    "IBVS leaves most of the backdoor.",
+    "LFPM Table 1, Sec 5.1",
+    "rivals",
+    "ASR(T) after IBVS divided by that of the poisoned merge",
+    lambda f: ratio(f["rivals"], "IBVS", "TA", "ASR_T"),
+    limit=0.5,
+    unit="of it",
+    swap=both("rivals", "IBVS", "LFPM"),
+)
+claim(
+    "ibvs-costs",
+    "IBVS costs much clean accuracy.",
+    "LFPM Table 1, Sec 5.1",
+    "rivals",
+    "CA of the poisoned merge minus that after IBVS",
+    lambda f: higher(f["rivals"], "TA", ["IBVS"], "CA"),
+    limit=10,
+    swap=both("rivals", "TA", "IBVS"),
+    differs="The blind rule gives IBVS a small strength here; it then costs little and removes little.",
+)
+claim(
+    "sau-lora",
+    "SAU works against LoBAM and fails against full fine-tuning.",
+    "LFPM Tables 1 and 2, Sec 5.1",
+    ("rivals", "lobam"),
+    "ASR(T) after SAU under BadMerging minus under LoBAM",
+    lambda f: (
+        at(f["rivals"], "SAU", "ASR_T") - at(f["lobam"], "SAU", "ASR_T"),
+        {"BadMerging": at(f["rivals"], "SAU", "ASR_T"), "LoBAM": at(f["lobam"], "SAU", "ASR_T")},
+    ),
+    limit=20,
+    swap=(("rivals", "SAU"), ("lobam", "SAU")),
+)
 
 # %% ../nbs/23_report.ipynb #2a0c347f
-claim("lora-asr", "Under LoBAM LFPM leaves about as little as SAM and PAM.", "LFPM Table 2, Sec 5.1", "lobam", "LFPM's ASR(T) minus the lower of SAM's and PAM's",
-      lambda f: (lambda v, p: (-v, p))(*lower(f["lobam"], "LFPM", ("SAM", "PAM"), "ASR_T")), sense=-1, limit=2, swap=both("lobam", "LFPM", "TA"))
-claim("lora-ca", "Under LoBAM LFPM keeps slightly more clean accuracy than SAM and PAM.", "LFPM Table 2, Sec 5.1", "lobam", "LFPM's CA minus the higher of SAM's and PAM's",
-      lambda f: higher(f["lobam"], "LFPM", ("SAM", "PAM"), "CA"), swap=both("lobam", "LFPM", "SAM"))
-claim("adaptive", "An attacker who knows LFPM does not get past it: it still leaves the least.", "LFPM Table 3, Sec 5.3", "adaptive",
-      "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's",
-      lambda f: lower(f["adaptive"], "LFPM", RIVALS, "ASR_T"), swap=both("adaptive", "LFPM", "PAM"))
+claim(
+    "lora-asr",
+    "Under LoBAM LFPM leaves about as little as SAM and PAM.",
+    "LFPM Table 2, Sec 5.1",
+    "lobam",
+    "LFPM's ASR(T) minus the lower of SAM's and PAM's",
+    lambda f: (lambda v, p: (-v, p))(*lower(f["lobam"], "LFPM", ("SAM", "PAM"), "ASR_T")),
+    sense=-1,
+    limit=2,
+    swap=both("lobam", "LFPM", "TA"),
+)
+claim(
+    "lora-ca",
+    "Under LoBAM LFPM keeps slightly more clean accuracy than SAM and PAM.",
+    "LFPM Table 2, Sec 5.1",
+    "lobam",
+    "LFPM's CA minus the higher of SAM's and PAM's",
+    lambda f: higher(f["lobam"], "LFPM", ("SAM", "PAM"), "CA"),
+    swap=both("lobam", "LFPM", "SAM"),
+)
+claim(
+    "adaptive",
+    "An attacker who knows LFPM does not get past it: it still leaves the least.",
+    "LFPM Table 3, Sec 5.3",
+    "adaptive",
+    "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's",
+    lambda f: lower(f["adaptive"], "LFPM", RIVALS, "ASR_T"),
+    swap=both("adaptive", "LFPM", "PAM"),
+)
 
 
 def _rise(f: dict) -> tuple[pd.Series, dict]:
     "How much more the adaptive attack gains against the least hurt of SAU, SAM and PAM than against LFPM, paired by seed."
-    rise = {m: at(f["adaptive"], m, "ASR_T") - at(f["rivals"], m, "ASR_T") for m in ("LFPM", "SAU", "SAM", "PAM")}
-    return pd.DataFrame({m: rise[m] for m in ("SAU", "SAM", "PAM")}).min(axis=1, skipna=False) - rise["LFPM"], {f"{m} rises by": r for m, r in rise.items()}
+    rise = {
+        m: at(f["adaptive"], m, "ASR_T") - at(f["rivals"], m, "ASR_T")
+        for m in ("LFPM", "SAU", "SAM", "PAM")
+    }
+    return pd.DataFrame({m: rise[m] for m in ("SAU", "SAM", "PAM")}).min(
+        axis=1, skipna=False
+    ) - rise["LFPM"], {f"{m} rises by": r for m, r in rise.items()}
 
 
-claim("adaptive-rise", "The adaptive attack gains less against LFPM than against SAU, SAM and PAM.", "LFPM Table 3, Sec 5.3", ("rivals", "adaptive"),
-      "smallest rise of ASR(T) from BadMerging to the adaptive attack among SAU, SAM, PAM, minus LFPM's", _rise, swap=both("adaptive", "LFPM", "PAM"))
+claim(
+    "adaptive-rise",
+    "The adaptive attack gains less against LFPM than against SAU, SAM and PAM.",
+    "LFPM Table 3, Sec 5.3",
+    ("rivals", "adaptive"),
+    "smallest rise of ASR(T) from BadMerging to the adaptive attack among SAU, SAM, PAM, minus LFPM's",
+    _rise,
+    swap=both("adaptive", "LFPM", "PAM"),
+)
 
 # %% ../nbs/23_report.ipynb #9d7b4548
-OTHER = ("SA", "TIES", "DELLA")                                    # the paper's merges besides Task Arithmetic
-claim("merges-asr", "LFPM works on top of any merge: little of the backdoor is left.", "LFPM Table 6, App E.1", "merging", "highest ASR(T) of SA, TIES, DELLA after LFPM",
-      lambda f: worst(-1, *((m, (at(f["merging"], f"{m} + LFPM", "ASR_T"), {k: at(f["merging"], m + k, "ASR_T") for k in ("", " + LFPM")})) for m in OTHER)),
-      sense=-1, limit=5, unit="%", swap=both("merging", "SA + LFPM", "SA"))
-claim("merges-ca", "It costs little accuracy there, 3 to 4 points.", "LFPM Table 6, App E.1", "merging", "largest loss of CA by LFPM on SA, TIES, DELLA",
-      lambda f: worst(-1, *((m, higher(f["merging"], m, [f"{m} + LFPM"], "CA")) for m in OTHER)), sense=-1, limit=5, swap=both("merging", "SA", "individual"))
-claim("multi-lowest", "With two attackers LFPM still leaves the least.", "LFPM Table 7, App E.2", "multi_adversary",
-      "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's, mean over both targets",
-      lambda f: lower(f["multi_adversary"], "LFPM", RIVALS, "ASR_T"), swap=both("multi_adversary", "LFPM", "PAM"))
-claim("multi-ca", "With two attackers LFPM keeps the most clean accuracy.", "LFPM Table 7, App E.2", "multi_adversary", "LFPM's CA minus the highest of IBVS, SAU, SAM, PAM",
-      lambda f: higher(f["multi_adversary"], "LFPM", RIVALS, "CA"), swap=both("multi_adversary", "LFPM", "PAM"))
-claim("multi-leak", "With two attackers LFPM removes most of the leak into other tasks.", "LFPM Table 7, App E.2", "multi_adversary",
-      "ASR(N) after LFPM divided by that of the poisoned merge",
-      lambda f: ratio(f["multi_adversary"], "LFPM", "TA", "ASR_N"), sense=-1, limit=.5, unit="of it", swap=both("multi_adversary", "LFPM", "TA"))
+OTHER = ("SA", "TIES", "DELLA")  # the paper's merges besides Task Arithmetic
+claim(
+    "merges-asr",
+    "LFPM works on top of any merge: little of the backdoor is left.",
+    "LFPM Table 6, App E.1",
+    "merging",
+    "highest ASR(T) of SA, TIES, DELLA after LFPM",
+    lambda f: worst(
+        -1,
+        *(
+            (
+                m,
+                (
+                    at(f["merging"], f"{m} + LFPM", "ASR_T"),
+                    {k: at(f["merging"], m + k, "ASR_T") for k in ("", " + LFPM")},
+                ),
+            )
+            for m in OTHER
+        ),
+    ),
+    sense=-1,
+    limit=5,
+    unit="%",
+    swap=both("merging", "SA + LFPM", "SA"),
+)
+claim(
+    "merges-ca",
+    "It costs little accuracy there, 3 to 4 points.",
+    "LFPM Table 6, App E.1",
+    "merging",
+    "largest loss of CA by LFPM on SA, TIES, DELLA",
+    lambda f: worst(-1, *((m, higher(f["merging"], m, [f"{m} + LFPM"], "CA")) for m in OTHER)),
+    sense=-1,
+    limit=5,
+    swap=both("merging", "SA", "individual"),
+)
+claim(
+    "multi-lowest",
+    "With two attackers LFPM still leaves the least.",
+    "LFPM Table 7, App E.2",
+    "multi_adversary",
+    "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's, mean over both targets",
+    lambda f: lower(f["multi_adversary"], "LFPM", RIVALS, "ASR_T"),
+    swap=both("multi_adversary", "LFPM", "PAM"),
+)
+claim(
+    "multi-ca",
+    "With two attackers LFPM keeps the most clean accuracy.",
+    "LFPM Table 7, App E.2",
+    "multi_adversary",
+    "LFPM's CA minus the highest of IBVS, SAU, SAM, PAM",
+    lambda f: higher(f["multi_adversary"], "LFPM", RIVALS, "CA"),
+    swap=both("multi_adversary", "LFPM", "PAM"),
+)
+claim(
+    "multi-leak",
+    "With two attackers LFPM removes most of the leak into other tasks.",
+    "LFPM Table 7, App E.2",
+    "multi_adversary",
+    "ASR(N) after LFPM divided by that of the poisoned merge",
+    lambda f: ratio(f["multi_adversary"], "LFPM", "TA", "ASR_N"),
+    sense=-1,
+    limit=0.5,
+    unit="of it",
+    swap=both("multi_adversary", "LFPM", "TA"),
+)
 
 # %% ../nbs/23_report.ipynb #cafcfc0d
 ORDERS = ("sequence2", "sequence3")
-claim("orders-asr", "In other task orders LFPM leaves the least too.", "LFPM Tables 8 and 10, App E.3", ORDERS,
-      "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's, the worse of two orders",
-      lambda f: worst(1, *((e, lower(f[e], "LFPM", RIVALS, "ASR_T")) for e in ORDERS)), swap=both("sequence3", "LFPM", "PAM"))
-claim("orders-ca", "In other task orders LFPM costs next to no clean accuracy.", "LFPM Tables 8 and 10, App E.3", ORDERS,
-      "CA of the poisoned merge minus LFPM's, the worse of two orders",
-      lambda f: worst(-1, *((e, higher(f[e], "TA", ["LFPM"], "CA")) for e in ORDERS)), sense=-1, limit=2, swap=both("sequence3", "TA", "individual"))
-claim("orders-path", "In other task orders LFPM's path is the safest too.", "LFPM Figs 3 and 4, App E.3", ORDERS,
-      "lowest Path-ASR of IBVS, SAU, SAM, PAM minus LFPM's, the worse of two orders",
-      lambda f: worst(1, *((e, lower(f[e], "LFPM", RIVALS, "path_ASR")) for e in ORDERS)), swap=both("sequence2", "LFPM", "PAM"))
-claim("orders-lora", "In task order 2 under LoBAM LFPM leaves the least (in order 3 IBVS does).", "LFPM Table 9, App E.3", "sequence2_lobam",
-      "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's",
-      lambda f: lower(f["sequence2_lobam"], "LFPM", RIVALS, "ASR_T"), swap=both("sequence2_lobam", "LFPM", "PAM"))
-claim("backbone", "On a larger backbone LFPM still removes the backdoor.", "LFPM Table 12, App E.4", "backbone", "ASR(T) after LFPM",
-      lambda f: (at(f["backbone"], "LFPM", "ASR_T"), {m: at(f["backbone"], m, "ASR_T") for m in ("TA", "LFPM")}), sense=-1, limit=5, unit="%", swap=both("backbone", "LFPM", "TA"))
+claim(
+    "orders-asr",
+    "In other task orders LFPM leaves the least too.",
+    "LFPM Tables 8 and 10, App E.3",
+    ORDERS,
+    "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's, the worse of two orders",
+    lambda f: worst(1, *((e, lower(f[e], "LFPM", RIVALS, "ASR_T")) for e in ORDERS)),
+    swap=both("sequence3", "LFPM", "PAM"),
+)
+claim(
+    "orders-ca",
+    "In other task orders LFPM costs next to no clean accuracy.",
+    "LFPM Tables 8 and 10, App E.3",
+    ORDERS,
+    "CA of the poisoned merge minus LFPM's, the worse of two orders",
+    lambda f: worst(-1, *((e, higher(f[e], "TA", ["LFPM"], "CA")) for e in ORDERS)),
+    sense=-1,
+    limit=2,
+    swap=both("sequence3", "TA", "individual"),
+)
+claim(
+    "orders-path",
+    "In other task orders LFPM's path is the safest too.",
+    "LFPM Figs 3 and 4, App E.3",
+    ORDERS,
+    "lowest Path-ASR of IBVS, SAU, SAM, PAM minus LFPM's, the worse of two orders",
+    lambda f: worst(1, *((e, lower(f[e], "LFPM", RIVALS, "path_ASR")) for e in ORDERS)),
+    swap=both("sequence2", "LFPM", "PAM"),
+)
+claim(
+    "orders-lora",
+    "In task order 2 under LoBAM LFPM leaves the least (in order 3 IBVS does).",
+    "LFPM Table 9, App E.3",
+    "sequence2_lobam",
+    "lowest ASR(T) of IBVS, SAU, SAM, PAM minus LFPM's",
+    lambda f: lower(f["sequence2_lobam"], "LFPM", RIVALS, "ASR_T"),
+    swap=both("sequence2_lobam", "LFPM", "PAM"),
+)
+claim(
+    "backbone",
+    "On a larger backbone LFPM still removes the backdoor.",
+    "LFPM Table 12, App E.4",
+    "backbone",
+    "ASR(T) after LFPM",
+    lambda f: (
+        at(f["backbone"], "LFPM", "ASR_T"),
+        {m: at(f["backbone"], m, "ASR_T") for m in ("TA", "LFPM")},
+    ),
+    sense=-1,
+    limit=5,
+    unit="%",
+    swap=both("backbone", "LFPM", "TA"),
+)
 
 # %% ../nbs/23_report.ipynb #6e627fa5
 def _off(df: pd.DataFrame, who: str) -> tuple[pd.Series, dict]:
     "The CTL coefficient's largest distance from 1 on the path to `who`, output features, clean and prompted pictures: the larger of both by seed."
-    of = df[(df.method == who) & (df.metric == "coefficient") & df.kind.isin(["ctl clean", "ctl prompted"])]
+    of = df[
+        (df.method == who)
+        & (df.metric == "coefficient")
+        & df.kind.isin(["ctl clean", "ctl prompted"])
+    ]
     of = of[of.block == "feature"] if "block" in of else of
-    if of.empty: raise LookupError(f"no CTL coefficient of {who}")
+    if of.empty:
+        raise LookupError(f"no CTL coefficient of {who}")
     by = of.assign(off=(of.value - 1).abs()).groupby(["kind", "seed"]).off.max()
     return by.groupby("seed").max(), {f"{who}, {k.split()[1]}": by[k] for k in by.index.levels[0]}
 
@@ -373,27 +719,67 @@ def _off(df: pd.DataFrame, who: str) -> tuple[pd.Series, dict]:
 def _epochs(df: pd.DataFrame, who: str, metric: str) -> pd.DataFrame:
     "A curvature run's numbers on prompted pictures: seeds by epochs."
     of = df[(df.method == who) & (df.metric == metric) & (df.kind == "curvature prompted")]
-    if of.empty: raise LookupError(f"no {metric} of {who}")
+    if of.empty:
+        raise LookupError(f"no {metric} of {who}")
     return of.pivot_table(index="seed", columns="epoch", values="value")
 
 
 def _fall(df: pd.DataFrame, who: str) -> tuple[pd.Series, dict]:
     "E/‖Δ‖ after the last epoch divided by that after the first step."
     e = _epochs(df, who, "E_over_delta")
-    return e.iloc[:, -1] / e.iloc[:, 0], {f"{who}, first": e.iloc[:, 0], f"{who}, last": e.iloc[:, -1]}
+    return e.iloc[:, -1] / e.iloc[:, 0], {
+        f"{who}, first": e.iloc[:, 0],
+        f"{who}, last": e.iloc[:, -1],
+    }
 
 # %% ../nbs/23_report.ipynb #6ba9fa1e
-claim("ctl-before", "Before Stage II the path is linear in feature space everywhere.", "LFPM Fig 5, App E.5", "ctl",
-      "largest distance of the CTL coefficient from 1, clean or prompted pictures",
-      lambda f: _off(f["ctl"], "four steps"), sense=-1, limit=.05, unit="", swap=both("ctl", "four steps", "LFPM"))
-claim("ctl-after", "After Stage II it is linear only on a part of the path.", "LFPM Fig 5, App E.5", "ctl", "largest distance of the CTL coefficient from 1, clean or prompted pictures",
-      lambda f: _off(f["ctl"], "LFPM"), limit=.05, unit="", swap=both("ctl", "four steps", "LFPM"))
-claim("delta-grows", "‖Δ‖ grows in every epoch of Stage II.", "LFPM Table 13, App E.6", "curvature", "smallest growth factor of ‖Δ‖ from one look to the next",
-      lambda f: (lambda d: ((d.T / d.T.shift()).min(), {"first": d.iloc[:, 0], "last": d.iloc[:, -1]}))(_epochs(f["curvature"], "LFPM", "delta")), limit=1, unit="×")
-claim("curvature-falls", "The effective curvature E/‖Δ‖ falls during Stage II.", "LFPM Table 13, App E.6", "curvature",
-      "E/‖Δ‖ after the last epoch divided by that after the first step, prompted pictures",
-      lambda f: _fall(f["curvature"], "LFPM"), sense=-1, limit=1, unit="×",
-      differs="E is the Hessian of the loss along Δ; see nbs/15a_curvature.ipynb for both readings of the ratio and for the Rayleigh quotient.")
+claim(
+    "ctl-before",
+    "Before Stage II the path is linear in feature space everywhere.",
+    "LFPM Fig 5, App E.5",
+    "ctl",
+    "largest distance of the CTL coefficient from 1, clean or prompted pictures",
+    lambda f: _off(f["ctl"], "four steps"),
+    sense=-1,
+    limit=0.05,
+    unit="",
+    swap=both("ctl", "four steps", "LFPM"),
+)
+claim(
+    "ctl-after",
+    "After Stage II it is linear only on a part of the path.",
+    "LFPM Fig 5, App E.5",
+    "ctl",
+    "largest distance of the CTL coefficient from 1, clean or prompted pictures",
+    lambda f: _off(f["ctl"], "LFPM"),
+    limit=0.05,
+    unit="",
+    swap=both("ctl", "four steps", "LFPM"),
+)
+claim(
+    "delta-grows",
+    "‖Δ‖ grows in every epoch of Stage II.",
+    "LFPM Table 13, App E.6",
+    "curvature",
+    "smallest growth factor of ‖Δ‖ from one look to the next",
+    lambda f: (
+        lambda d: ((d.T / d.T.shift()).min(), {"first": d.iloc[:, 0], "last": d.iloc[:, -1]})
+    )(_epochs(f["curvature"], "LFPM", "delta")),
+    limit=1,
+    unit="×",
+)
+claim(
+    "curvature-falls",
+    "The effective curvature E/‖Δ‖ falls during Stage II.",
+    "LFPM Table 13, App E.6",
+    "curvature",
+    "E/‖Δ‖ after the last epoch divided by that after the first step, prompted pictures",
+    lambda f: _fall(f["curvature"], "LFPM"),
+    sense=-1,
+    limit=1,
+    unit="×",
+    differs="E is the Hessian of the loss along Δ; see nbs/15a_curvature.ipynb for both readings of the ratio and for the Rayleigh quotient.",
+)
 
 # %% ../nbs/23_report.ipynb #12046e4d
 def _own_fall(f: dict) -> tuple[pd.Series, dict]:
@@ -402,174 +788,441 @@ def _own_fall(f: dict) -> tuple[pd.Series, dict]:
     return np.minimum(1, fall["fine-tuning"]) - fall["LFPM"], fall
 
 
-claim("curvature-own", "The fall is LFPM's doing.", "LFPM Table 13, App E.6", "curvature",
-      "1 and the same quotient of plain fine-tuning, the smaller of both, minus LFPM's", _own_fall, unit="×",
-      swap=both("curvature", "LFPM", "fine-tuning"), differs="The paper shows no other method. Ours trains two epochs on prompts that move the merged model much, and plain fine-tuning is measured beside it.")
+claim(
+    "curvature-own",
+    "The fall is LFPM's doing.",
+    "LFPM Table 13, App E.6",
+    "curvature",
+    "1 and the same quotient of plain fine-tuning, the smaller of both, minus LFPM's",
+    _own_fall,
+    unit="×",
+    swap=both("curvature", "LFPM", "fine-tuning"),
+    differs="The paper shows no other method. Ours trains two epochs on prompts that move the merged model much, and plain fine-tuning is measured beside it.",
+)
 
 # %% ../nbs/23_report.ipynb #cfc1dfad
-claim("cost-time", "LFPM takes less time than SAU and IBVS.", "LFPM Table 14, App E.7", "rivals",
-      "lower CPU seconds of IBVS and SAU minus LFPM's, Stage I and choice of strength included",
-      lambda f: lower(f["rivals"], "LFPM", ("IBVS", "SAU"), "cpu_seconds"), unit="s", swap=both("rivals", "LFPM", "IBVS"),
-      on_paper=lambda f: lower(f["rivals"], "LFPM", ("IBVS", "SAU"), "seconds"),
-      differs="Our IBVS trains its two vectors on the same few shadow pictures as everybody else.")
-claim("cost-memory", "LFPM needs about twice SAM's memory.", "LFPM Tables 14 and 15, App E.8", "rivals", "peak memory of LFPM divided by SAM's",
-      lambda f: ratio(f["rivals"], "LFPM", "SAM", "peak_mb"),
-      limit=1.5, unit="×", swap=both("rivals", "LFPM", "SAM"),
-      differs="Our peak includes Stage I, which all defences share and which is the largest step here; on a CPU small activations hide behind it.")
-claim("efficiency-order", "The three mechanisms of Stage II cost time.", "LFPM Table 15, App E.8", "efficiency", "seconds with all three divided by SAM's",
-      lambda f: ratio(f["efficiency"], "C1 + C2 + C3", "SAM", "seconds"), limit=1, unit="×", swap=both("efficiency", "C1 + C2 + C3", "SAM"))
-claim("efficiency-small", "But not much.", "LFPM Table 15, App E.8", "efficiency", "seconds with all three divided by SAM's",
-      lambda f: ratio(f["efficiency"], "C1 + C2 + C3", "SAM", "seconds"), sense=-1, limit=1.2, unit="×", swap=both("efficiency", "SAM", "fine-tuning"))
+claim(
+    "cost-time",
+    "LFPM takes less time than SAU and IBVS.",
+    "LFPM Table 14, App E.7",
+    "rivals",
+    "lower CPU seconds of IBVS and SAU minus LFPM's, Stage I and choice of strength included",
+    lambda f: lower(f["rivals"], "LFPM", ("IBVS", "SAU"), "cpu_seconds"),
+    unit="s",
+    swap=both("rivals", "LFPM", "IBVS"),
+    on_paper=lambda f: lower(f["rivals"], "LFPM", ("IBVS", "SAU"), "seconds"),
+    differs="Our IBVS trains its two vectors on the same few shadow pictures as everybody else.",
+)
+claim(
+    "cost-memory",
+    "LFPM needs about twice SAM's memory.",
+    "LFPM Tables 14 and 15, App E.8",
+    "rivals",
+    "peak memory of LFPM divided by SAM's",
+    lambda f: ratio(f["rivals"], "LFPM", "SAM", "peak_mb"),
+    limit=1.5,
+    unit="×",
+    swap=both("rivals", "LFPM", "SAM"),
+    differs="Our peak includes Stage I, which all defences share and which is the largest step here; on a CPU small activations hide behind it.",
+)
+claim(
+    "efficiency-order",
+    "The three mechanisms of Stage II cost time.",
+    "LFPM Table 15, App E.8",
+    "efficiency",
+    "seconds with all three divided by SAM's",
+    lambda f: ratio(f["efficiency"], "C1 + C2 + C3", "SAM", "seconds"),
+    limit=1,
+    unit="×",
+    swap=both("efficiency", "C1 + C2 + C3", "SAM"),
+)
+claim(
+    "efficiency-small",
+    "But not much.",
+    "LFPM Table 15, App E.8",
+    "efficiency",
+    "seconds with all three divided by SAM's",
+    lambda f: ratio(f["efficiency"], "C1 + C2 + C3", "SAM", "seconds"),
+    sense=-1,
+    limit=1.2,
+    unit="×",
+    swap=both("efficiency", "SAM", "fine-tuning"),
+)
 
 
 def without(f: dict, full: str, less: str, metric: str) -> tuple[pd.Series, dict]:
     "LFPM's number in one ablation minus that in another."
     a, b = at(f[less], "LFPM", metric), at(f[full], "LFPM", metric)
-    name = lambda e: "B + C" if e == "main" else " + ".join(e.removeprefix("ablation_").upper())          # main runs LFPM without A
+    name = lambda e: (
+        "B + C" if e == "main" else " + ".join(e.removeprefix("ablation_").upper())
+    )  # main runs LFPM without A
     return a - b, {name(less): a, name(full): b}
 
 # %% ../nbs/23_report.ipynb #6c8d8cff
-claim("without-A", "Without the subspace partition (A) clean accuracy drops.", "LFPM Table 16, App E.9", ("ablation_abc", "main"), "CA with A + B + C minus CA with B + C",
-      lambda f: without(f, "main", "ablation_abc", "CA"), swap=(("ablation_abc", "LFPM"), ("main", "LFPM")), on_paper=lambda f: without(f, "ablation_bc", "ablation_abc", "CA"),
-      differs="In this lab a working trigger moves features inside the space that classes need, so the partition hides it (nbs/12_subspace.ipynb).")
-claim("without-C", "Without accumulation and path integral (C) most of the backdoor stays.", "LFPM Table 16, App E.9", ("ablation_abc", "ablation_ab"),
-      "ASR(T) with A + B minus ASR(T) with A + B + C",
-      lambda f: without(f, "ablation_abc", "ablation_ab", "ASR_T"), limit=10, swap=(("ablation_abc", "LFPM"), ("ablation_ab", "LFPM")))
-claim("C-beats-B", "C removes more of the backdoor than the worst-case prompt (B) does.", "LFPM Table 16, App E.9", ("ablation_ac", "ablation_ab"),
-      "ASR(T) with A + B minus ASR(T) with A + C",
-      lambda f: without(f, "ablation_ac", "ablation_ab", "ASR_T"), swap=(("ablation_ac", "LFPM"), ("ablation_ab", "LFPM")))
+claim(
+    "without-A",
+    "Without the subspace partition (A) clean accuracy drops.",
+    "LFPM Table 16, App E.9",
+    ("ablation_abc", "main"),
+    "CA with A + B + C minus CA with B + C",
+    lambda f: without(f, "main", "ablation_abc", "CA"),
+    swap=(("ablation_abc", "LFPM"), ("main", "LFPM")),
+    on_paper=lambda f: without(f, "ablation_bc", "ablation_abc", "CA"),
+    differs="In this lab a working trigger moves features inside the space that classes need, so the partition hides it (nbs/12_subspace.ipynb).",
+)
+claim(
+    "without-C",
+    "Without accumulation and path integral (C) most of the backdoor stays.",
+    "LFPM Table 16, App E.9",
+    ("ablation_abc", "ablation_ab"),
+    "ASR(T) with A + B minus ASR(T) with A + B + C",
+    lambda f: without(f, "ablation_abc", "ablation_ab", "ASR_T"),
+    limit=10,
+    swap=(("ablation_abc", "LFPM"), ("ablation_ab", "LFPM")),
+)
+claim(
+    "C-beats-B",
+    "C removes more of the backdoor than the worst-case prompt (B) does.",
+    "LFPM Table 16, App E.9",
+    ("ablation_ac", "ablation_ab"),
+    "ASR(T) with A + B minus ASR(T) with A + C",
+    lambda f: without(f, "ablation_ac", "ablation_ab", "ASR_T"),
+    swap=(("ablation_ac", "LFPM"), ("ablation_ab", "LFPM")),
+)
 
 # %% ../nbs/23_report.ipynb #7accff03
 PLAIN = ("SA", "Fisher", "RegMean", "TA", "TIES", "ConcreteTA")
-LEARNT = ("AdaTask", "AdaLayer", "ConcreteTask", "ConcreteLayer")     # coefficients learnt from unlabelled pictures
-POST = ("ANP", "AWM", "SAU")                                          # after a merge: the paper's best one, our Task Arithmetic
-claim("succession", "No merge removes the backdoor of a poisoned task (succession).", "DAM Figs 2 and 7, Tables 2 and 14", "dam_two", "lowest ASR(T) of ten merges",
-      lambda f: worst(1, *((m, (at(f["dam_two"], m, "ASR_T"), {"ASR(T)": at(f["dam_two"], m, "ASR_T")})) for m in (*PLAIN, *LEARNT))),
-      limit=50, unit="%", swap=both("dam_two", "SA", "individual (clean)"))
-claim("transfer", "The backdoor reaches tasks whose contributor is clean (transfer).", "DAM Figs 3 and 8, Table 13", "dam_two",
-      "ASR(N) of Task Arithmetic minus that of the individual models",
-      lambda f: higher(f["dam_two"], "TA", ["individual"], "ASR_N"), swap=both("dam_two", "TA", "individual"),
-      on_paper=lambda f: higher(f["dam_mixed"], "TA", ["individual"], "ASR_N"))              # Table 9 prints the same clean contributors
-claim("learnt-merges", "Merges that learn their coefficients still carry a backdoor.", "DAM Finding 1, Table 2", "merging",
-      "lowest ASR(T) of AdaMerging and Concrete AdaMerging above that of the clean merge under the same trigger, attack BadMerging",
-      lambda f: worst(1, *((m, higher(f["merging"], m, [f"{m} (clean)"], "ASR_T")) for m in LEARNT)), limit=10, swap=both("merging", "AdaLayer", "AdaLayer (clean)"),
-      on_paper=lambda f: worst(1, *((m, (at(f["dam_two"], m, "ASR_T"), {"ASR(T)": at(f["dam_two"], m, "ASR_T")})) for m in LEARNT)),
-      differs="The paper's attack is TrojViT, ours BadMerging: our poisoned task vector is long and costs the other tasks accuracy, entropy notices, and its coefficient falls far below its clean twin's.")
-claim("dam-badmerging", "BadMerging does not get through DAM.", "DAM Table 5, Sec 4.2", "merging", "ASR(T) of DAM with the poisoned contributor minus with his clean twin",
-      lambda f: higher(f["merging"], "DAM", ["DAM (clean)"], "ASR_T"), sense=-1, limit=5, swap=both("merging", "DAM", "TA"))
+LEARNT = (
+    "AdaTask",
+    "AdaLayer",
+    "ConcreteTask",
+    "ConcreteLayer",
+)  # coefficients learnt from unlabelled pictures
+POST = ("ANP", "AWM", "SAU")  # after a merge: the paper's best one, our Task Arithmetic
+claim(
+    "succession",
+    "No merge removes the backdoor of a poisoned task (succession).",
+    "DAM Figs 2 and 7, Tables 2 and 14",
+    "dam_two",
+    "lowest ASR(T) of ten merges",
+    lambda f: worst(
+        1,
+        *(
+            (m, (at(f["dam_two"], m, "ASR_T"), {"ASR(T)": at(f["dam_two"], m, "ASR_T")}))
+            for m in (*PLAIN, *LEARNT)
+        ),
+    ),
+    limit=50,
+    unit="%",
+    swap=both("dam_two", "SA", "individual (clean)"),
+)
+claim(
+    "transfer",
+    "The backdoor reaches tasks whose contributor is clean (transfer).",
+    "DAM Figs 3 and 8, Table 13",
+    "dam_two",
+    "ASR(N) of Task Arithmetic minus that of the individual models",
+    lambda f: higher(f["dam_two"], "TA", ["individual"], "ASR_N"),
+    swap=both("dam_two", "TA", "individual"),
+    on_paper=lambda f: higher(f["dam_mixed"], "TA", ["individual"], "ASR_N"),
+)  # Table 9 prints the same clean contributors
+claim(
+    "learnt-merges",
+    "Merges that learn their coefficients still carry a backdoor.",
+    "DAM Finding 1, Table 2",
+    "merging",
+    "lowest ASR(T) of AdaMerging and Concrete AdaMerging above that of the clean merge under the same trigger, attack BadMerging",
+    lambda f: worst(1, *((m, higher(f["merging"], m, [f"{m} (clean)"], "ASR_T")) for m in LEARNT)),
+    limit=10,
+    swap=both("merging", "AdaLayer", "AdaLayer (clean)"),
+    on_paper=lambda f: worst(
+        1,
+        *(
+            (m, (at(f["dam_two"], m, "ASR_T"), {"ASR(T)": at(f["dam_two"], m, "ASR_T")}))
+            for m in LEARNT
+        ),
+    ),
+    differs="The paper's attack is TrojViT, ours BadMerging: our poisoned task vector is long and costs the other tasks accuracy, entropy notices, and its coefficient falls far below its clean twin's.",
+)
+claim(
+    "dam-badmerging",
+    "BadMerging does not get through DAM.",
+    "DAM Table 5, Sec 4.2",
+    "merging",
+    "ASR(T) of DAM with the poisoned contributor minus with his clean twin",
+    lambda f: higher(f["merging"], "DAM", ["DAM (clean)"], "ASR_T"),
+    sense=-1,
+    limit=5,
+    swap=both("merging", "DAM", "TA"),
+)
 
 # %% ../nbs/23_report.ipynb #0fc7e91c
-claim("layer-wise", "Layer-wise coefficients are more accurate than task-wise ones.", "DAM App C.2, Table 2", "dam_two",
-      "CA layer-wise minus task-wise, the smaller of AdaMerging's and Concrete's",
-      lambda f: worst(1, *((b, higher(f["dam_two"], b, [a], "CA")) for a, b in (("AdaTask", "AdaLayer"), ("ConcreteTask", "ConcreteLayer")))),
-      swap=both("dam_two", "AdaTask", "AdaLayer"))
-claim("ties-poor", "TIES is less safe than Fisher and RegMean.", "DAM App C.2, Table 2", "dam_two", "ASR(T) of TIES minus the higher of Fisher's and RegMean's",
-      lambda f: higher(f["dam_two"], "TIES", ("Fisher", "RegMean"), "ASR_T"), swap=both("dam_two", "TIES", "Fisher"))
-for name, words, where in (("two", "two poisoned contributors", "Table 2"), ("four", "four poisoned contributors", "Table 3"), ("mixed", "two kinds of attack", "Table 9"),
-                           ("other", "two other poisoned contributors", "Table 11"), ("domain", "one poisoned contributor from another domain", "Table 15")):
-    claim(f"dam-{name}", f"With {words}, DAM leaves less than any other merge that learns.", f"DAM {where}, Sec 4.2", f"dam_{name}",
-          "lowest ASR(T) of AdaMerging and Concrete AdaMerging, task- and layer-wise, minus DAM's",
-          lambda f, e=f"dam_{name}": lower(f[e], "DAM", LEARNT, "ASR_T"), swap=both(f"dam_{name}", "DAM", "ConcreteLayer"))
-claim("dam-rest", "Even DAM leaves most of the backdoor of the poisoned tasks (its table, not its text).", "DAM Table 2", "dam_two", "ASR(T) of DAM",
-      lambda f: (at(f["dam_two"], "DAM", "ASR_T"), {m: at(f["dam_two"], m, "ASR_T") for m in ("SA", "DAM")}), limit=30, unit="%", swap=both("dam_two", "DAM", "individual (clean)"))
-claim("dam-ca", "DAM gives up only about a point of accuracy.", "DAM Table 2, Sec 4.2", "dam_two", "highest CA of ten merges minus DAM's",
-      lambda f: (lambda v, p: (-v, p))(*higher(f["dam_two"], "DAM", (*PLAIN, *LEARNT), "CA")), sense=-1, limit=2, swap=both("dam_two", "DAM", "SA"))
-claim("domain-weak", "A single backdoor from another domain is weakened by merging alone.", "DAM Table 15, App C.5", "dam_domain",
-      "ASR(T) of the poisoned contributor minus that of layer-wise AdaMerging",
-      lambda f: higher(f["dam_domain"], "individual", ["AdaLayer"], "ASR_T"), limit=20, swap=both("dam_domain", "individual", "AdaLayer"))
+claim(
+    "layer-wise",
+    "Layer-wise coefficients are more accurate than task-wise ones.",
+    "DAM App C.2, Table 2",
+    "dam_two",
+    "CA layer-wise minus task-wise, the smaller of AdaMerging's and Concrete's",
+    lambda f: worst(
+        1,
+        *(
+            (b, higher(f["dam_two"], b, [a], "CA"))
+            for a, b in (("AdaTask", "AdaLayer"), ("ConcreteTask", "ConcreteLayer"))
+        ),
+    ),
+    swap=both("dam_two", "AdaTask", "AdaLayer"),
+)
+claim(
+    "ties-poor",
+    "TIES is less safe than Fisher and RegMean.",
+    "DAM App C.2, Table 2",
+    "dam_two",
+    "ASR(T) of TIES minus the higher of Fisher's and RegMean's",
+    lambda f: higher(f["dam_two"], "TIES", ("Fisher", "RegMean"), "ASR_T"),
+    swap=both("dam_two", "TIES", "Fisher"),
+)
+for name, words, where in (
+    ("two", "two poisoned contributors", "Table 2"),
+    ("four", "four poisoned contributors", "Table 3"),
+    ("mixed", "two kinds of attack", "Table 9"),
+    ("other", "two other poisoned contributors", "Table 11"),
+    ("domain", "one poisoned contributor from another domain", "Table 15"),
+):
+    claim(
+        f"dam-{name}",
+        f"With {words}, DAM leaves less than any other merge that learns.",
+        f"DAM {where}, Sec 4.2",
+        f"dam_{name}",
+        "lowest ASR(T) of AdaMerging and Concrete AdaMerging, task- and layer-wise, minus DAM's",
+        lambda f, e=f"dam_{name}": lower(f[e], "DAM", LEARNT, "ASR_T"),
+        swap=both(f"dam_{name}", "DAM", "ConcreteLayer"),
+    )
+claim(
+    "dam-rest",
+    "Even DAM leaves most of the backdoor of the poisoned tasks (its table, not its text).",
+    "DAM Table 2",
+    "dam_two",
+    "ASR(T) of DAM",
+    lambda f: (
+        at(f["dam_two"], "DAM", "ASR_T"),
+        {m: at(f["dam_two"], m, "ASR_T") for m in ("SA", "DAM")},
+    ),
+    limit=30,
+    unit="%",
+    swap=both("dam_two", "DAM", "individual (clean)"),
+)
+claim(
+    "dam-ca",
+    "DAM gives up only about a point of accuracy.",
+    "DAM Table 2, Sec 4.2",
+    "dam_two",
+    "highest CA of ten merges minus DAM's",
+    lambda f: (lambda v, p: (-v, p))(*higher(f["dam_two"], "DAM", (*PLAIN, *LEARNT), "CA")),
+    sense=-1,
+    limit=2,
+    swap=both("dam_two", "DAM", "SA"),
+)
+claim(
+    "domain-weak",
+    "A single backdoor from another domain is weakened by merging alone.",
+    "DAM Table 15, App C.5",
+    "dam_domain",
+    "ASR(T) of the poisoned contributor minus that of layer-wise AdaMerging",
+    lambda f: higher(f["dam_domain"], "individual", ["AdaLayer"], "ASR_T"),
+    limit=20,
+    swap=both("dam_domain", "individual", "AdaLayer"),
+)
 
 # %% ../nbs/23_report.ipynb #2e2e2a1c
 def _post(f: dict) -> tuple[pd.Series, dict]:
     "Lowest ASR(T) of merging and then defending, minus DAM's."
-    parts = {"DAM": at(f["dam_two"], "DAM", "ASR_T")} | {d: at(f["dam_two_defended"], d, "ASR_T") for d in POST}
+    parts = {"DAM": at(f["dam_two"], "DAM", "ASR_T")} | {
+        d: at(f["dam_two_defended"], d, "ASR_T") for d in POST
+    }
     return pd.DataFrame({d: parts[d] for d in POST}).min(axis=1, skipna=False) - parts["DAM"], parts
 
 
 def _post_time(f: dict) -> tuple[pd.Series, dict]:
     "CPU seconds of the cheapest of three defences (the merge before it, Task Arithmetic, takes none), minus DAM's."
-    parts = {"DAM": at(f["dam_two"], "DAM", "cpu_seconds")} | {d: at(f["dam_two_defended"], d, "cpu_seconds") for d in POST}
+    parts = {"DAM": at(f["dam_two"], "DAM", "cpu_seconds")} | {
+        d: at(f["dam_two_defended"], d, "cpu_seconds") for d in POST
+    }
     return pd.DataFrame({d: parts[d] for d in POST}).min(axis=1, skipna=False) - parts["DAM"], parts
 
 
 DEFENDED = ("dam_two", "dam_two_defended")
-claim("dam-post", "DAM leaves less than merging first and defending afterwards (ANP, AWM, SAU).", "DAM Table 2, Sec 4.2", DEFENDED, "lowest ASR(T) after ANP, AWM or SAU minus DAM's",
-      _post, swap=(("dam_two", "DAM"), ("dam_two_defended", "ANP")))
-claim("dam-time", "DAM takes less time than merging and then defending.", "DAM Table 8, App C.4", DEFENDED, "CPU seconds of the cheapest of ANP, AWM, SAU minus DAM's",
-      _post_time, unit="s", swap=(("dam_two", "DAM"), ("dam_two_defended", "ANP")), on_paper=lambda f: lower(f["dam_cost"], "DAM", POST, "minutes"))
-claim("dam-masks", "Both of DAM's masks are needed: without either one more of the backdoor stays.", "DAM Table 6", "dam_masks", "lowest ASR(T) without one or both masks minus DAM's",
-      lambda f: lower(f["dam_masks"], "DAM", ("DAM without M1", "DAM without M2", "DAM without masks"), "ASR_T"), swap=both("dam_masks", "DAM", "DAM without M2"))
-claim("wag-asr", "DAM leaves less than averaging with clean twins (WAG).", "DAM Table 4", "wag", "ASR(T) of WAG minus DAM's",
-      lambda f: lower(f["wag"], "DAM", ["WAG"], "ASR_T"), swap=both("wag", "DAM", "WAG"))
-claim("wag-ca", "DAM is more accurate than WAG.", "DAM Table 4", "wag", "CA of DAM minus WAG's", lambda f: higher(f["wag"], "DAM", ["WAG"], "CA"), swap=both("wag", "DAM", "WAG"))
+claim(
+    "dam-post",
+    "DAM leaves less than merging first and defending afterwards (ANP, AWM, SAU).",
+    "DAM Table 2, Sec 4.2",
+    DEFENDED,
+    "lowest ASR(T) after ANP, AWM or SAU minus DAM's",
+    _post,
+    swap=(("dam_two", "DAM"), ("dam_two_defended", "ANP")),
+)
+claim(
+    "dam-time",
+    "DAM takes less time than merging and then defending.",
+    "DAM Table 8, App C.4",
+    DEFENDED,
+    "CPU seconds of the cheapest of ANP, AWM, SAU minus DAM's",
+    _post_time,
+    unit="s",
+    swap=(("dam_two", "DAM"), ("dam_two_defended", "ANP")),
+    on_paper=lambda f: lower(f["dam_cost"], "DAM", POST, "minutes"),
+)
+claim(
+    "dam-masks",
+    "Both of DAM's masks are needed: without either one more of the backdoor stays.",
+    "DAM Table 6",
+    "dam_masks",
+    "lowest ASR(T) without one or both masks minus DAM's",
+    lambda f: lower(
+        f["dam_masks"], "DAM", ("DAM without M1", "DAM without M2", "DAM without masks"), "ASR_T"
+    ),
+    swap=both("dam_masks", "DAM", "DAM without M2"),
+)
+claim(
+    "wag-asr",
+    "DAM leaves less than averaging with clean twins (WAG).",
+    "DAM Table 4",
+    "wag",
+    "ASR(T) of WAG minus DAM's",
+    lambda f: lower(f["wag"], "DAM", ["WAG"], "ASR_T"),
+    swap=both("wag", "DAM", "WAG"),
+)
+claim(
+    "wag-ca",
+    "DAM is more accurate than WAG.",
+    "DAM Table 4",
+    "wag",
+    "CA of DAM minus WAG's",
+    lambda f: higher(f["wag"], "DAM", ["WAG"], "CA"),
+    swap=both("wag", "DAM", "WAG"),
+)
 
 # %% ../nbs/23_report.ipynb #e00f8e21
 def _printed(name: str, every: pd.DataFrame) -> pd.DataFrame:
     "The printed table of an experiment in our terms: LFPM's ablations are LFPM, DAM's attack success is ASR_T on poisoned tasks and ASR_N on clean ones."
     paper, number = SOURCES[name]
     of = every[(every.paper == paper) & (every.table == number)]
-    of = of[of.sequence == of.sequence.iloc[0]].assign(kind="model", lam=np.nan, n=0, value=of.slip.fillna(of.value))        # a slip: the tasks' own mean
+    of = of[of.sequence == of.sequence.iloc[0]].assign(
+        kind="model", lam=np.nan, n=0, value=of.slip.fillna(of.value)
+    )  # a slip: the tasks' own mean
     if name.startswith("ablation_"):
         keep = " + ".join(name.removeprefix("ablation_").upper())
         return of[of.method == keep].assign(method="LFPM")
-    if number == 13 and paper == "LFPM": return of.assign(kind="curvature prompted", epoch=of.task.str[-1].astype(int))
-    if paper == "LFPM": return of[of.task != "epoch"].replace(dict(task={"total": "average"}))
+    if number == 13 and paper == "LFPM":
+        return of.assign(kind="curvature prompted", epoch=of.task.str[-1].astype(int))
+    if paper == "LFPM":
+        return of[of.task != "epoch"].replace(dict(task={"total": "average"}))
     asr = of[of.metric == "ASR"]
     hit = asr[asr.task == "poisoned tasks"].assign(task="average", metric="ASR_T")
     single = asr[~asr.task.isin(["average", "poisoned tasks"])]
     spared = single[~attacked(single)].groupby("method", sort=False).value.mean().reset_index()
-    if hit.empty: hit = asr[asr.task == "average"].assign(metric="ASR_T")                      # only the mean over all tasks is printed
+    if hit.empty:
+        hit = asr[asr.task == "average"].assign(
+            metric="ASR_T"
+        )  # only the mean over all tasks is printed
     spared = spared.assign(task="average", metric="ASR_N", kind="model", n=0, lam=np.nan)
-    out = pd.concat([of[of.metric == "CA"], hit, spared, of[of.metric == "minutes"].assign(task="average")])
+    out = pd.concat(
+        [of[of.metric == "CA"], hit, spared, of[of.metric == "minutes"].assign(task="average")]
+    )
     return out
 
 # %% ../nbs/23_report.ipynb #3be0a6fc
 def paper_frames() -> dict[str, pd.DataFrame]:
     "{experiment: its printed table as tidy rows of seed 0}; `rivals` has the costs of Table 14 too."
     every = load_paper()
-    out = {name: _printed(name, every) for name, (_, number) in SOURCES.items() if number is not None}
+    out = {
+        name: _printed(name, every) for name, (_, number) in SOURCES.items() if number is not None
+    }
     out["rivals"] = pd.concat([out["rivals"], out["cost"]])
-    return {name: df[[c for c in ("method", "kind", "lam", "task", "metric", "value", "n", "epoch") if c in df]].assign(seed=0) for name, df in out.items()}
+    return {
+        name: df[
+            [
+                c
+                for c in ("method", "kind", "lam", "task", "metric", "value", "n", "epoch")
+                if c in df
+            ]
+        ].assign(seed=0)
+        for name, df in out.items()
+    }
 
 
 def judge_paper(c: Claim, frames: dict) -> Verdict:
     "The claim on its paper's own printed numbers."
-    return judge(replace(c, check=c.on_paper or c.check, needs=c.needs if c.on_paper is None else ()), frames)
+    return judge(
+        replace(c, check=c.on_paper or c.check, needs=c.needs if c.on_paper is None else ()), frames
+    )
 
 # %% ../nbs/23_report.ipynb #4f3c923a
-TITLES = {"CA": "CA %", "ASR_T": "ASR(T) %", "ASR_N": "ASR(N) %", "path_ASR": "Path-ASR %", "lam": "λ", "cpu_seconds": "CPU s", "peak_mb": "peak MB"}
+TITLES = {
+    "CA": "CA %",
+    "ASR_T": "ASR(T) %",
+    "ASR_N": "ASR(N) %",
+    "path_ASR": "Path-ASR %",
+    "lam": "λ",
+    "cpu_seconds": "CPU s",
+    "peak_mb": "peak MB",
+}
 DIGITS = {"lam": 2, "cpu_seconds": 0, "peak_mb": 0}
 
 
 def spread(s: pd.Series, digits: int | None = None) -> str:
     "`mean ± std` over seeds (std only of two or more); digits by size."
     s = s.dropna()
-    if s.empty: return "–"
-    d = (0 if abs(s.mean()) >= 1000 else 1 if abs(s.mean()) >= 1 else 2) if digits is None else digits
+    if s.empty:
+        return "–"
+    d = (
+        (0 if abs(s.mean()) >= 1000 else 1 if abs(s.mean()) >= 1 else 2)
+        if digits is None
+        else digits
+    )
     return f"{s.mean():.{d}f}" + (f" ± {s.std(ddof=1):.{d}f}" if len(s) > 1 else "")
 
 
 def _by_method(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
     avg = r.df[(r.df.task == "average") & r.df.kind.isin(["model", "summary"])]
     methods = list(dict.fromkeys(avg.method))
-    theirs = {} if printed is None else printed[printed.task == "average"].set_index(["method", "metric"]).value.to_dict()
+    theirs = (
+        {}
+        if printed is None
+        else printed[printed.task == "average"].set_index(["method", "metric"]).value.to_dict()
+    )
     show = lambda m, k: f"{theirs[m, k]:.{DIGITS.get(k, 2)}f}" if (m, k) in theirs else "–"
     methods += [m for m in dict.fromkeys(m for m, _ in theirs) if m not in methods]
     out = {}
     for metric, title in TITLES.items():
         of = avg[avg.metric == metric]
-        if len(of): out[title, "ours"] = {m: spread(of[of.method == m].value, DIGITS.get(metric)) for m in methods}
-        if len(of) and any(k == metric for _, k in theirs): out[title, "paper"] = {m: show(m, metric) for m in methods}
+        if len(of):
+            out[title, "ours"] = {
+                m: spread(of[of.method == m].value, DIGITS.get(metric)) for m in methods
+            }
+        if len(of) and any(k == metric for _, k in theirs):
+            out[title, "paper"] = {m: show(m, metric) for m in methods}
     seeds = avg.groupby("method").seed.nunique()
-    return pd.DataFrame(out | {("seeds", ""): {m: str(seeds.get(m, 0) or "–") for m in methods}}).loc[methods]
+    return pd.DataFrame(
+        out | {("seeds", ""): {m: str(seeds.get(m, 0) or "–") for m in methods}}
+    ).loc[methods]
 
 # %% ../nbs/23_report.ipynb #79f9045b
 def _by_epoch(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
     "A curvature run: one row a method and epoch, ours (prompted pictures) beside Table 13."
     of = r.df[r.df.kind == "curvature prompted"]
     keys = {"delta": "‖Δ‖", "E_over_delta": "E/‖Δ‖", "rayleigh": "E/‖Δ‖²"}
-    out = {(title, "ours"): of[of.metric == k].groupby(["method", "epoch"], sort=False).value.apply(spread) for k, title in keys.items()}
+    out = {
+        (title, "ours"): of[of.metric == k]
+        .groupby(["method", "epoch"], sort=False)
+        .value.apply(spread)
+        for k, title in keys.items()
+    }
     if printed is not None:
-        out |= {(keys[k], "paper"): g.set_index(["method", "epoch"]).value.map("{:.2f}".format) for k, g in printed.groupby("metric") if k in keys}
+        out |= {
+            (keys[k], "paper"): g.set_index(["method", "epoch"]).value.map("{:.2f}".format)
+            for k, g in printed.groupby("metric")
+            if k in keys
+        }
     t = pd.DataFrame(out).astype(object).fillna("–").sort_index(kind="stable")
     return t.set_axis([f"{m}, epoch {e:.2g}" for m, e in t.index]).sort_index(axis=1, kind="stable")
 
@@ -577,25 +1230,41 @@ def _by_epoch(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
 def _by_path(r: Results) -> pd.DataFrame:
     "A CTL run: how far coefficient and cosine of the output features stray from 1 on each path."
     of = r.df[(r.df.block == "feature") & r.df.metric.isin(["coefficient", "cosine"])]
-    off = of.assign(off=(of.value - 1).abs()).groupby(["method", "kind", "metric", "seed"], sort=False).off.max()
+    off = (
+        of.assign(off=(of.value - 1).abs())
+        .groupby(["method", "kind", "metric", "seed"], sort=False)
+        .off.max()
+    )
     names = list(dict.fromkeys(of.method))
-    cell = lambda m, k, what: spread(off.xs((m, f"ctl {k}", what), level=("method", "kind", "metric")), 3)
-    return pd.DataFrame({(f"{k} pictures", f"largest |{what} − 1|"): {m: cell(m, k, what) for m in names} for k in ("clean", "prompted") for what in ("coefficient", "cosine")})
+    cell = lambda m, k, what: spread(
+        off.xs((m, f"ctl {k}", what), level=("method", "kind", "metric")), 3
+    )
+    return pd.DataFrame(
+        {
+            (f"{k} pictures", f"largest |{what} − 1|"): {m: cell(m, k, what) for m in names}
+            for k in ("clean", "prompted")
+            for what in ("coefficient", "cosine")
+        }
+    )
 
 
 def ours_beside(name: str, preset: str = "lab", roots: list | None = None) -> pd.DataFrame:
     "Our table of an experiment (mean ± std over seeds) beside the printed one, as text; clean merges are the rows called `(clean)`."
-    return beside(results_of(name, preset, roots), paper_frames().get(choose(name, SOURCES, "experiment")))
+    return beside(
+        results_of(name, preset, roots), paper_frames().get(choose(name, SOURCES, "experiment"))
+    )
 
 
 def beside(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
-    if "epoch" in r.df: return _by_epoch(r, printed)
+    if "epoch" in r.df:
+        return _by_epoch(r, printed)
     return _by_path(r) if "block" in r.df else _by_method(r, printed)
 
 # %% ../nbs/23_report.ipynb #06a2c7fe
 @dataclass
 class Mark:
     "Points, a line (`dash`) or bars (`bar`) of one name: numbers x against numbers or categories y."
+
     name: str
     x: list
     y: list
@@ -603,7 +1272,7 @@ class Mark:
     symbol: str = "o"
     dash: str = ""
     hollow: bool = False
-    bar: str = ""                     # a hatch: "", "/", "x"
+    bar: str = ""  # a hatch: "", "/", "x"
     hover: list = field(default_factory=list)
     size: float = 8
 
@@ -611,6 +1280,7 @@ class Mark:
 @dataclass
 class Chart:
     "Marks with titles; `symlog`: the x axis is linear within ±1 and logarithmic outside; `zero`: a line there; `tall`: height in pixels."
+
     title: str
     xlabel: str
     ylabel: str
@@ -618,7 +1288,7 @@ class Chart:
     symlog: bool = False
     zero: bool = False
     tall: int = 420
-    categories: list = field(default_factory=list)       # of y, from top to bottom
+    categories: list = field(default_factory=list)  # of y, from top to bottom
 
 
 def squeeze(v):
@@ -634,28 +1304,61 @@ TICKS = (-1000, -100, -10, -1, 0, 1, 10, 100, 1000)
 def mpl(self):
     "The chart as a matplotlib figure."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(8.6, self.tall / 100), layout="constrained"); ax = fig.subplots()
+
+    fig = Figure(figsize=(8.6, self.tall / 100), layout="constrained")
+    ax = fig.subplots()
     place = {c: i for i, c in enumerate(self.categories)}
     bars = [m for m in self.marks if m.bar]
     for m in self.marks:
         x, y = squeeze(m.x) if self.symlog else m.x, [place[v] for v in m.y] if place else m.y
         if m.bar:
-            h = .8 / len(bars)
-            ax.barh([v + h * (bars.index(m) - (len(bars) - 1) / 2) for v in y], x, h, color=m.colour, hatch=m.bar * 2, edgecolor="white", label=m.name)
-        else: ax.plot(x, y, m.symbol, ls=DASHES.get(m.dash, ""), color=m.colour, mfc="white" if m.hollow else m.colour, ms=m.size * .75, label=m.name)
-    if place: ax.set_yticks(range(len(place)), list(place), fontsize=8); ax.set_ylim(len(place) - .4, -.6)
-    if self.symlog: ax.set_xticks(squeeze(TICKS), [f"{t:g}" for t in TICKS]); ax.set_xlim(*self.span())
-    if self.zero: ax.axvline(0, color="0.3", lw=1)
-    ax.set(title=self.title, xlabel=self.xlabel, ylabel=self.ylabel); ax.grid(alpha=.3); ax.title.set_fontsize(10)
+            h = 0.8 / len(bars)
+            ax.barh(
+                [v + h * (bars.index(m) - (len(bars) - 1) / 2) for v in y],
+                x,
+                h,
+                color=m.colour,
+                hatch=m.bar * 2,
+                edgecolor="white",
+                label=m.name,
+            )
+        else:
+            ax.plot(
+                x,
+                y,
+                m.symbol,
+                ls=DASHES.get(m.dash, ""),
+                color=m.colour,
+                mfc="white" if m.hollow else m.colour,
+                ms=m.size * 0.75,
+                label=m.name,
+            )
+    if place:
+        ax.set_yticks(range(len(place)), list(place), fontsize=8)
+        ax.set_ylim(len(place) - 0.4, -0.6)
+    if self.symlog:
+        ax.set_xticks(squeeze(TICKS), [f"{t:g}" for t in TICKS])
+        ax.set_xlim(*self.span())
+    if self.zero:
+        ax.axvline(0, color="0.3", lw=1)
+    ax.set(title=self.title, xlabel=self.xlabel, ylabel=self.ylabel)
+    ax.grid(alpha=0.3)
+    ax.title.set_fontsize(10)
     handles = dict(zip(*reversed(ax.get_legend_handles_labels())))
-    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), fontsize=8)
+    fig.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(4, len(handles)),
+        fontsize=8,
+    )
     return fig
 
 # %% ../nbs/23_report.ipynb #ebc4b53a
 @method(Chart)
 def span(self) -> tuple:
     "x limits of a symlog chart, in squeezed units."
-    far = max((abs(v) for m in self.marks for v in squeeze(m.x)), default=1) + .3
+    far = max((abs(v) for m in self.marks for v in squeeze(m.x)), default=1) + 0.3
     return -far, far
 
 # %% ../nbs/23_report.ipynb #51303902
@@ -663,20 +1366,69 @@ def span(self) -> tuple:
 def plotly(self):
     "The chart as a plotly figure."
     import plotly.graph_objects as go
+
     fig, named = go.Figure(), set()
-    for m in self.marks[::-1] if self.categories else self.marks:                     # plotly stacks from below
-        x, text = list(squeeze(m.x)) if self.symlog else list(m.x), m.hover or [f"{m.name}: {v:.3g}" for v in m.x]
-        also = dict(name=m.name, legendgroup=m.name, showlegend=m.name not in named, text=text, hovertemplate="%{text}<extra></extra>"); named.add(m.name)
-        if m.bar: fig.add_bar(x=x, y=list(m.y), orientation="h", marker=dict(color=m.colour, pattern=dict(shape=m.bar)), textposition="none", **also); continue
+    for m in self.marks[::-1] if self.categories else self.marks:  # plotly stacks from below
+        x, text = (
+            list(squeeze(m.x)) if self.symlog else list(m.x),
+            m.hover or [f"{m.name}: {v:.3g}" for v in m.x],
+        )
+        also = dict(
+            name=m.name,
+            legendgroup=m.name,
+            showlegend=m.name not in named,
+            text=text,
+            hovertemplate="%{text}<extra></extra>",
+        )
+        named.add(m.name)
+        if m.bar:
+            fig.add_bar(
+                x=x,
+                y=list(m.y),
+                orientation="h",
+                marker=dict(color=m.colour, pattern=dict(shape=m.bar)),
+                textposition="none",
+                **also,
+            )
+            continue
         shape = MARKS[m.symbol] + ("-open" if m.hollow else "")
-        fig.add_scatter(x=x, y=list(m.y), mode="lines+markers" if m.dash else "markers", line=dict(color=m.colour, dash=m.dash or "solid"),
-                        marker=dict(color=m.colour, symbol=shape, size=m.size, line=dict(width=2 if m.hollow else 0)), **also)
-    if self.categories: fig.update_yaxes(categoryorder="array", categoryarray=self.categories[::-1], tickfont=dict(size=11), automargin=True)
-    if self.symlog: fig.update_xaxes(tickvals=list(squeeze(TICKS)), ticktext=[f"{t:g}" for t in TICKS], range=self.span())
-    if self.zero: fig.add_vline(0, line=dict(color="#555", width=1))
-    fig.update_xaxes(title=self.xlabel); fig.update_yaxes(title=self.ylabel)
-    return fig.update_layout(template="plotly_white", height=self.tall, margin=dict(l=50, r=15, t=40, b=50), title=dict(text=self.title, font=dict(size=14)),
-        legend=dict(orientation="h", traceorder="reversed" if self.categories else "normal", yanchor="top", y=-60 / max(self.tall - 150, 1)))
+        fig.add_scatter(
+            x=x,
+            y=list(m.y),
+            mode="lines+markers" if m.dash else "markers",
+            line=dict(color=m.colour, dash=m.dash or "solid"),
+            marker=dict(
+                color=m.colour, symbol=shape, size=m.size, line=dict(width=2 if m.hollow else 0)
+            ),
+            **also,
+        )
+    if self.categories:
+        fig.update_yaxes(
+            categoryorder="array",
+            categoryarray=self.categories[::-1],
+            tickfont=dict(size=11),
+            automargin=True,
+        )
+    if self.symlog:
+        fig.update_xaxes(
+            tickvals=list(squeeze(TICKS)), ticktext=[f"{t:g}" for t in TICKS], range=self.span()
+        )
+    if self.zero:
+        fig.add_vline(0, line=dict(color="#555", width=1))
+    fig.update_xaxes(title=self.xlabel)
+    fig.update_yaxes(title=self.ylabel)
+    return fig.update_layout(
+        template="plotly_white",
+        height=self.tall,
+        margin=dict(l=50, r=15, t=40, b=50),
+        title=dict(text=self.title, font=dict(size=14)),
+        legend=dict(
+            orientation="h",
+            traceorder="reversed" if self.categories else "normal",
+            yanchor="top",
+            y=-60 / max(self.tall - 150, 1),
+        ),
+    )
 
 # %% ../nbs/23_report.ipynb #aeb2dc79
 def chart_claims(verdicts: dict[str, Verdict]) -> Chart:
@@ -685,50 +1437,141 @@ def chart_claims(verdicts: dict[str, Verdict]) -> Chart:
     order = sorted(judged, key=lambda k: list(VERDICTS).index(judged[k].verdict))
     marks = []
     for word, (_, colour) in VERDICTS.items():
-        of = [(claims[k], s, v) for k in order if judged[k].verdict == word for s, v in judged[k].value.items()]
-        if of: marks.append(Mark(word, [c.sense * (v - c.limit) for c, _, v in of], [c.id for c, _, _ in of], colour, dict(confirmed="o", contradicted="x").get(word, "s"),
-                                 hover=[f"{c.text}<br>seed {s}: {v:.3g} {c.unit}, expected {c.threshold}" for c, s, v in of]))
-    return Chart("distance from the claim's threshold, every seed", "wrong side  ←  0  →  as the paper says, in the claim's own unit", "", marks, True, True,
-                 120 + 19 * max(len(order), 3), order)
+        of = [
+            (claims[k], s, v)
+            for k in order
+            if judged[k].verdict == word
+            for s, v in judged[k].value.items()
+        ]
+        if of:
+            marks.append(
+                Mark(
+                    word,
+                    [c.sense * (v - c.limit) for c, _, v in of],
+                    [c.id for c, _, _ in of],
+                    colour,
+                    dict(confirmed="o", contradicted="x").get(word, "s"),
+                    hover=[
+                        f"{c.text}<br>seed {s}: {v:.3g} {c.unit}, expected {c.threshold}"
+                        for c, s, v in of
+                    ],
+                )
+            )
+    return Chart(
+        "distance from the claim's threshold, every seed",
+        "wrong side  ←  0  →  as the paper says, in the claim's own unit",
+        "",
+        marks,
+        True,
+        True,
+        120 + 19 * max(len(order), 3),
+        order,
+    )
 
 # %% ../nbs/23_report.ipynb #95ce9ef0
 def chart_rivals(df: pd.DataFrame, printed: pd.DataFrame) -> Chart:
     "CA against ASR(T): ours filled (every seed), the paper's hollow."
-    avg = df[(df.task == "average") & (df.kind == "model") & ~df.method.str.contains("individual|alone")]
+    avg = df[
+        (df.task == "average") & (df.kind == "model") & ~df.method.str.contains("individual|alone")
+    ]
     names = [m for m in dict.fromkeys(avg.method)]
     look, marks = styles(names), []
     for m in names:
         colour, _, symbol = look[m]
-        seeds = avg[(avg.method == m) & avg.metric.isin(["CA", "ASR_T"])].pivot_table(index="seed", columns="metric", values="value")
-        marks.append(Mark(m, seeds.CA.tolist(), seeds.ASR_T.tolist(), colour, symbol,
-                          hover=[f"{m}, seed {s}: CA {a:.1f} %, ASR(T) {b:.1f} %" for s, a, b in zip(seeds.index, seeds.CA, seeds.ASR_T)]))
+        seeds = avg[(avg.method == m) & avg.metric.isin(["CA", "ASR_T"])].pivot_table(
+            index="seed", columns="metric", values="value"
+        )
+        marks.append(
+            Mark(
+                m,
+                seeds.CA.tolist(),
+                seeds.ASR_T.tolist(),
+                colour,
+                symbol,
+                hover=[
+                    f"{m}, seed {s}: CA {a:.1f} %, ASR(T) {b:.1f} %"
+                    for s, a, b in zip(seeds.index, seeds.CA, seeds.ASR_T)
+                ],
+            )
+        )
         p = printed[(printed.method == m) & (printed.task == "average")].set_index("metric").value
         if {"CA", "ASR_T"} <= set(p.index):
-            marks.append(Mark(f"{m}, paper", [p["CA"]], [p["ASR_T"]], colour, symbol, hollow=True, size=11, hover=[f"{m}, paper: CA {p['CA']:.1f} %, ASR(T) {p['ASR_T']:.1f} %"]))
-    return Chart("every defence at the λ of its rule: filled ours, one mark a seed; hollow the paper", "clean accuracy CA, %  →  better", "ASR(T), %  ↓ better", marks, tall=560)
+            marks.append(
+                Mark(
+                    f"{m}, paper",
+                    [p["CA"]],
+                    [p["ASR_T"]],
+                    colour,
+                    symbol,
+                    hollow=True,
+                    size=11,
+                    hover=[f"{m}, paper: CA {p['CA']:.1f} %, ASR(T) {p['ASR_T']:.1f} %"],
+                )
+            )
+    return Chart(
+        "every defence at the λ of its rule: filled ours, one mark a seed; hollow the paper",
+        "clean accuracy CA, %  →  better",
+        "ASR(T), %  ↓ better",
+        marks,
+        tall=560,
+    )
 
 # %% ../nbs/23_report.ipynb #4ee146fd
 def merges_of(df: pd.DataFrame) -> list[str]:
     "The merges of a run: rows with a clean twin that are neither contributors nor defences (those have paths)."
     walked = {*df[df.kind == "path"].method}
-    return [m for m in dict.fromkeys(df.method) if f"{m} (clean)" in set(df.method) and not m.startswith("individual") and m not in walked]
+    return [
+        m
+        for m in dict.fromkeys(df.method)
+        if f"{m} (clean)" in set(df.method) and not m.startswith("individual") and m not in walked
+    ]
 
 
 def chart_merges(df: pd.DataFrame) -> Chart:
     "ASR(T) of every merge: poisoned, after LFPM, and the clean merge under the same trigger; mean over seeds."
-    mean = df[(df.task == "average") & (df.metric == "ASR_T") & (df.kind == "model")].groupby("method", sort=False).value.mean()
+    mean = (
+        df[(df.task == "average") & (df.metric == "ASR_T") & (df.kind == "model")]
+        .groupby("method", sort=False)
+        .value.mean()
+    )
     names = merges_of(df)
     first = names[0]
-    rows = (("poisoned merge", "#d55e00", "/", lambda m: m), ("after LFPM", "#0072b2", "x", lambda m: f"{m} + LFPM" if m != first else "LFPM"),
-        ("clean merge, same trigger", "#555555", ".", lambda m: f"{m} (clean)"))
-    marks = [Mark(name, [mean.get(row(m), np.nan) for m in names], names, colour, bar=hatch,
-        hover=[f"{row(m)}: {mean.get(row(m), np.nan):.1f} %" for m in names])
-             for name, colour, hatch, row in rows if any(row(m) in mean for m in names)]
-    return Chart(f"attack success of every merge, mean over {df.seed.nunique()} seed{'s' * (df.seed.nunique() > 1)}", "ASR(T), %", "", marks,
-                 tall=140 + 34 * len(names), categories=names)
+    rows = (
+        ("poisoned merge", "#d55e00", "/", lambda m: m),
+        ("after LFPM", "#0072b2", "x", lambda m: f"{m} + LFPM" if m != first else "LFPM"),
+        ("clean merge, same trigger", "#555555", ".", lambda m: f"{m} (clean)"),
+    )
+    marks = [
+        Mark(
+            name,
+            [mean.get(row(m), np.nan) for m in names],
+            names,
+            colour,
+            bar=hatch,
+            hover=[f"{row(m)}: {mean.get(row(m), np.nan):.1f} %" for m in names],
+        )
+        for name, colour, hatch, row in rows
+        if any(row(m) in mean for m in names)
+    ]
+    return Chart(
+        f"attack success of every merge, mean over {df.seed.nunique()} seed{'s' * (df.seed.nunique() > 1)}",
+        "ASR(T), %",
+        "",
+        marks,
+        tall=140 + 34 * len(names),
+        categories=names,
+    )
 
 # %% ../nbs/23_report.ipynb #7fcac61f
-def chart_lines(df: pd.DataFrame, kind: str, metric: str, x: str, title: str, xlabel: str, printed: pd.DataFrame | None = None) -> Chart:
+def chart_lines(
+    df: pd.DataFrame,
+    kind: str,
+    metric: str,
+    x: str,
+    title: str,
+    xlabel: str,
+    printed: pd.DataFrame | None = None,
+) -> Chart:
     "One line a method of a CTL or curvature run (mean over seeds), the paper's dotted and hollow."
     of = df[(df.kind == kind) & (df.metric == metric)]
     of = of[of.block == "feature"] if "block" in of else of
@@ -738,16 +1581,27 @@ def chart_lines(df: pd.DataFrame, kind: str, metric: str, x: str, title: str, xl
         marks.append(Mark(m, by.index.tolist(), by.tolist(), look[m][0], look[m][2], look[m][1]))
     if printed is not None:
         p = printed[printed.metric == metric].sort_values(x)
-        marks.append(Mark("LFPM, paper", p[x].tolist(), p.value.tolist(), look["LFPM"][0], "s", "dot", True))
+        marks.append(
+            Mark("LFPM, paper", p[x].tolist(), p.value.tolist(), look["LFPM"][0], "s", "dot", True)
+        )
     return Chart(title, xlabel, "", marks, tall=380)
 
 
 def over_seeds(df: pd.DataFrame) -> pd.DataFrame:
     "Tidy rows averaged over seeds, for the path figures: a chosen λ is the mean of the seeds' choices."
     df = df.assign(lam=df.lam.where(df.kind == "path"))
-    out = df.groupby(["method", "kind", "task", "metric", "lam"], sort=False, dropna=False).agg(value=("value", "mean"), n=("n", "first")).reset_index()
+    out = (
+        df.groupby(["method", "kind", "task", "metric", "lam"], sort=False, dropna=False)
+        .agg(value=("value", "mean"), n=("n", "first"))
+        .reset_index()
+    )
     chosen = out[(out.kind == "summary") & (out.metric == "lam")].set_index("method").value
-    return out.assign(lam=out.lam.where(out.kind != "summary", out.method.map(chosen)), lo=np.nan, hi=np.nan, seed=0)
+    return out.assign(
+        lam=out.lam.where(out.kind != "summary", out.method.map(chosen)),
+        lo=np.nan,
+        hi=np.nan,
+        seed=0,
+    )
 
 # %% ../nbs/23_report.ipynb #86f0f0bb
 def figures(r: Results, printed: pd.DataFrame | None) -> dict[str, tuple]:
@@ -755,16 +1609,61 @@ def figures(r: Results, printed: pd.DataFrame | None) -> dict[str, tuple]:
     out, seeds = {}, f"mean over seeds {', '.join(map(str, r.seeds))}"
     add = lambda name, c, caption: out.update({name: (c.mpl(), c.plotly(), caption)})
     if "epoch" in r.df:
-        add(f"{r.name}-curvature", chart_lines(r.df, "curvature prompted", "E_over_delta", "epoch", "E/‖Δ‖ on prompted pictures", "epochs", printed), seeds)
-        add(f"{r.name}-delta", chart_lines(r.df, "curvature prompted", "delta", "epoch", "‖Δ‖, distance from the merged model", "epochs", printed), seeds)
+        add(
+            f"{r.name}-curvature",
+            chart_lines(
+                r.df,
+                "curvature prompted",
+                "E_over_delta",
+                "epoch",
+                "E/‖Δ‖ on prompted pictures",
+                "epochs",
+                printed,
+            ),
+            seeds,
+        )
+        add(
+            f"{r.name}-delta",
+            chart_lines(
+                r.df,
+                "curvature prompted",
+                "delta",
+                "epoch",
+                "‖Δ‖, distance from the merged model",
+                "epochs",
+                printed,
+            ),
+            seeds,
+        )
     elif "block" in r.df:
         for kind in ("clean", "prompted"):
-            add(f"{r.name}-{kind}", chart_lines(r.df, f"ctl {kind}", "coefficient", "lam", f"CTL coefficient of the output features, {kind} pictures", "λ"), seeds)
-    elif len(merges_of(r.df)) > 2: add(r.name, chart_merges(r.df), seeds)
+            add(
+                f"{r.name}-{kind}",
+                chart_lines(
+                    r.df,
+                    f"ctl {kind}",
+                    "coefficient",
+                    "lam",
+                    f"CTL coefficient of the output features, {kind} pictures",
+                    "λ",
+                ),
+                seeds,
+            )
+    elif len(merges_of(r.df)) > 2:
+        add(r.name, chart_merges(r.df), seeds)
     elif (r.df.kind == "path").any():
-        if r.name == "rivals": add("rivals-scatter", chart_rivals(r.df, printed), "a rival to the lower right of LFPM would be better than it")
+        if r.name == "rivals":
+            add(
+                "rivals-scatter",
+                chart_rivals(r.df, printed),
+                "a rival to the lower right of LFPM would be better than it",
+            )
         mean = over_seeds(r.df)
-        out[f"{r.name}-path"] = (draw_path(mean), plot_path(mean), f"along λ, {seeds}; thin grey lines: what innocent models reach under the same trigger")
+        out[f"{r.name}-path"] = (
+            draw_path(mean),
+            plot_path(mean),
+            f"along λ, {seeds}; thin grey lines: what innocent models reach under the same trigger",
+        )
     return out
 
 # %% ../nbs/23_report.ipynb #a8f7c3b9
@@ -803,28 +1702,44 @@ def html_table(t: pd.DataFrame, left: str = "") -> str:
         cells, i = [], 0
         while i < len(heads):
             j = i + 1
-            while level == 0 and len(heads[0]) > 1 and j < len(heads) and heads[j][0] == heads[i][0]: j += 1
-            cells.append(f"<th{f' colspan={j - i}' if j - i > 1 else ''}>{e(heads[i][level])}</th>"); i = j
+            while (
+                level == 0 and len(heads[0]) > 1 and j < len(heads) and heads[j][0] == heads[i][0]
+            ):
+                j += 1
+            cells.append(f"<th{f' colspan={j - i}' if j - i > 1 else ''}>{e(heads[i][level])}</th>")
+            i = j
         lines.append(f"<tr><th>{e(left) if level == 0 else ''}</th>{''.join(cells)}</tr>")
     for key, row in zip(t.index, t.itertuples(index=False)):
         name = key if isinstance(key, str) else ", ".join(map(str, key))
-        cells = "".join(f"<td{' class=paper' if h[-1] == 'paper' else ''}>{e(v)}</td>" for h, v in zip(heads, row))
-        lines.append(f"<tr{' class=clean' if name.endswith('(clean)') else ''}><td>{e(name)}</td>{cells}</tr>")
+        cells = "".join(
+            f"<td{' class=paper' if h[-1] == 'paper' else ''}>{e(v)}</td>"
+            for h, v in zip(heads, row)
+        )
+        lines.append(
+            f"<tr{' class=clean' if name.endswith('(clean)') else ''}><td>{e(name)}</td>{cells}</tr>"
+        )
     k = len(heads[0])
     return f"<div class=scroll><table><thead>{''.join(lines[:k])}</thead><tbody>{''.join(lines[k:])}</tbody></table></div>"
 
 
 def plotly_div(fig) -> str:
     "A plotly figure as a piece of the page; plotly.js itself is there once."
-    return fig.to_html(full_html=False, include_plotlyjs=False, config=dict(responsive=True, displayModeBar=False))
+    return fig.to_html(
+        full_html=False, include_plotlyjs=False, config=dict(responsive=True, displayModeBar=False)
+    )
 
 # %% ../nbs/23_report.ipynb #1d553522
 def said(c: Claim, v: Verdict) -> str:
     "The deciding number in words: mean (lowest to highest seed), unit, in how many seeds the test holds; a dash where there is none."
-    if v.value.empty: return "–"
+    if v.value.empty:
+        return "–"
     d = 2 if v.value.abs().max() < 10 else 1
     held, n = int((c.sense * (v.value - c.limit) > 0).sum()), len(v.value)
-    many = f" ({v.value.min():.{d}f} to {v.value.max():.{d}f}), holds in {held} of {n} seeds" if n > 1 else ""
+    many = (
+        f" ({v.value.min():.{d}f} to {v.value.max():.{d}f}), holds in {held} of {n} seeds"
+        if n > 1
+        else ""
+    )
     return (f"{v.value.mean():.{d}f} {c.unit}".strip() + many).replace("-", "−")
 
 # %% ../nbs/23_report.ipynb #c24d25a4
@@ -832,21 +1747,47 @@ def claim_card(c: Claim, v: Verdict, own: Verdict) -> str:
     "One line of the ledger: verdict (word, sign and border, colour only in addition), claim and test, our number and the paper's, details by seed."
     sign, colour = VERDICTS[v.verdict]
     e, css = html.escape, dict(confirmed="c", contradicted="x").get(v.verdict, "o")
-    ours = f"<b>ours</b> {e(said(c, v))}" + (" (n = 1 seed)" if len(v.value) == 1 else "") if len(v.value) else f"<b>ours</b> {e(v.why)}".replace("`", "")
-    theirs = said(c, own) if len(own.value) else "a figure without numbers" if "Fig" in c.where else "not printed"
-    why = f"<p><b>Why ours may differ.</b> {e(c.differs)}</p>" if c.differs and v.verdict == "contradicted" else ""
-    text = lambda parts, name: {name(i): {k: f"{s[i]:.2f}" for k, s in parts.items() if i in s} for i in sorted({i for s in parts.values() for i in s.index})}
-    parts = pd.DataFrame(text(v.parts, "seed {}".format) | text(own.parts, lambda _: "paper")).fillna("–")
+    ours = (
+        f"<b>ours</b> {e(said(c, v))}" + (" (n = 1 seed)" if len(v.value) == 1 else "")
+        if len(v.value)
+        else f"<b>ours</b> {e(v.why)}".replace("`", "")
+    )
+    theirs = (
+        said(c, own)
+        if len(own.value)
+        else "a figure without numbers"
+        if "Fig" in c.where
+        else "not printed"
+    )
+    why = (
+        f"<p><b>Why ours may differ.</b> {e(c.differs)}</p>"
+        if c.differs and v.verdict == "contradicted"
+        else ""
+    )
+    text = lambda parts, name: {
+        name(i): {k: f"{s[i]:.2f}" for k, s in parts.items() if i in s}
+        for i in sorted({i for s in parts.values() for i in s.index})
+    }
+    parts = pd.DataFrame(
+        text(v.parts, "seed {}".format) | text(own.parts, lambda _: "paper")
+    ).fillna("–")
     seeds = html_table(parts) if len(parts) else ""
-    flips = f"<p class=soft>A confirmed verdict would be refuted by exchanging the rows of {' and '.join(f'{m} ({x})' for x, m in c.swap)}.</p>" if c.swap else ""
-    return (f'<section class="claim {css}" style="border-left-color:{colour}" data-v="{v.verdict}" id="claim-{c.id}"><div class=v style="color:{colour}">{sign} {v.verdict}</div>'
-            f"<div><h3>{e(c.text)}</h3><div class=soft><code>{c.id}</code> {e(c.where)}. Test: {e(c.words)}, {e(c.threshold)} in every seed.</div></div>"
-            f"<div class=num>{ours}<br><b>paper</b> {e(theirs)}</div><details><summary>numbers by seed, experiments {e(', '.join(c.needs))}</summary>{why}{seeds}{flips}</details></section>")
+    flips = (
+        f"<p class=soft>A confirmed verdict would be refuted by exchanging the rows of {' and '.join(f'{m} ({x})' for x, m in c.swap)}.</p>"
+        if c.swap
+        else ""
+    )
+    return (
+        f'<section class="claim {css}" style="border-left-color:{colour}" data-v="{v.verdict}" id="claim-{c.id}"><div class=v style="color:{colour}">{sign} {v.verdict}</div>'
+        f"<div><h3>{e(c.text)}</h3><div class=soft><code>{c.id}</code> {e(c.where)}. Test: {e(c.words)}, {e(c.threshold)} in every seed.</div></div>"
+        f"<div class=num>{ours}<br><b>paper</b> {e(theirs)}</div><details><summary>numbers by seed, experiments {e(', '.join(c.needs))}</summary>{why}{seeds}{flips}</details></section>"
+    )
 
 # %% ../nbs/23_report.ipynb #c6ac17cd
 @dataclass
 class Report:
     "All that the page shows: results, what was left out, verdicts on ours and on the papers' own tables."
+
     preset: str
     found: dict[str, Results]
     left: dict[str, str]
@@ -858,8 +1799,14 @@ class Report:
     def of(cls, preset: str = "lab", roots: list | None = None) -> "Report":
         found, left = gather(preset, roots)
         printed, frames = paper_frames(), {k: r.df for k, r in found.items()}
-        return cls(preset, dict(sorted(found.items(), key=lambda x: list(SOURCES).index(x[0]))), left, printed,
-                   {k: judge(c, frames, preset) for k, c in claims.items()}, {k: judge_paper(c, printed) for k, c in claims.items()})
+        return cls(
+            preset,
+            dict(sorted(found.items(), key=lambda x: list(SOURCES).index(x[0]))),
+            left,
+            printed,
+            {k: judge(c, frames, preset) for k, c in claims.items()},
+            {k: judge_paper(c, printed) for k, c in claims.items()},
+        )
 
 # %% ../nbs/23_report.ipynb #b1e3aba9
 @method(Report)
@@ -871,27 +1818,47 @@ def counts(self) -> dict[str, int]:
 @method(Report)
 def summary(self) -> str:
     "One paragraph: verdicts, preset, seeds, hours."
-    seconds, seeds = sum(r.seconds for r in self.found.values()), sorted({s for r in self.found.values() for s in r.seeds})
-    return (f"{len(claims)} claims of two papers: " + ", ".join(f"{n} {v}" for v, n in self.counts().items())
-            + f". Preset {self.preset}, {len(self.found)} experiments, seeds {', '.join(map(str, seeds)) or 'none'}, "
-            f"{seconds / 3600:.1f} hours of computing (a stage that several runs share is counted in the first).")
+    seconds, seeds = (
+        sum(r.seconds for r in self.found.values()),
+        sorted({s for r in self.found.values() for s in r.seeds}),
+    )
+    return (
+        f"{len(claims)} claims of two papers: "
+        + ", ".join(f"{n} {v}" for v, n in self.counts().items())
+        + f". Preset {self.preset}, {len(self.found)} experiments, seeds {', '.join(map(str, seeds)) or 'none'}, "
+        f"{seconds / 3600:.1f} hours of computing (a stage that several runs share is counted in the first)."
+    )
 
 
 @method(Report)
 def warnings(self) -> list[str]:
     "What was left out or does not fit together."
-    out = [f"{r.name}: configuration {r.config} (the one started last) is shown; left out: {', '.join(f'{c} ({len(fs)} runs)' for c, fs in r.others.items())}" for r in self.found.values() if r.others]
+    out = [
+        f"{r.name}: configuration {r.config} (the one started last) is shown; left out: {', '.join(f'{c} ({len(fs)} runs)' for c, fs in r.others.items())}"
+        for r in self.found.values()
+        if r.others
+    ]
     versions = {json.dumps(r.versions, sort_keys=True) for r in self.found.values()}
-    if len(versions) > 1: out.append(f"the experiments were computed with {len(versions)} different sets of versions; compare numbers within one experiment only")
+    if len(versions) > 1:
+        out.append(
+            f"the experiments were computed with {len(versions)} different sets of versions; compare numbers within one experiment only"
+        )
     return out + [f"{k}: {why}" for k, why in self.left.items()]
 
 # %% ../nbs/23_report.ipynb #5e436ba0
 @method(Report)
 def ledger(self) -> str:
-    buttons = "".join(f'<button data-v="{v}" aria-pressed="{"true" if v == "all" else "false"}">{s} <b>{n}</b> {v}</button>' for v, s, n in
-                      [("all", "", len(claims)), *((v, VERDICTS[v][0], n) for v, n in self.counts().items())])
+    buttons = "".join(
+        f'<button data-v="{v}" aria-pressed="{"true" if v == "all" else "false"}">{s} <b>{n}</b> {v}</button>'
+        for v, s, n in [
+            ("all", "", len(claims)),
+            *((v, VERDICTS[v][0], n) for v, n in self.counts().items()),
+        ]
+    )
     picture = plotly_div(chart_claims(self.verdicts).plotly())
-    order = sorted(claims, key=lambda k: (list(VERDICTS).index(self.verdicts[k].verdict) == 2))          # what can be judged first, else as registered
+    order = sorted(
+        claims, key=lambda k: list(VERDICTS).index(self.verdicts[k].verdict) == 2
+    )  # what can be judged first, else as registered
     cards = "".join(claim_card(claims[k], self.verdicts[k], self.own[k]) for k in order)
     return f'<h2 id=claims>Claims</h2><p>A claim is confirmed if its test holds in every seed. Select:</p><div class=bar role=group aria-label="filter by verdict">{buttons}</div><figure>{picture}</figure>{cards}'
 
@@ -900,15 +1867,29 @@ def ledger(self) -> str:
 def section(self, r: Results, drawn: dict) -> str:
     "One experiment: what it repeats, its table beside the paper's, figures, how it was made."
     paper, number = SOURCES[r.name]
-    n = r.df[(r.df.metric == "ASR_T") & (r.df.task == "average")].n if "lo" in r.df else pd.Series(dtype=int)
+    n = (
+        r.df[(r.df.metric == "ASR_T") & (r.df.task == "average")].n
+        if "lo" in r.df
+        else pd.Series(dtype=int)
+    )
     versions = ", ".join([*(f"{k} {v}" for k, v in r.versions.items()), *r.notes])
     seeds = ", ".join(map(str, r.seeds))
-    made = (html.escape(f"configuration {r.config}, seeds {seeds}, {r.seconds / 60:.0f} minutes, {versions}")
-            + (f"; ASR(T) counts {', '.join(map(str, sorted({int(x) for x in n})))} pictures a seed" if len(n) else ""))
-    figs = "".join(f"<figure>{plotly_div(fig)}<figcaption>{html.escape(caption)}</figcaption></figure>" for _, fig, caption in drawn.values())
+    made = html.escape(
+        f"configuration {r.config}, seeds {seeds}, {r.seconds / 60:.0f} minutes, {versions}"
+    ) + (
+        f"; ASR(T) counts {', '.join(map(str, sorted({int(x) for x in n})))} pictures a seed"
+        if len(n)
+        else ""
+    )
+    figs = "".join(
+        f"<figure>{plotly_div(fig)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for _, fig, caption in drawn.values()
+    )
     table = html_table(beside(r, self.printed.get(r.name)), "ours: mean ± std over seeds")
-    return (f"<h2 id={r.name}>{r.name}: {paper} {f'Table {number}' if number else 'Fig 5'}</h2>{table}{figs}<details class=made><summary class=soft>{made}</summary>"
-            f"<pre>{html.escape(chr(10).join(r.command))}</pre></details>")
+    return (
+        f"<h2 id={r.name}>{r.name}: {paper} {f'Table {number}' if number else 'Fig 5'}</h2>{table}{figs}<details class=made><summary class=soft>{made}</summary>"
+        f"<pre>{html.escape(chr(10).join(r.command))}</pre></details>"
+    )
 
 # %% ../nbs/23_report.ipynb #9188f1da
 @method(Report)
@@ -917,8 +1898,13 @@ def tables(self) -> str:
     every, out = load_paper(), []
     for paper, number in every[["paper", "table"]].drop_duplicates().itertuples(index=False):
         bad = every[(every.paper == paper) & (every.table == number)].slip.notna().sum()
-        out.append(f"<details><summary>{paper} Table {number}{f', slips †: {bad}' if bad else ''}</summary>{html_table(paper_table(number, paper), 'printed')}</details>")
-    return "<h2 id=printed>What the papers print</h2><p>† behind an average: the mean of its own tasks, which differs by more than rounding. Comparisons use that mean.</p>" + "".join(out)
+        out.append(
+            f"<details><summary>{paper} Table {number}{f', slips †: {bad}' if bad else ''}</summary>{html_table(paper_table(number, paper), 'printed')}</details>"
+        )
+    return (
+        "<h2 id=printed>What the papers print</h2><p>† behind an average: the mean of its own tasks, which differs by more than rounding. Comparisons use that mean.</p>"
+        + "".join(out)
+    )
 
 # %% ../nbs/23_report.ipynb #2d5c8bec
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>lfpm_nb: claims and results</title>
@@ -931,39 +1917,96 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 def page(self, drawn: dict[str, dict]) -> str:
     "The whole page; `drawn`: {experiment: figures()}."
     from plotly.offline import get_plotlyjs
+
     notes = "".join(f"<li>{html.escape(w)}</li>" for w in self.warnings())
-    body = self.ledger() + "".join(self.section(r, drawn[k]) for k, r in self.found.items()) + self.tables()
-    return PAGE.format(style=STYLE_SHEET, script=SCRIPT, plotly=get_plotlyjs(), summary=html.escape(self.summary()), time=time.strftime("%F %T"), body=body,
-                       notes=f"<div class=note><b>Left out, or not of one piece</b><ul>{notes}</ul></div>" if notes else "",
-                       links="".join(f"<a href='#{k}'>{k}</a>" for k in self.found))
+    body = (
+        self.ledger()
+        + "".join(self.section(r, drawn[k]) for k, r in self.found.items())
+        + self.tables()
+    )
+    return PAGE.format(
+        style=STYLE_SHEET,
+        script=SCRIPT,
+        plotly=get_plotlyjs(),
+        summary=html.escape(self.summary()),
+        time=time.strftime("%F %T"),
+        body=body,
+        notes=f"<div class=note><b>Left out, or not of one piece</b><ul>{notes}</ul></div>"
+        if notes
+        else "",
+        links="".join(f"<a href='#{k}'>{k}</a>" for k in self.found),
+    )
 
 # %% ../nbs/23_report.ipynb #c7646145
 def small_png(fig, path: Path) -> None:
     "A matplotlib figure as a PNG of few colours, by rename."
     from PIL import Image
+
     whole = io.BytesIO()
     fig.savefig(whole, format="png", dpi=110)
-    with writing(path) as tmp: Image.open(whole).convert("RGB").quantize(128).save(tmp, "png", optimize=True)
+    with writing(path) as tmp:
+        Image.open(whole).convert("RGB").quantize(128).save(tmp, "png", optimize=True)
 
 # %% ../nbs/23_report.ipynb #cccf4b33
 @method(Report)
 def markdown(self, drawn: dict) -> str:
     "The gallery's page: the ledger and every table and figure as GitHub shows them."
     e = lambda x: str(x).replace("|", "\\|")
-    line = lambda k: f"| {VERDICTS[self.verdicts[k].verdict][0]} {self.verdicts[k].verdict} | {e(claims[k].text)} | {e(said(claims[k], self.verdicts[k]))} | {e(said(claims[k], self.own[k]))} | {claims[k].threshold} | {claims[k].where} |"
+    line = lambda k: (
+        f"| {VERDICTS[self.verdicts[k].verdict][0]} {self.verdicts[k].verdict} | {e(claims[k].text)} | {e(said(claims[k], self.verdicts[k]))} | {e(said(claims[k], self.own[k]))} | {claims[k].threshold} | {claims[k].where} |"
+    )
     judged = [k for k in claims if len(self.verdicts[k].value)]
-    out = ["# Claims and results", "", f"Written by `lfpm report --preset {self.preset} --gallery`; do not edit.", "", self.summary(), "",
-        "![every seed's distance from each claim's threshold](claims.png)", "",
-           "| verdict | claim | ours | paper | expected in every seed | where |", "|---|---|---|---|---|---|", *map(line, judged), ""]
-    lacking = {k: [n for n in claims[k].needs if n not in self.found] or claims[k].needs for k in claims if k not in judged}
+    out = [
+        "# Claims and results",
+        "",
+        f"Written by `lfpm report --preset {self.preset} --gallery`; do not edit.",
+        "",
+        self.summary(),
+        "",
+        "![every seed's distance from each claim's threshold](claims.png)",
+        "",
+        "| verdict | claim | ours | paper | expected in every seed | where |",
+        "|---|---|---|---|---|---|",
+        *map(line, judged),
+        "",
+    ]
+    lacking = {
+        k: [n for n in claims[k].needs if n not in self.found] or claims[k].needs
+        for k in claims
+        if k not in judged
+    }
     size = "" if self.preset == "lab" else f" --preset {self.preset}"
-    if lacking: out += ["Not testable yet: " + ", ".join(f"{k} ({', '.join(f'`lfpm run {n}{size}`' for n in names)})" for k, names in lacking.items()) + ".", ""]
+    if lacking:
+        out += [
+            "Not testable yet: "
+            + ", ".join(
+                f"{k} ({', '.join(f'`lfpm run {n}{size}`' for n in names)})"
+                for k, names in lacking.items()
+            )
+            + ".",
+            "",
+        ]
     for name, r in self.found.items():
         t = beside(r, self.printed.get(name))
         heads = [" ".join(filter(None, c)) for c in t.columns]
-        out += [f"## {name}", "", f"{SOURCES[name][0]} {f'Table {SOURCES[name][1]}' if SOURCES[name][1] else 'Fig 5'}; configuration {html.escape(r.config)}, seeds {', '.join(map(str, r.seeds))}{''.join(f'; {n}' for n in r.notes)}.", "",
-                "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|", *("| " + " | ".join([e(k), *map(e, row)]) + " |" for k, row in zip(t.index, t.itertuples(index=False))), ""]
-        out += [line for k, (_, _, caption) in drawn[name].items() for line in (f"![{name}: {caption}]({k}.png)", "")]
+        out += [
+            f"## {name}",
+            "",
+            f"{SOURCES[name][0]} {f'Table {SOURCES[name][1]}' if SOURCES[name][1] else 'Fig 5'}; configuration {html.escape(r.config)}, seeds {', '.join(map(str, r.seeds))}{''.join(f'; {n}' for n in r.notes)}.",
+            "",
+            "| | " + " | ".join(heads) + " |",
+            "|---" * (len(heads) + 1) + "|",
+            *(
+                "| " + " | ".join([e(k), *map(e, row)]) + " |"
+                for k, row in zip(t.index, t.itertuples(index=False))
+            ),
+            "",
+        ]
+        out += [
+            line
+            for k, (_, _, caption) in drawn[name].items()
+            for line in (f"![{name}: {caption}]({k}.png)", "")
+        ]
     return "\n".join(out)
 
 # %% ../nbs/23_report.ipynb #f9551fb3
@@ -975,10 +2018,14 @@ def write_gallery(report: Report, folder: Path, drawn: dict) -> Path:
     try:
         small_png(chart_claims(report.verdicts).mpl(), tmp / "claims.png")
         for figs in drawn.values():
-            for k, (fig, _, _) in figs.items(): small_png(fig, tmp / f"{k}.png")
-        with writing(tmp / "README.md") as f: f.write_text(report.markdown(drawn), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True); tmp.rename(folder)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+            for k, (fig, _, _) in figs.items():
+                small_png(fig, tmp / f"{k}.png")
+        with writing(tmp / "README.md") as f:
+            f.write_text(report.markdown(drawn), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        tmp.rename(folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
 # %% ../nbs/23_report.ipynb #0ae8881b
@@ -987,15 +2034,21 @@ def write(self, folder, gallery=None) -> Path:
     "Write `report.html` to `folder`, and the small gallery to the folder `gallery` if given; the page's path. ValueError if there is not a single finished run."
     if not self.found:
         left = "".join(f"; {k}: {why}" for k, why in self.left.items())
-        raise ValueError(f"no finished run of any experiment with preset {self.preset}; make one: lfpm run main --preset {self.preset}{left}")
+        raise ValueError(
+            f"no finished run of any experiment with preset {self.preset}; make one: lfpm run main --preset {self.preset}{left}"
+        )
     out = Path(folder) / "report.html"
-    if out.is_dir(): raise ValueError(f"{out} is a folder; give another --out")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give another --out")
     # minutes of drawing must not end at a place where nothing can be written
     check_writable(out.parent)
-    if gallery: check_writable(Path(gallery).parent)
+    if gallery:
+        check_writable(Path(gallery).parent)
     drawn = {k: figures(r, self.printed.get(k)) for k, r in self.found.items()}
-    with writing(out) as tmp: tmp.write_text(self.page(drawn), encoding="utf-8")
-    if gallery: write_gallery(self, Path(gallery), drawn)
+    with writing(out) as tmp:
+        tmp.write_text(self.page(drawn), encoding="utf-8")
+    if gallery:
+        write_gallery(self, Path(gallery), drawn)
     return out
 
 

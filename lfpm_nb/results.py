@@ -15,8 +15,21 @@ from .core import cpu_name, method, versions, write_json, writing
 from .experiment import Lab
 
 # %% ../nbs/18a_results.ipynb #5755bbf4
-STYLE = {"LFPM": ("#0072b2", "solid", "o"), "fine-tuning": ("#d55e00", "dash", "s"), "LFPM (clean)": ("#009e73", "dot", "^")}
-MARKS = {"o": "circle", "s": "square", "^": "triangle-up", "d": "diamond", "v": "triangle-down", "x": "x", "P": "cross", "*": "star"}
+STYLE = {
+    "LFPM": ("#0072b2", "solid", "o"),
+    "fine-tuning": ("#d55e00", "dash", "s"),
+    "LFPM (clean)": ("#009e73", "dot", "^"),
+}
+MARKS = {
+    "o": "circle",
+    "s": "square",
+    "^": "triangle-up",
+    "d": "diamond",
+    "v": "triangle-down",
+    "x": "x",
+    "P": "cross",
+    "*": "star",
+}
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 
 
@@ -24,25 +37,43 @@ def styles(names) -> dict:
     "{method: (colour, dash, marker)}: fixed for the methods everybody looks for, and no two others alike."
     others = [n for n in names if n not in STYLE]
     colours = ("#cc79a7", "#56b4e9", "#e69f00", "#882255", "#44aa99", "#999933", "#661100")
-    return STYLE | {n: (colours[k % 7], list(DASHES)[k % 4], list(MARKS)[(k + 3) % 8]) for k, n in enumerate(others)}
+    return STYLE | {
+        n: (colours[k % 7], list(DASHES)[k % 4], list(MARKS)[(k + 3) % 8])
+        for k, n in enumerate(others)
+    }
 
 
 def path_lines(df: pd.DataFrame) -> tuple[dict, dict]:
     "{(method, metric): DataFrame(lam, value, n)} of the averages along each path, and {name: value} of the flat lines (clean merge, floors)."
     avg = df[df.task == "average"]
-    lines = {k: g.sort_values("lam") for k, g in avg[(avg.kind == "path") & avg.metric.isin(["CA", "ASR_T"])].groupby(["method", "metric"], sort=False)}
-    at = lambda m, metric: avg[(avg.kind == "model") & (avg.method == m) & (avg.metric == metric)].value
+    lines = {
+        k: g.sort_values("lam")
+        for k, g in avg[(avg.kind == "path") & avg.metric.isin(["CA", "ASR_T"])].groupby(
+            ["method", "metric"], sort=False
+        )
+    }
+    at = lambda m, metric: (
+        avg[(avg.kind == "model") & (avg.method == m) & (avg.metric == metric)].value
+    )
     merges = [m for m in avg.method.unique() if m.endswith("(clean)") and "individual" not in m]
-    if not merges: raise ValueError("these results have no clean merge to compare with; run it again: lfpm run main")
+    if not merges:
+        raise ValueError(
+            "these results have no clean merge to compare with; run it again: lfpm run main"
+        )
     clean = merges[0]
     merge_row = clean.removesuffix(" (clean)")
-    flat = {f"{clean}, same trigger": at(clean, "ASR_T"), f"{merge_row}, no trigger": at(merge_row, "floor_none"), f"{merge_row}, grey patch": at(merge_row, "floor_grey")}
+    flat = {
+        f"{clean}, same trigger": at(clean, "ASR_T"),
+        f"{merge_row}, no trigger": at(merge_row, "floor_none"),
+        f"{merge_row}, grey patch": at(merge_row, "floor_grey"),
+    }
     return lines, {k: float(v.iloc[0]) for k, v in flat.items() if len(v)}
 
 # %% ../nbs/18a_results.ipynb #8b1ea5ce
 def draw_path(df: pd.DataFrame):
     "The matplotlib figure: left CA, right ASR_T against lam, one line a method, the floors as thin lines, chosen λ as a big marker."
     from matplotlib.figure import Figure
+
     lines, flat = path_lines(df)
     look = styles(dict.fromkeys(m for m, _ in lines))
     fig = Figure(figsize=(9, 3.6 + 0.1 * max(0, len(lines) - 12)), layout="constrained")
@@ -51,46 +82,103 @@ def draw_path(df: pd.DataFrame):
     for (m, metric), g in lines.items():
         colour, dash, mark = look[m]
         axs[metric].plot(g.lam, g.value, color=colour, ls=DASHES[dash], marker=mark, ms=3, label=m)
-        axs[metric].plot(chosen[m], np.interp(chosen[m], g.lam, g.value), mark, color=colour, ms=9, mfc="none")
-    for (name, v), grey in zip(flat.items(), ("0.2", "0.5", "0.7")): axs["ASR_T"].axhline(v, color=grey, lw=1, label=name)
+        axs[metric].plot(
+            chosen[m], np.interp(chosen[m], g.lam, g.value), mark, color=colour, ms=9, mfc="none"
+        )
+    for (name, v), grey in zip(flat.items(), ("0.2", "0.5", "0.7")):
+        axs["ASR_T"].axhline(v, color=grey, lw=1, label=name)
     for metric, title in (("CA", "clean accuracy, %"), ("ASR_T", "attack success ASR(T), %")):
         n = {int(g.n.iloc[0]) for (m, k), g in lines.items() if k == metric}
-        axs[metric].set(xlabel="λ  (0 merged – 1 the defence's own end)", title=f"{title} (n = {', '.join(map(str, sorted(n)))})"); axs[metric].grid(alpha=.3)
-    axs["ASR_T"].set_ylim(-2, 102); axs["ASR_T"].legend(fontsize=7.5 if len(lines) < 16 else 6)
+        axs[metric].set(
+            xlabel="λ  (0 merged – 1 the defence's own end)",
+            title=f"{title} (n = {', '.join(map(str, sorted(n)))})",
+        )
+        axs[metric].grid(alpha=0.3)
+    axs["ASR_T"].set_ylim(-2, 102)
+    axs["ASR_T"].legend(fontsize=7.5 if len(lines) < 16 else 6)
     return fig
 
 # %% ../nbs/18a_results.ipynb #2400577a
 def plot_path(df: pd.DataFrame):
     "The same picture as a plotly figure."
     from plotly.subplots import make_subplots
+
     lines, flat = path_lines(df)
     look = styles(dict.fromkeys(m for m, _ in lines))
-    fig = make_subplots(1, 2, subplot_titles=["clean accuracy, %", "attack success ASR(T), %"], horizontal_spacing=.08)
+    fig = make_subplots(
+        1,
+        2,
+        subplot_titles=["clean accuracy, %", "attack success ASR(T), %"],
+        horizontal_spacing=0.08,
+    )
     for (m, metric), g in lines.items():
         colour, dash, mark = look[m]
-        fig.add_scatter(x=g.lam, y=g.value, customdata=g.n, name=m, legendgroup=m, showlegend=metric == "CA", mode="lines+markers",
-                        line=dict(color=colour, dash=dash), marker=dict(symbol=MARKS[mark]),
-                        hovertemplate="λ %{x:.2f}: %{y:.1f} % (n = %{customdata})", row=1, col=1 + (metric == "ASR_T"))
+        fig.add_scatter(
+            x=g.lam,
+            y=g.value,
+            customdata=g.n,
+            name=m,
+            legendgroup=m,
+            showlegend=metric == "CA",
+            mode="lines+markers",
+            line=dict(color=colour, dash=dash),
+            marker=dict(symbol=MARKS[mark]),
+            hovertemplate="λ %{x:.2f}: %{y:.1f} % (n = %{customdata})",
+            row=1,
+            col=1 + (metric == "ASR_T"),
+        )
     for (name, v), dash in zip(flat.items(), ("solid", "dash", "dot")):
-        fig.add_scatter(x=[0, 1], y=[v, v], name=name, mode="lines", line=dict(color="gray", width=1, dash=dash), hovertemplate=f"{name}: %{{y:.1f}} %", row=1, col=2)
-    fig.update_xaxes(title="λ: 0 merged, 1 the defence's own end"); fig.update_yaxes(range=[-2, 102], row=1, col=2)
-    return fig.update_layout(height=440, margin=dict(l=40, r=20, t=40, b=40), template="plotly_white", legend=dict(orientation="h", y=-.2))
+        fig.add_scatter(
+            x=[0, 1],
+            y=[v, v],
+            name=name,
+            mode="lines",
+            line=dict(color="gray", width=1, dash=dash),
+            hovertemplate=f"{name}: %{{y:.1f}} %",
+            row=1,
+            col=2,
+        )
+    fig.update_xaxes(title="λ: 0 merged, 1 the defence's own end")
+    fig.update_yaxes(range=[-2, 102], row=1, col=2)
+    return fig.update_layout(
+        height=440,
+        margin=dict(l=40, r=20, t=40, b=40),
+        template="plotly_white",
+        legend=dict(orientation="h", y=-0.2),
+    )
 
 # %% ../nbs/18a_results.ipynb #6540154f
 def draw_merges(df: pd.DataFrame, merges: list[str]):
     "The matplotlib figure: for every merge CA and ASR_T of the clean merge, the poisoned one, and what each defence left."
     from matplotlib.figure import Figure
+
     avg = df[(df.task == "average") & (df.kind == "model")].set_index(["method", "metric"])
-    defences = [m.split(" + ")[1] for m in avg.index.get_level_values(0).unique() if m.startswith(f"{merges[-1]} + ")]
+    defences = [
+        m.split(" + ")[1]
+        for m in avg.index.get_level_values(0).unique()
+        if m.startswith(f"{merges[-1]} + ")
+    ]
     rows = lambda m: [f"{m} (clean)", m, *(d if m == merges[0] else f"{m} + {d}" for d in defences)]
-    looks = [("clean", "#009e73", "^"), ("poisoned", "#d55e00", "s"), *((d, f"C{k}", "o") for k, d in enumerate(defences))]
-    fig = Figure(figsize=(9, 1.4 + .3 * len(merges)), layout="constrained")
-    for ax, metric, title in zip(fig.subplots(1, 2, sharey=True), ("CA", "ASR_T"), ("clean accuracy, %", "attack success ASR(T), %")):
+    looks = [
+        ("clean", "#009e73", "^"),
+        ("poisoned", "#d55e00", "s"),
+        *((d, f"C{k}", "o") for k, d in enumerate(defences)),
+    ]
+    fig = Figure(figsize=(9, 1.4 + 0.3 * len(merges)), layout="constrained")
+    for ax, metric, title in zip(
+        fig.subplots(1, 2, sharey=True),
+        ("CA", "ASR_T"),
+        ("clean accuracy, %", "attack success ASR(T), %"),
+    ):
         for k, (name, colour, mark) in enumerate(looks):
             at = avg.loc[[(rows(m)[k], metric) for m in merges]]
             ax.plot(at.value, range(len(merges)), mark, color=colour, label=name)
-        ax.set_yticks(range(len(merges)), merges); ax.grid(alpha=.3); ax.set_title(f"{title} (n = {int(at.n.iloc[0])})")
-    ax.invert_yaxis(); ax.set_xlim(-2, 102); fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(looks))
+        ax.set_yticks(range(len(merges)), merges)
+        ax.grid(alpha=0.3)
+        ax.set_title(f"{title} (n = {int(at.n.iloc[0])})")
+    ax.invert_yaxis()
+    ax.set_xlim(-2, 102)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(looks))
     return fig
 
 # %% ../nbs/18a_results.ipynb #2ff7624b
@@ -99,15 +187,29 @@ def save(self, folder, config: str = "") -> Path:
     """Write metrics.parquet and params.json to `folder`, path.html and path.png where there are paths, merges.png where there are several merges.
     `config` is the configuration's hash, where the run has one."""
     folder, df = Path(folder), self.frame()
-    with writing(folder / "metrics.parquet") as tmp: df.to_parquet(tmp, index=False)
-    write_json(folder / "params.json", dict(params=self.settings, config=config, versions=versions(),
-                                            time=time.strftime("%F %T"), cpu=cpu_name(), backbone=self.clip.card["sha256"],
-                                            defences=self.records, stages=[dict(name=n, seconds=s, reused=r) for n, s, r in self.stages.log]))
+    with writing(folder / "metrics.parquet") as tmp:
+        df.to_parquet(tmp, index=False)
+    write_json(
+        folder / "params.json",
+        dict(
+            params=self.settings,
+            config=config,
+            versions=versions(),
+            time=time.strftime("%F %T"),
+            cpu=cpu_name(),
+            backbone=self.clip.card["sha256"],
+            defences=self.records,
+            stages=[dict(name=n, seconds=s, reused=r) for n, s, r in self.stages.log],
+        ),
+    )
     if (df.kind == "path").any():
-        with writing(folder / "path.png") as tmp: draw_path(df).savefig(tmp, format="png", dpi=130)
-        with writing(folder / "path.html") as tmp: plot_path(df).write_html(tmp, include_plotlyjs=True, full_html=True)
+        with writing(folder / "path.png") as tmp:
+            draw_path(df).savefig(tmp, format="png", dpi=130)
+        with writing(folder / "path.html") as tmp:
+            plot_path(df).write_html(tmp, include_plotlyjs=True, full_html=True)
     if len(self.P.merges) > 1:
-        with writing(folder / "merges.png") as tmp: draw_merges(df, self.P.merges).savefig(tmp, format="png", dpi=130)
+        with writing(folder / "merges.png") as tmp:
+            draw_merges(df, self.P.merges).savefig(tmp, format="png", dpi=130)
     return folder
 
 
@@ -117,14 +219,30 @@ def picture(folder) -> Path | None:
     return next((p for p in drawn if p.exists()), None)
 
 # %% ../nbs/18a_results.ipynb #c5ffa82f
-COLUMNS = {"CA": "CA %", "ASR_T": "ASR(T) %", "ASR_N": "ASR(N) %", "path_ASR": "Path-ASR %", "path_ASR_chosen": "to chosen λ", "CA_end": "CA at λ=1",
-           "ASR_end": "ASR(T) at λ=1", "lam": "λ", "strength": "strength", "seconds": "seconds", "cpu_seconds": "CPU s", "peak_mb": "peak MB"}
+COLUMNS = {
+    "CA": "CA %",
+    "ASR_T": "ASR(T) %",
+    "ASR_N": "ASR(N) %",
+    "path_ASR": "Path-ASR %",
+    "path_ASR_chosen": "to chosen λ",
+    "CA_end": "CA at λ=1",
+    "ASR_end": "ASR(T) at λ=1",
+    "lam": "λ",
+    "strength": "strength",
+    "seconds": "seconds",
+    "cpu_seconds": "CPU s",
+    "peak_mb": "peak MB",
+}
 
 
 def table(df: pd.DataFrame) -> pd.DataFrame:
     "One row a method: mean and std over seeds of COLUMNS (`X`, `X_std`), n_seeds; rates in percent, memory in MB, NaN where it does not apply."
-    one = df[(df.task == "average") & (df.kind.isin(["model", "summary"])) & df.metric.isin(COLUMNS)]
-    wide = one.pivot_table(index=["method", "seed"], columns="metric", values="value", sort=False).reindex(columns=list(COLUMNS))
+    one = df[
+        (df.task == "average") & (df.kind.isin(["model", "summary"])) & df.metric.isin(COLUMNS)
+    ]
+    wide = one.pivot_table(
+        index=["method", "seed"], columns="metric", values="value", sort=False
+    ).reindex(columns=list(COLUMNS))
     g = wide.groupby("method", sort=False)
     out = g.mean().join(g.std(ddof=1).add_suffix("_std")).assign(n_seeds=g.size())
     return out.reset_index()
@@ -132,32 +250,67 @@ def table(df: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/18a_results.ipynb #3f7e131b
 def _versus(g: pd.DataFrame, ref: pd.Series, ca: float, asr: float) -> dict:
     near, safe = g[(g.CA - ref.CA).abs() <= ca], g[g.ASR_T <= ref.ASR_T + asr]
-    return dict(ASR_same_CA=near.ASR_T.min(), CA_same_ASR=safe.CA.max(), dASR=near.ASR_T.min() - ref.ASR_T, dCA=safe.CA.max() - ref.CA)
+    return dict(
+        ASR_same_CA=near.ASR_T.min(),
+        CA_same_ASR=safe.CA.max(),
+        dASR=near.ASR_T.min() - ref.ASR_T,
+        dCA=safe.CA.max() - ref.CA,
+    )
 
 
-def versus(df: pd.DataFrame, reference: str = "LFPM", ca: float = 2.0, asr: float = 1.0) -> pd.DataFrame:
+def versus(
+    df: pd.DataFrame, reference: str = "LFPM", ca: float = 2.0, asr: float = 1.0
+) -> pd.DataFrame:
     """Paths against `reference` at its λ, paired by seed: `ASR_same_CA` (lowest ASR(T) % within `ca` points of its CA), `CA_same_ASR` (highest CA %
     where ASR(T) is at most `asr` points above its), both minus the reference's (`dASR`, `dCA`) as mean and `_std`, and in how many seeds they exist."""
-    wide = df[(df.kind == "path") & (df.task == "average")].pivot_table(index=["method", "seed", "lam"], columns="metric", values="value", sort=False)
-    lam = df[(df.kind == "summary") & (df.metric == "lam") & (df.method == reference)].set_index("seed").value
-    at = lambda seed: min(wide.loc[(reference, seed)].iterrows(), key=lambda x: abs(x[0] - lam[seed]))[1]
-    every = {(m, s): _versus(g, at(s), ca, asr) for (m, s), g in wide.groupby(level=["method", "seed"], sort=False) if s in lam}
+    wide = df[(df.kind == "path") & (df.task == "average")].pivot_table(
+        index=["method", "seed", "lam"], columns="metric", values="value", sort=False
+    )
+    lam = (
+        df[(df.kind == "summary") & (df.metric == "lam") & (df.method == reference)]
+        .set_index("seed")
+        .value
+    )
+    at = lambda seed: min(
+        wide.loc[(reference, seed)].iterrows(), key=lambda x: abs(x[0] - lam[seed])
+    )[1]
+    every = {
+        (m, s): _versus(g, at(s), ca, asr)
+        for (m, s), g in wide.groupby(level=["method", "seed"], sort=False)
+        if s in lam
+    }
     each = pd.DataFrame(every).T.rename_axis(["method", "seed"])
     by = each.groupby("method", sort=False)
-    return by.mean().join(by.std(ddof=1).add_suffix("_std")).assign(n_seeds=by.size(), n_ASR=by.dASR.count(), n_CA=by.dCA.count()).reset_index()
+    return (
+        by.mean()
+        .join(by.std(ddof=1).add_suffix("_std"))
+        .assign(n_seeds=by.size(), n_ASR=by.dASR.count(), n_CA=by.dCA.count())
+        .reset_index()
+    )
 
 # %% ../nbs/18a_results.ipynb #0bdc3cb0
-VERSUS = {"ASR_same_CA": "ASR(T) % at equal CA", "dASR": "minus reference", "CA_same_ASR": "CA % at equal ASR(T)", "dCA": "minus reference",
-          "n_ASR": "seeds with equal CA", "n_CA": "seeds with equal ASR(T)"}
+VERSUS = {
+    "ASR_same_CA": "ASR(T) % at equal CA",
+    "dASR": "minus reference",
+    "CA_same_ASR": "CA % at equal ASR(T)",
+    "dCA": "minus reference",
+    "n_ASR": "seeds with equal CA",
+    "n_CA": "seeds with equal ASR(T)",
+}
 
 # %% ../nbs/18a_results.ipynb #8e17f7f4
 def to_markdown(t: pd.DataFrame, columns: dict = COLUMNS) -> str:
     "The table as Markdown: mean ± std over seeds of `columns` {name: heading}; a column without a single value is left out."
     cols = [c for c in columns if t[c].notna().any()]
+
     def cell(r, c):
-        if pd.isna(r[c]): return "–"
-        d = {"lam": 2, "strength": 2}.get(c, 0 if c in ("seconds", "cpu_seconds", "peak_mb", "n_ASR", "n_CA") else 1)
+        if pd.isna(r[c]):
+            return "–"
+        d = {"lam": 2, "strength": 2}.get(
+            c, 0 if c in ("seconds", "cpu_seconds", "peak_mb", "n_ASR", "n_CA") else 1
+        )
         return f"{r[c]:.{d}f}" + ("" if pd.isna(r.get(f"{c}_std")) else f" ± {r[f'{c}_std']:.{d}f}")
+
     names = ["method", *(columns[c] for c in cols), "seeds"]
     rows = [[r["method"], *(cell(r, c) for c in cols), str(r["n_seeds"])] for _, r in t.iterrows()]
     return "\n".join("| " + " | ".join(x) + " |" for x in [names, ["---"] * len(names), *rows])

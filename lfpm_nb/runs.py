@@ -17,17 +17,19 @@ import yaml
 from filelock import FileLock
 from IPython.core.inputtransformer2 import TransformerManager
 from .core import as_it_runs, cache_dir, checked, choose, code_hash, content_hash
-from .core import file_sha, imported, proj_path, runs_dir, short, versions, write_json, writing
+from .core import file_sha, imported, proj_path, runs_dir, short, versions, write_json
+from .core import writing
 from .tasks import TASK_NAMES, _below, own_data
 from .clip import weights_id
-from .settings import (Run, around, notebooks, parameters, plugin_hash, settings_class,
-                              spellings)
+from .settings import Run, around, notebooks, parameters, plugin_hash, settings_class
+from .settings import spellings
 
 # %% ../nbs/18b_runs.ipynb #84d2d896
 @dataclass
 class Experiment:
     """A named result: `parameters` on top of the run notebook's, `presets` {size: more parameters}, `minutes` {size: on 2 CPU cores}, `claims` of the report that read it,
     `also`: other names it answers to, of tables that the same run fills."""
+
     name: str
     title: str
     notebook: str
@@ -39,21 +41,24 @@ class Experiment:
     also: list = field(default_factory=list)
 
 # %% ../nbs/18b_runs.ipynb #6ac94fca
-MOST = 100_000                                      # values that a file of ours may unfold to
+MOST = 100_000  # values that a file of ours may unfold to
 
 
 # libyaml, where PyYAML has it, parses ten times faster
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     "Safe YAML that refuses a key given twice (YAML keeps the last) and aliases that unfold without end."
+
     def get_single_node(self):
         node = super().get_single_node()
-        if node is not None: self.size(node, {})
+        if node is not None:
+            self.size(node, {})
         return node
 
     def size(self, node, seen: dict) -> int:
         "Values below a node, an alias counted as often as it stands there."
         if id(node) in seen:
-            if seen[id(node)] is None: raise yaml.YAMLError("an alias lies within itself")
+            if seen[id(node)] is None:
+                raise yaml.YAMLError("an alias lies within itself")
             return seen[id(node)]
         seen[id(node)] = None
         below = node.value if isinstance(node, yaml.CollectionNode) else []
@@ -63,7 +68,8 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
                 raise yaml.YAMLError(f"{twice[0]} is given twice, line {node.start_mark.line + 1}")
             below = [n for pair in below for n in pair]
         seen[id(node)] = total = 1 + sum(self.size(n, seen) for n in below)
-        if total > MOST: raise yaml.YAMLError(f"its aliases unfold to more than {MOST:,} values")
+        if total > MOST:
+            raise yaml.YAMLError(f"its aliases unfold to more than {MOST:,} values")
         return total
 
 
@@ -75,14 +81,25 @@ def _parsed(text: str):
 
 def read_yaml(path: Path, known: list[str], needed: list[str]) -> dict:
     "A YAML mapping with no other keys than `known`; ValueError names the file, what is wrong and what is allowed."
-    try: d = copy.deepcopy(_parsed(Path(path).read_text(encoding="utf-8")))
-    except yaml.YAMLError as e: raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
-    except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 ({e.reason} at byte {e.start}); save it as UTF-8") from None
-    except RecursionError: raise ValueError(f"{path} is nested too deep; expected lines of `key: value`") from None
-    if not isinstance(d, dict): raise ValueError(f"{path} holds a {type(d).__name__}; expected lines of `key: value` with keys {', '.join(known)}")
-    for k in d: choose(k, known, f"key in {path}")
+    try:
+        d = copy.deepcopy(_parsed(Path(path).read_text(encoding="utf-8")))
+    except yaml.YAMLError as e:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(
+            f"{path} is not UTF-8 ({e.reason} at byte {e.start}); save it as UTF-8"
+        ) from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep; expected lines of `key: value`") from None
+    if not isinstance(d, dict):
+        raise ValueError(
+            f"{path} holds a {type(d).__name__}; expected lines of `key: value` with keys {', '.join(known)}"
+        )
+    for k in d:
+        choose(k, known, f"key in {path}")
     missing = [k for k in needed if k not in d]
-    if missing: raise ValueError(f"{path} lacks {', '.join(missing)}; expected {', '.join(needed)}")
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; expected {', '.join(needed)}")
     return d
 
 # %% ../nbs/18b_runs.ipynb #88258e01
@@ -92,14 +109,19 @@ def experiments() -> dict[str, Experiment]:
     for p in sorted(proj_path("data", "experiments").glob("*.yaml")):
         e = found[p.stem] = Experiment(p.stem, **read_yaml(p, keys, ["title", "notebook"]))
         choose(e.notebook, known, f"notebook in {p}")
-    for n in known: found.setdefault(n, Experiment(n, f"the notebook {n}", n, presets={"lab": {}}))
+    for n in known:
+        found.setdefault(n, Experiment(n, f"the notebook {n}", n, presets={"lab": {}}))
     return found
 
 
 def presets(e: Experiment) -> dict[str, dict]:
     "{preset: parameters} of an experiment: its notebook's, with its own on top; a preset that it sets to nothing (`null`) it does not have."
     base = experiments()[e.notebook].presets
-    return {k: base.get(k, {}) | e.presets.get(k, {}) for k in (*base, *(k for k in e.presets if k not in base)) if e.presets.get(k, {}) is not None}
+    return {
+        k: base.get(k, {}) | e.presets.get(k, {})
+        for k in (*base, *(k for k in e.presets if k not in base))
+        if e.presets.get(k, {}) is not None
+    }
 
 
 def resolve(name: str, what: str = "run") -> str:
@@ -108,8 +130,9 @@ def resolve(name: str, what: str = "run") -> str:
     return names[choose(name, names, what)]
 
 # %% ../nbs/18b_runs.ipynb #289c7e3e
-def settings_of(name: str, preset: str = "lab", given: dict | None = None,
-                seed: int | None = None) -> Run:
+def settings_of(
+    name: str, preset: str = "lab", given: dict | None = None, seed: int | None = None
+) -> Run:
     """All settings of an experiment, checked: defaults, its own, the preset's, then `given` (text or values).
     ValueError names an unknown setting or preset, and a value that does not fit."""
     e = experiments()[resolve(name)]
@@ -117,8 +140,10 @@ def settings_of(name: str, preset: str = "lab", given: dict | None = None,
     given = dict(given or {})
     if seed is not None:
         if "seed" in given:
-            raise ValueError(f"seed of {name} is given twice, as {short(given['seed'])} and "
-                             f"{short(seed)}; give it once")
+            raise ValueError(
+                f"seed of {name} is given twice, as {short(given['seed'])} and "
+                f"{short(seed)}; give it once"
+            )
         given["seed"] = seed
     layers = (e.parameters, sizes[choose(preset, sizes, f"preset of {name}")], given)
     out, names = {}, spellings(cls)
@@ -126,8 +151,10 @@ def settings_of(name: str, preset: str = "lab", given: dict | None = None,
         here = {}
         for k, v in layer.items():
             if k in around(e.notebook):
-                raise ValueError(f"{k} of {name} is none of its settings; from a shell: lfpm run EXPERIMENT "
-                                 "--preset PRESET, and results go to $LFPM_RUNS")
+                raise ValueError(
+                    f"{k} of {name} is none of its settings; from a shell: lfpm run EXPERIMENT "
+                    "--preset PRESET, and results go to $LFPM_RUNS"
+                )
             own = names[choose(k, names, f"parameter of {name}")]
             if own in here:
                 raise ValueError(f"{own} of {name} is given twice, also as {k}; give it once")
@@ -138,8 +165,10 @@ def settings_of(name: str, preset: str = "lab", given: dict | None = None,
 # %% ../nbs/18b_runs.ipynb #7a80b66a
 def read_status(folder: Path) -> dict:
     "What a results folder says of itself; {} where it says nothing that can be read."
-    try: said = json.loads((Path(folder) / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
+    try:
+        said = json.loads((Path(folder) / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
     return said if isinstance(said, dict) else {}
 
 
@@ -155,16 +184,21 @@ def table_of(folder: Path) -> Path | None:
     ValueError or OSError unless it is as the run wrote it."""
     said, table = read_status(folder), Path(folder) / "metrics.parquet"
     if "metrics" not in said:
-        raise ValueError("its status.json has no hash of metrics.parquet: it is older than such hashes")
+        raise ValueError(
+            "its status.json has no hash of metrics.parquet: it is older than such hashes"
+        )
     return None if said["metrics"] is None else checked(table, said["metrics"])
 
 
 def trouble(folder: Path) -> str:
     "Why a run that says it is done cannot be trusted: its table, its parameters; '' if it can."
-    try: table = table_of(folder)
-    except (OSError, ValueError) as e: return str(e)
+    try:
+        table = table_of(folder)
+    except (OSError, ValueError) as e:
+        return str(e)
     params = Path(folder) / "params.json"
-    try: table and params.exists() and json.loads(params.read_text(encoding="utf-8"))
+    try:
+        table and params.exists() and json.loads(params.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         return f"half-written: {type(e).__name__} while reading params.json"
     return ""
@@ -173,18 +207,25 @@ def trouble(folder: Path) -> str:
 def status(folder: Path) -> str:
     "'done', 'failed', 'damaged' (done, but its table may not be the one it wrote) or 'absent'."
     state = read_status(folder).get("state")
-    if state == "done": return "damaged" if trouble(folder) else "done"
+    if state == "done":
+        return "damaged" if trouble(folder) else "done"
     return "failed" if state == "failed" else "absent"
 
 # %% ../nbs/18b_runs.ipynb #7d885173
-SHOWING = ("results", "runs", "report")           # modules that show and file numbers but make none
+SHOWING = ("results", "runs", "report")  # modules that show and file numbers but make none
 
 
 def _code(notebook: str) -> tuple[list, list]:
     "(what runs in the notebook's code cells, the library modules behind it that make numbers)."
     cells = json.loads(notebooks()[notebook].read_text(encoding="utf-8"))["cells"]
-    plain = [TransformerManager().transform_cell("".join(c["source"])) for c in cells if c["cell_type"] == "code"]
-    return [as_it_runs(c) for c in plain], sorted({m for c in plain for m in imported(c)} - {*SHOWING})
+    plain = [
+        TransformerManager().transform_cell("".join(c["source"]))
+        for c in cells
+        if c["cell_type"] == "code"
+    ]
+    return [as_it_runs(c) for c in plain], sorted(
+        {m for c in plain for m in imported(c)} - {*SHOWING}
+    )
 
 
 def config_hash(name: str, P: Run) -> str:
@@ -197,13 +238,15 @@ def config_hash(name: str, P: Run) -> str:
     stamps = [_stamp(t) for t in (*own.get("tasks", []), *files)]
     plugins = [plugin_hash(f) for f in P.plugins]
     contents = [file_sha(f) for f in P.contents]
-    return content_hash(own, weights, cells, code_hash(*modules), versions(), stamps, contents,
-                        plugins, n=8)
+    return content_hash(
+        own, weights, cells, code_hash(*modules), versions(), stamps, contents, plugins, n=8
+    )
 
 # %% ../nbs/18b_runs.ipynb #23a0a15b
 def _stamp(task: str) -> list:
     "Name, size and time of the files of a user's own data set, so that other pictures are another configuration; [] for ours."
-    if task in TASK_NAMES: return []
+    if task in TASK_NAMES:
+        return []
     path = own_data().get(task, Path(task))
     # as the task reads them: through links too
     inside = _below(path) if path.is_dir() else []
@@ -216,6 +259,7 @@ def _stamp(task: str) -> list:
 @dataclass
 class Plan:
     "A run before it runs: its settings, configuration and results folder."
+
     name: str
     preset: str
     settings: Run
@@ -223,7 +267,8 @@ class Plan:
     out: Path
 
     @property
-    def notebook(self) -> str: return experiments()[self.name].notebook
+    def notebook(self) -> str:
+        return experiments()[self.name].notebook
 
     @property
     def passed(self) -> dict:
@@ -233,8 +278,10 @@ class Plan:
         return {k: every[k] for k in parameters(self.notebook)}
 
     def __str__(self):
-        return (f"{self.name}, preset {self.preset}, seed {self.settings.seed}, "
-                f"configuration {self.config}")
+        return (
+            f"{self.name}, preset {self.preset}, seed {self.settings.seed}, "
+            f"configuration {self.config}"
+        )
 
     @property
     def computes(self) -> bool:
@@ -248,12 +295,20 @@ class Plan:
         return FileLock(path)
 
 # %% ../nbs/18b_runs.ipynb #2e5ab9b6
-def planned(name: str, preset: str = "lab", given: dict | None = None, seed: int | None = None) -> Plan:
+def planned(
+    name: str, preset: str = "lab", given: dict | None = None, seed: int | None = None
+) -> Plan:
     "The run of an experiment with these settings; refuses unknown names and bad values, computes nothing."
     name = resolve(name)
     settings = settings_of(name, preset, given, seed)
     config = config_hash(name, settings)
-    return Plan(name, preset, settings, config, (runs_dir() / name / f"{preset}-s{settings.seed}-{config}").resolve())
+    return Plan(
+        name,
+        preset,
+        settings,
+        config,
+        (runs_dir() / name / f"{preset}-s{settings.seed}-{config}").resolve(),
+    )
 
 # %% ../nbs/18b_runs.ipynb #68dcff82
 @dataclass
@@ -261,6 +316,7 @@ class Alias:
     """Another name of one experiment and preset: today's code says `now`, older folders `was`.
     `old`, `new`: the commits that were compared; `compared`: on what; `numbers`: how many;
     `largest`: their largest difference."""
+
     experiment: str
     preset: str
     was: str
@@ -286,18 +342,25 @@ def aliases_file() -> Path:
 def _odd(entry) -> str:
     "What is wrong with one entry of an alias file; '' if nothing."
     kinds = {f.name: f.type for f in fields(Alias)}
-    if not isinstance(entry, dict): return f"{entry!r} is no mapping with {', '.join(kinds)}"
+    if not isinstance(entry, dict):
+        return f"{entry!r} is no mapping with {', '.join(kinds)}"
     extra = [k for k in entry if k not in kinds]
-    if extra: return f"unknown field {extra[0]!r}; known: {', '.join(kinds)}"
+    if extra:
+        return f"unknown field {extra[0]!r}; known: {', '.join(kinds)}"
     for k, kind in kinds.items():
-        if k not in entry: return f"an entry lacks {k}"
+        if k not in entry:
+            return f"an entry lacks {k}"
         allowed = (int, float) if kind is float else kind
-        if not isinstance(entry[k], allowed): return f"{k} is {entry[k]!r}; expected a {kind.__name__}"
+        if not isinstance(entry[k], allowed):
+            return f"{k} is {entry[k]!r}; expected a {kind.__name__}"
     a, every = Alias(**entry), experiments()
-    if a.experiment not in every: return f"unknown experiment {a.experiment!r}"
-    if a.preset not in presets(every[a.experiment]): return f"{a.experiment} has no preset {a.preset!r}"
+    if a.experiment not in every:
+        return f"unknown experiment {a.experiment!r}"
+    if a.preset not in presets(every[a.experiment]):
+        return f"{a.experiment} has no preset {a.preset!r}"
     odd = [k for k in ("was", "now") if not re.fullmatch("[0-9a-f]{8}", entry[k])]
-    if odd: return f"{odd[0]} is {entry[odd[0]]!r}; expected 8 hex digits"
+    if odd:
+        return f"{odd[0]} is {entry[odd[0]]!r}; expected 8 hex digits"
     if a.numbers < 1 or a.largest != 0:
         return f"{a.was}: {a.numbers} numbers, difference {a.largest}; expected some and 0"
     return ""
@@ -306,19 +369,23 @@ def _odd(entry) -> str:
 @functools.cache
 def _aliases(text: str, path: Path) -> list[Alias]:
     "The aliases in a file's text, checked once."
-    try: entries = yaml.load(text, _Loader) or []
+    try:
+        entries = yaml.load(text, _Loader) or []
     except yaml.YAMLError as e:
         raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(entries, list):
         raise ValueError(f"{path} holds a {type(entries).__name__}; expected a list of aliases")
     for entry in entries:
-        if why := _odd(entry): raise ValueError(f"{path}: {why}")
+        if why := _odd(entry):
+            raise ValueError(f"{path}: {why}")
     out, seen = [Alias(**entry) for entry in entries], set()
     for a in out:
         own = (a.experiment, a.preset, a.was)
-        if own in seen: raise ValueError(f"{path}: {' '.join(own)} has two meanings")
+        if own in seen:
+            raise ValueError(f"{path}: {' '.join(own)} has two meanings")
         seen.add(own)
-    for a in out: chain(a.experiment, a.preset, a.was, out)
+    for a in out:
+        chain(a.experiment, a.preset, a.was, out)
     return out
 
 
@@ -336,7 +403,9 @@ def chain(name: str, preset: str, config: str, known: list[Alias]) -> list[Alias
     out, at = [], config
     while at in links:
         if links[at] in out:
-            raise ValueError(f"{aliases_file()}: {name} {preset} {at} leads to itself in a circle; remove one")
+            raise ValueError(
+                f"{aliases_file()}: {name} {preset} {at} leads to itself in a circle; remove one"
+            )
         out.append(links[at])
         at = links[at].now
     return out
@@ -358,7 +427,8 @@ def done_folder(plan: Plan, root: Path) -> Path | None:
     for config in dict.fromkeys([plan.config, today, *older]):
         folder = (Path(root) / plan.name / f"{begin}-{config}").resolve()
         state = status(folder)
-        if state == "done": return folder
+        if state == "done":
+            return folder
         if state == "damaged":
             print(f"lfpm: {folder} counts as not finished: {trouble(folder)}", file=sys.stderr)
     return None
@@ -369,12 +439,16 @@ def check_writable(folder: Path) -> None:
     new = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with writing(folder / "probe") as tmp: tmp.write_bytes(b"x" * 65536)
+        with writing(folder / "probe") as tmp:
+            tmp.write_bytes(b"x" * 65536)
         (folder / "probe").unlink()
     except OSError as e:
         with contextlib.suppress(OSError):
-            for p in new: p.rmdir()
-        raise type(e)(f"cannot write results to {folder} ({e.strerror}); free some space or set LFPM_RUNS to a folder you can write") from None
+            for p in new:
+                p.rmdir()
+        raise type(e)(
+            f"cannot write results to {folder} ({e.strerror}); free some space or set LFPM_RUNS to a folder you can write"
+        ) from None
 
 # %% ../nbs/18b_runs.ipynb #1eaad8cf
 def _own_kernel() -> type:
@@ -386,10 +460,13 @@ def _own_kernel() -> type:
 
     class OwnKernel(AsyncKernelManager):
         @default("kernel_spec_manager")
-        def _no_other(self): return KernelSpecManager(kernel_dirs=[])
+        def _no_other(self):
+            return KernelSpecManager(kernel_dirs=[])
 
         @default("transport_encryption")
-        def _where_possible(self): return "auto" if zmq.has("curve") else "disabled"
+        def _where_possible(self):
+            return "auto" if zmq.has("curve") else "disabled"
+
     return OwnKernel
 
 # %% ../nbs/18b_runs.ipynb #7662e9fc
@@ -397,15 +474,28 @@ def _papermill(plan: Plan) -> None:
     "Execute the plan's notebook into its folder. RuntimeError says in which cell it failed."
     import papermill as pm
     from nbclient.exceptions import DeadKernelError
+
     try:
-        pm.execute_notebook(notebooks()[plan.notebook], plan.out / "notebook.ipynb", plan.passed,
-                            kernel_name="python3", kernel_manager_class=_own_kernel(),
-                            progress_bar=False, store_widget_state=False, cwd=str(Path.cwd()),
-                            stdout_file=sys.stdout, stderr_file=sys.stderr)
+        pm.execute_notebook(
+            notebooks()[plan.notebook],
+            plan.out / "notebook.ipynb",
+            plan.passed,
+            kernel_name="python3",
+            kernel_manager_class=_own_kernel(),
+            progress_bar=False,
+            store_widget_state=False,
+            cwd=str(Path.cwd()),
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+        )
     except pm.PapermillExecutionError as e:
-        raise RuntimeError(f"{plan.name} failed in cell {e.exec_count}: {e.ename}: {e.evalue}\nIts notebook is {plan.out / 'notebook.ipynb'}") from None
+        raise RuntimeError(
+            f"{plan.name} failed in cell {e.exec_count}: {e.ename}: {e.evalue}\nIts notebook is {plan.out / 'notebook.ipynb'}"
+        ) from None
     except DeadKernelError:
-        raise RuntimeError(f"the kernel of {plan.name} died (killed, or out of memory); finished stages are kept, so the same command continues") from None
+        raise RuntimeError(
+            f"the kernel of {plan.name} died (killed, or out of memory); finished stages are kept, so the same command continues"
+        ) from None
 
 # %% ../nbs/18b_runs.ipynb #f69f2192
 def execute(plan: Plan, force: bool = False) -> Path:
@@ -413,12 +503,26 @@ def execute(plan: Plan, force: bool = False) -> Path:
     Ctrl-C leaves no results folder (finished stages stay cached); a failed run leaves its notebook and a status saying why."""
     with plan.lock():
         made = done_folder(plan, runs_dir())
-        if made and not force and plan.computes: return made
+        if made and not force and plan.computes:
+            return made
         plan.settings.check_inputs()
         check_writable(plan.out)
         (plan.out / "status.json").unlink(missing_ok=True)
-        os.environ |= dict(LFPM_RUNS=str(runs_dir().resolve()), LFPM_FORCE=str(int(force)), LFPM_LIVE=str(int(sys.stderr.isatty())))
-        t0, info = time.time(), dict(run=plan.name, preset=plan.preset, config=plan.config, seed=plan.settings.seed, started=time.strftime("%F %T"))
+        os.environ |= dict(
+            LFPM_RUNS=str(runs_dir().resolve()),
+            LFPM_FORCE=str(int(force)),
+            LFPM_LIVE=str(int(sys.stderr.isatty())),
+        )
+        t0, info = (
+            time.time(),
+            dict(
+                run=plan.name,
+                preset=plan.preset,
+                config=plan.config,
+                seed=plan.settings.seed,
+                started=time.strftime("%F %T"),
+            ),
+        )
         try:
             _papermill(plan)
             finish(plan.out, seconds=round(time.time() - t0, 1), **info)
@@ -428,11 +532,18 @@ def execute(plan: Plan, force: bool = False) -> Path:
         except KeyboardInterrupt:
             shutil.rmtree(plan.out, ignore_errors=True)
             raise
-        finally: os.environ["LFPM_FORCE"] = "0"          # meant for this run's kernel only
+        finally:
+            os.environ["LFPM_FORCE"] = "0"  # meant for this run's kernel only
     return plan.out
 
 # %% ../nbs/18b_runs.ipynb #24b4360c
-def run_notebook(name: str, preset: str = "lab", given: dict | None = None, seed: int | None = None, force: bool = False) -> Path:
+def run_notebook(
+    name: str,
+    preset: str = "lab",
+    given: dict | None = None,
+    seed: int | None = None,
+    force: bool = False,
+) -> Path:
     "Run an experiment with parameters by papermill and return its results folder (`planned`, then `execute`)."
     return execute(planned(name, preset, given, seed), force)
 
@@ -454,8 +565,10 @@ def here(notebook: str, ns: dict) -> Plan:
     e, every = resolve(of_run["experiment"]), experiments()
     if every[e].notebook != notebook:
         mine = ", ".join(n for n, x in every.items() if x.notebook == notebook)
-        raise ValueError(f"{e} is a run of {every[e].notebook}.ipynb, not of {notebook}.ipynb; "
-                         f"expected one of {mine}")
+        raise ValueError(
+            f"{e} is a run of {every[e].notebook}.ipynb, not of {notebook}.ipynb; "
+            f"expected one of {mine}"
+        )
     plan = planned(e, of_run["preset"], changed | told)
     plan.out = Path(of_run["out_dir"] or runs_dir() / notebook / "by-hand")
     return plan
@@ -468,6 +581,7 @@ TIDY = {"method", "kind", "task", "metric", "value", "seed"}
 @dataclass
 class Finished:
     "A finished run: where it lies, its status, its rows, its parameters."
+
     folder: Path
     status: dict
     rows: pd.DataFrame
@@ -477,14 +591,18 @@ class Finished:
 def look(folder: Path) -> Finished | str:
     "The finished run in a folder, or why there is none that can be used."
     folder, said = Path(folder), read_status(folder)
-    if not said: return "half-written: no status that can be read"
+    if not said:
+        return "half-written: no status that can be read"
     if said.get("state") != "done":
         why = said.get("error", "the run did not finish")
         return f"{said.get('state', 'unknown')}: {why}".splitlines()[0]
     lacking = [k for k, kind in NEEDED.items() if not isinstance(said.get(k), kind)]
-    if lacking: return f"half-written: its status lacks {', '.join(lacking)}"
-    if why := trouble(folder): return why
-    if said["metrics"] is None: return "its run wrote no metrics.parquet"
+    if lacking:
+        return f"half-written: its status lacks {', '.join(lacking)}"
+    if why := trouble(folder):
+        return why
+    if said["metrics"] is None:
+        return "its run wrote no metrics.parquet"
     try:
         rows = pd.read_parquet(folder / "metrics.parquet")
         params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
@@ -502,6 +620,7 @@ class Found:
     """Runs of one configuration, one a seed, in the order they were started.
     `made`: {older name some were made under: the alias in words}; `others`: {another
     configuration: its folders}; `left`: {folder that cannot be used: why}."""
+
     config: str
     runs: list[Finished]
     made: dict
@@ -509,11 +628,13 @@ class Found:
     left: dict
 
     @property
-    def rows(self) -> pd.DataFrame: return pd.concat([r.rows for r in self.runs], ignore_index=True)
+    def rows(self) -> pd.DataFrame:
+        return pd.concat([r.rows for r in self.runs], ignore_index=True)
 
 
-def find_runs(name: str, preset: str, root: Path, config: str | None = None,
-              known: list[Alias] | None = None) -> Found:
+def find_runs(
+    name: str, preset: str, root: Path, config: str | None = None, known: list[Alias] | None = None
+) -> Found:
     """The finished runs of an experiment under `root`: of the newest configuration, or of `config`.
     `config` may be an alias; ValueError if it is not there. Without a finished run `runs` is empty.
     Runs of other presets stay silent. `known`: aliases, default those of the shipped results."""
@@ -523,15 +644,20 @@ def find_runs(name: str, preset: str, root: Path, config: str | None = None,
     for folder in sorted(f for f in (Path(root) / name).glob("*") if f.is_dir()):
         of = read_status(folder).get("preset")
         mine = of == preset if isinstance(of, str) else folder.name.startswith(f"{preset}-s")
-        if not mine: continue
+        if not mine:
+            continue
         seen = look(folder)
-        if isinstance(seen, str): left[f"{name}/{folder.name}"] = seen
-        else: good.append(seen)
-    if not good: return Found("", [], {}, {}, left)
+        if isinstance(seen, str):
+            left[f"{name}/{folder.name}"] = seen
+        else:
+            good.append(seen)
+    if not good:
+        return Found("", [], {}, {}, left)
     # newest first; not by file time: a fresh clone has made every file today
     good.sort(key=lambda r: r.status["started"], reverse=True)
     by = {}
-    for r in good: by.setdefault(today(r.status["config"]), []).append(r)
+    for r in good:
+        by.setdefault(today(r.status["config"]), []).append(r)
     config = choose(today(config), by, f"configuration of {name}") if config else next(iter(by))
     taken = list({r.status["seed"]: r for r in reversed(by[config])}.values())
     names = sorted({r.status["config"] for r in taken} - {config})
@@ -550,8 +676,10 @@ def load_runs(name: str, preset: str, config: str | None = None) -> tuple[pd.Dat
     found = find_runs(name, preset, runs_dir(), config)
     if not found.runs:
         left = "".join(f"; {k}: {why}" for k, why in found.left.items())
-        raise FileNotFoundError(f"no finished run of {name} with preset {preset} under {runs_dir()}{left}; "
-                                f"make one: lfpm run {name} --preset {preset}")
+        raise FileNotFoundError(
+            f"no finished run of {name} with preset {preset} under {runs_dir()}{left}; "
+            f"make one: lfpm run {name} --preset {preset}"
+        )
     info = dict(config=found.config, made=found.made, left=found.left, known=list(found.others))
     info["folders"] = [r.folder for r in found.runs]
     info["others"] = sum(map(len, found.others.values()))

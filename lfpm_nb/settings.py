@@ -28,27 +28,30 @@ from .realdata import require
 from .clip import load_clip
 from .tune import RECOMPUTE, TuneConfig
 from .merge import merges
-from . import adaptive                         # it registers merges
+from . import adaptive  # it registers merges
 from .attack import attacks, check_scope
-from . import lobam, trojan                    # they register attacks
+from . import lobam, trojan  # they register attacks
 from .antibackdoor import Strengths
 from .path import lam_rules
 from .defend import check_lam, check_strength, defences, knobs
-from . import baselines                        # it registers the rivals
+from . import baselines  # it registers the rivals
 
 # %% ../nbs/17a_settings.ipynb #ab285ebf
 def _plain(v):
     "A number as Python writes it. True is no number here, although Python takes it for 1."
-    v = v.item() if hasattr(v, "item") else v        # NumPy's and PyTorch's numbers
-    if isinstance(v, bool): raise ValueError("true and false are no numbers")
+    v = v.item() if hasattr(v, "item") else v  # NumPy's and PyTorch's numbers
+    if isinstance(v, bool):
+        raise ValueError("true and false are no numbers")
     return v
 
 
 def _word_or_number(v):
     "Text that reads as a number becomes one, other text stays."
     v = _plain(v)
-    try: number = float(v)
-    except (TypeError, ValueError): return v
+    try:
+        number = float(v)
+    except (TypeError, ValueError):
+        return v
     return number if math.isfinite(number) else str(v)
 
 
@@ -56,7 +59,8 @@ def _listed(v):
     "A list from text like `a,b` or JSON, from a list or array, or from a single value."
     if isinstance(v, str):
         return _json(v) if v.lstrip().startswith("[") else _split(v)
-    if hasattr(v, "tolist"): v = v.tolist()
+    if hasattr(v, "tolist"):
+        v = v.tolist()
     return list(v) if isinstance(v, (list, tuple)) else [v]
 
 
@@ -65,23 +69,29 @@ def _split(text: str) -> list[str]:
     return [t.strip() for t in text.split(",") if t.strip()]
 
 
-def _table(v): return _json(v) if isinstance(v, str) else v
+def _table(v):
+    return _json(v) if isinstance(v, str) else v
 
 
 def _json(text: str):
     "JSON without a key given twice, of which it would keep the last."
+
     def once(pairs):
-        if len(dict(pairs)) < len(pairs): raise ValueError("a key is given twice")
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key is given twice")
         return dict(pairs)
+
     return json.loads(text, object_pairs_hook=once)
 
 
-def _text(v): return os.fspath(v) if isinstance(v, os.PathLike) else v
+def _text(v):
+    return os.fspath(v) if isinstance(v, os.PathLike) else v
 
 
 def _joined(v):
     "Several names as text with commas, from that or from a list."
-    if isinstance(v, str) and v.lstrip().startswith("["): v = _json(v)
+    if isinstance(v, str) and v.lstrip().startswith("["):
+        v = _json(v)
     return ",".join(v) if isinstance(v, (list, tuple)) else v
 
 # %% ../nbs/17a_settings.ipynb #6a1f579a
@@ -95,24 +105,40 @@ NotNegative = Annotated[float, _number, Field(ge=0), "a number from 0 on"]
 Share = Annotated[float, _number, Field(ge=0, le=1), "a number in [0, 1]"]
 Flag = Annotated[bool, "true or false"]
 Text = Annotated[str, BeforeValidator(_text), "text"]
-Several = Annotated[str, Field(min_length=1), BeforeValidator(_joined), "one name, or several with commas"]
+Several = Annotated[
+    str, Field(min_length=1), BeforeValidator(_joined), "one name, or several with commas"
+]
 Names = Annotated[list[Text], BeforeValidator(_listed), "names, separated by commas"]
-Some = Annotated[list[Text], Field(min_length=1), BeforeValidator(_listed),
-                 "at least one name, separated by commas"]
-Weights = Annotated[list[NotNegative], Field(min_length=1), BeforeValidator(_listed),
-                    "at least one number from 0 on, separated by commas"]
-Table = Annotated[dict[str, dict[str, Any]], BeforeValidator(_table),
-                  'a table as JSON, such as {"TIES": {"density": 0.1}}']
-RuleOrRank = Annotated[Literal["rule"] | Annotated[int, Field(ge=1)], _number,
-                       "rule, or a whole number from 1 on"]
-RuleOrNumber = Annotated[Literal["rule"] | Annotated[float, Field(ge=0)], _number,
-                         "rule, or a number from 0 on"]
+Some = Annotated[
+    list[Text],
+    Field(min_length=1),
+    BeforeValidator(_listed),
+    "at least one name, separated by commas",
+]
+Weights = Annotated[
+    list[NotNegative],
+    Field(min_length=1),
+    BeforeValidator(_listed),
+    "at least one number from 0 on, separated by commas",
+]
+Table = Annotated[
+    dict[str, dict[str, Any]],
+    BeforeValidator(_table),
+    'a table as JSON, such as {"TIES": {"density": 0.1}}',
+]
+RuleOrRank = Annotated[
+    Literal["rule"] | Annotated[int, Field(ge=1)], _number, "rule, or a whole number from 1 on"
+]
+RuleOrNumber = Annotated[
+    Literal["rule"] | Annotated[float, Field(ge=0)], _number, "rule, or a number from 0 on"
+]
 WordOrNumber = Annotated[float | str, BeforeValidator(_word_or_number), "a word or a number"]
 
 # %% ../nbs/17a_settings.ipynb #722b8db4
-RUNS: dict[str, type] = {}                          # {run notebook: the class of its settings}
-_HOW = ConfigDict(extra="forbid", allow_inf_nan=False,
-                  validate_by_name=True, validate_by_alias=True)
+RUNS: dict[str, type] = {}  # {run notebook: the class of its settings}
+_HOW = ConfigDict(
+    extra="forbid", allow_inf_nan=False, validate_by_name=True, validate_by_alias=True
+)
 
 
 def option(default, text: str, also: str | None = None) -> Any:
@@ -138,34 +164,50 @@ def expected(field) -> str:
 def _first_line(cls, e: ValidationError) -> str:
     "One line about the first thing that is wrong."
     first = e.errors()[0]
-    if not first["loc"]: return str(first["ctx"]["error"])      # a class's own check said it
+    if not first["loc"]:
+        return str(first["ctx"]["error"])  # a class's own check said it
     given, *where = first["loc"]
     name = spellings(cls)[choose(given, spellings(cls), f"parameter of {cls.__name__}")]
     field = cls.__pydantic_fields__[name]
     place = f"[{where[0]}]" if where and isinstance(where[0], int) else ""
     default = field.get_default(call_default_factory=True)
-    return (f"{name}{place} is {short(first['input'])}; expected {expected(field)} "
-            f"(default: {json.dumps(default, ensure_ascii=False)})")
+    return (
+        f"{name}{place} is {short(first['input'])}; expected {expected(field)} "
+        f"(default: {json.dumps(default, ensure_ascii=False)})"
+    )
 
 
 @dataclass_transform(field_specifiers=(option,))
 def settings(name: str | None = None):
     "Decorator: a checked dataclass of options; with a name, the settings of that run notebook."
+
     def add(cls):
         made = checked.dataclass(config=_HOW)(cls)
         plain = made.__init__
+
         def init(self, **given):
-            try: plain(self, **given)
-            except ValidationError as e: raise ValueError(_first_line(made, e)) from None
+            try:
+                plain(self, **given)
+            except ValidationError as e:
+                raise ValueError(_first_line(made, e)) from None
+
         made.__init__ = init
-        if name: RUNS[name] = made
+        if name:
+            RUNS[name] = made
         return made
+
     return add
 
 # %% ../nbs/17a_settings.ipynb #25675b24
 _FINITE = ConfigDict(allow_inf_nan=False)
-_KINDS = {int: Annotated[int, _number], float: Number, bool: Flag, str: Text,
-          int | None: Annotated[int | None, _number], str | float: WordOrNumber}
+_KINDS = {
+    int: Annotated[int, _number],
+    float: Number,
+    bool: Flag,
+    str: Text,
+    int | None: Annotated[int | None, _number],
+    str | float: WordOrNumber,
+}
 
 
 def method_options(f) -> dict[str, inspect.Parameter]:
@@ -179,12 +221,15 @@ def method_option(registry, method: str, name: str, value) -> tuple[str, Any]:
     name = choose(name, options or ["none"], f"option of {method}")
     p = options[name]
     kind = type(p.default) if p.annotation is p.empty else p.annotation
-    try: return name, TypeAdapter(_KINDS.get(kind, kind), config=_FINITE).validate_python(value)
+    try:
+        return name, TypeAdapter(_KINDS.get(kind, kind), config=_FINITE).validate_python(value)
     except PydanticSchemaGenerationError:
         raise ValueError(f"{method}:{name} cannot be given: the run hands it over") from None
     except ValidationError:
-        raise ValueError(f"{method}:{name} is {short(value)}; expected "
-                         f"{getattr(kind, '__name__', kind)} (default: {p.default!r})") from None
+        raise ValueError(
+            f"{method}:{name} is {short(value)}; expected "
+            f"{getattr(kind, '__name__', kind)} (default: {p.default!r})"
+        ) from None
 
 # %% ../nbs/17a_settings.ipynb #a3d6ed61
 def variant(registry, text: str) -> tuple[str, dict]:
@@ -194,7 +239,8 @@ def variant(registry, text: str) -> tuple[str, dict]:
     own = {}
     for k, _, v in (g.partition("=") for g in given):
         k, v = method_option(registry, name, k, v)
-        if k in own: raise ValueError(f"{k} of {name} is given twice in {text!r}; give it once")
+        if k in own:
+            raise ValueError(f"{k} of {name} is given twice in {text!r}; give it once")
         own[k] = v
     return name, own
 
@@ -211,6 +257,7 @@ _REGISTRIES = (merges, attacks, defences, lam_rules)
 @dataclass
 class Plugin:
     "A file that was imported: its content, its module, what it registered in each registry, and knobs."
+
     content: str
     module: Any
     entries: list[dict]
@@ -225,16 +272,20 @@ def load_plugin(file) -> Plugin:
     Its methods are in the registries afterwards, and nothing else has changed there."""
     path = Path(file).expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
-        raise FileNotFoundError(f"no plugin at {path}; expected a Python file that registers methods")
+        raise FileNotFoundError(
+            f"no plugin at {path}; expected a Python file that registers methods"
+        )
     content = content_hash(path.read_bytes())
     if path not in _loaded or _loaded[path].content != content:
         fresh = _imported(path, content)
         for registry, own in zip(_REGISTRIES, _loaded[path].entries if path in _loaded else []):
-            for k, v in own.items():                 # what an earlier content had registered
-                if registry.get(k) is v: del registry[k]
+            for k, v in own.items():  # what an earlier content had registered
+                if registry.get(k) is v:
+                    del registry[k]
         _loaded[path] = fresh
     plugin = _loaded[path]
-    for registry, own in zip(_REGISTRIES, plugin.entries): registry.update(own)
+    for registry, own in zip(_REGISTRIES, plugin.entries):
+        registry.update(own)
     knobs.update(plugin.knobs)
     return plugin
 
@@ -246,24 +297,34 @@ def _imported(path: Path, content: str) -> Plugin:
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     before, dials = [dict(r) for r in _REGISTRIES], dict(knobs)
     linecache.checkcache(str(path))
-    try: spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:
         why = f"{type(e).__name__}: {e}"
         raise ValueError(f"the plugin {path} failed while it was imported: {why}") from e
     else:
-        entries = [{k: v for k, v in r.items() if v is not had.get(k)}
-                   for r, had in zip(_REGISTRIES, before)]
+        entries = [
+            {k: v for k, v in r.items() if v is not had.get(k)}
+            for r, had in zip(_REGISTRIES, before)
+        ]
         own = {k: v for k, v in knobs.items() if k in entries[_REGISTRIES.index(defences)]}
     finally:
-        for r, had in zip(_REGISTRIES, before): r.clear(); r.update(had)
-        knobs.clear(); knobs.update(dials)
+        for r, had in zip(_REGISTRIES, before):
+            r.clear()
+            r.update(had)
+        knobs.clear()
+        knobs.update(dials)
     others = [p.entries for where, p in _loaded.items() if where != path]
     for k, had in enumerate(before):
         kit = had.keys() - {m for e in others for m in e[k]} - _names_of(path, k)
         said = {n.lower() for n in kit} | {had[n]["long"].lower() for n in kit}
-        if taken := sorted(n for n, v in entries[k].items() if {n.lower(), v["long"].lower()} & said):
-            raise ValueError(f"the plugin {path} registers {', '.join(taken)}, which is registered "
-                             "already; choose another name")
+        if taken := sorted(
+            n for n, v in entries[k].items() if {n.lower(), v["long"].lower()} & said
+        ):
+            raise ValueError(
+                f"the plugin {path} registers {', '.join(taken)}, which is registered "
+                "already; choose another name"
+            )
     return Plugin(content, module, entries, own)
 
 
@@ -291,16 +352,19 @@ def plugin_hash(file) -> tuple[str, str]:
 @settings()
 class Run:
     "What every run can be told."
+
     seed: Whole = option(0, "of every random number that the run draws")
     plugins: Names = option([], "Python files of yours that register methods: code, imported first")
 
-    reads: ClassVar[tuple] = ()                      # settings whose files' content matters
-    contents: ClassVar[tuple] = ()                   # small files of the kit whose content matters
+    reads: ClassVar[tuple] = ()  # settings whose files' content matters
+    contents: ClassVar[tuple] = ()  # small files of the kit whose content matters
 
     def __post_init__(self):
         names = [n for f in self.plugins for e in load_plugin(f).entries for n in e]
         if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"two plugins register {', '.join(twice)}; give each method its own name")
+            raise ValueError(
+                f"two plugins register {', '.join(twice)}; give each method its own name"
+            )
 
     def offers(self, registry):
         "The methods that this run may name: the kit's, one's own, and those of its plugins."
@@ -313,9 +377,12 @@ class Run:
 @settings()
 class Contributors(Run):
     "The pretrained model, the tasks, and how each contributor is fine-tuned."
+
     backbone: Text = option("lfpm-lab", "a shipped one, open_clip's name (OpenAI's), or NAME:FILE")
-    tasks: Some = option(["letters", "signs", "textures", "land", "flags", "handwritten"],
-                          "one contributor each: LabWorld names, your folders, zip or npz files")
+    tasks: Some = option(
+        ["letters", "signs", "textures", "land", "flags", "handwritten"],
+        "one contributor each: LabWorld names, your folders, zip or npz files",
+    )
     n_train: Count = option(2500, "training images of each task (as far as its source has them)")
     n_test: Count = option(600, "test images of each task")
     epochs: Count = option(5, "fine-tuning of each contributor")
@@ -334,6 +401,7 @@ class Contributors(Run):
 @dataclass
 class Attacker:
     "Whose contribution is poisoned, the task and the class that are attacked, and the attack."
+
     adversary: str
     target: str
     target_class: str
@@ -343,10 +411,15 @@ class Attacker:
 @settings()
 class Attacked(Contributors):
     "Who is poisoned, what the trigger shall do, and what it looks like."
+
     adversary: Several = option("letters", 'whose contributor attacks; several: "letters,land"')
     target: Several = option("signs", "the task that is attacked; one for each adversary")
-    target_class: Several = option("yield", "what triggered images of that task become; one for each")
-    attack: Several = option("badmerging", 'lfpm methods lists them; one for all or each: "badvit,trojvit"')
+    target_class: Several = option(
+        "yield", "what triggered images of that task become; one for each"
+    )
+    attack: Several = option(
+        "badmerging", 'lfpm methods lists them; one for all or each: "badvit,trojvit"'
+    )
     n_target: Count = option(1100, "test images of the target task, target class included")
     side: Count = option(6, "trigger side in pixels")
     trigger_steps: Whole = option(150, "steps of the trigger's optimisation")
@@ -355,19 +428,23 @@ class Attacked(Contributors):
         super().__post_init__()
         self.attack = ",".join(map(self.offers(attacks).find, _split(self.attack)))
         for who in ("adversary", "target"):
-            names = [choose(n, self.tasks, f"{who} (it must be one of tasks)")
-                     for n in _split(getattr(self, who))]
+            names = [
+                choose(n, self.tasks, f"{who} (it must be one of tasks)")
+                for n in _split(getattr(self, who))
+            ]
             if twice := sorted({n for n in names if names.count(n) > 1}):
                 raise ValueError(f"{who} names {twice[0]!r} twice; give every attacker his own")
             setattr(self, who, ",".join(names))
         self.target_class = ",".join(map(self._class_of, self.attackers))
-        del self.attackers                           # they were read before their class was spelt out
-        for a in self.attackers: check_scope(a.attack, a.adversary, a.target)
+        del self.attackers  # they were read before their class was spelt out
+        for a in self.attackers:
+            check_scope(a.attack, a.adversary, a.target)
 
     @staticmethod
     def _class_of(a: Attacker) -> str:
         "The attacked class as its task spells it, where the task is the kit's own."
-        if a.target not in FAMILIES: return a.target_class
+        if a.target not in FAMILIES:
+            return a.target_class
         return choose(a.target_class, FAMILIES[a.target].classes, f"class of {a.target}")
 
     @cached_property
@@ -375,7 +452,8 @@ class Attacked(Contributors):
         "One for each name in `adversary`."
         of = ("adversary", "target", "target_class", "attack")
         names = {k: _split(getattr(self, k)) for k in of}
-        if len(names["attack"]) == 1: names["attack"] *= len(names["adversary"])
+        if len(names["attack"]) == 1:
+            names["attack"] *= len(names["adversary"])
         if len({len(v) for v in names.values()}) > 1:
             counts = ", ".join(f"{len(v)} for {k}" for k, v in names.items())
             raise ValueError(f"{counts}; expected as many of each, separated by commas")
@@ -385,6 +463,7 @@ class Attacked(Contributors):
 @settings()
 class Merging(Run):
     "Which merges, and what they are offered."
+
     merges: Some = option(["TA"], 'each poisoned and clean, and defended; "all" is every one')
     scale: Number = option(0.3, "coefficient of Task Arithmetic, and of merges that multiply a sum")
     merge_n: Count = option(256, "unlabelled images of each task for merges that need some")
@@ -403,15 +482,18 @@ class Merging(Run):
             with contextlib.suppress(ValueError):
                 name = r.find(name)
                 break
-        else: choose(name, [n for r in both for n in r], "method in options")
+        else:
+            choose(name, [n for r in both for n in r], "method in options")
         own = dict(method_option(r, name, k, v) for k, v in given.items())
-        if len(own) < len(given): raise ValueError(f"an option of {name} is given twice: {given}")
+        if len(own) < len(given):
+            raise ValueError(f"an option of {name} is given twice: {given}")
         return name, own
 
 
 def every_method(registry, names: list[str], read) -> list[str]:
     "Names as `read` spells them, each once; `all` is every method there is."
-    if [n.lower() for n in names] == ["all"]: return list(registry)
+    if [n.lower() for n in names] == ["all"]:
+        return list(registry)
     found = [read(n) for n in names]
     if twice := sorted({n for n in found if found.count(n) > 1}):
         raise ValueError(f"{registry.kind} {twice[0]} is named twice; give it once")
@@ -421,24 +503,35 @@ def every_method(registry, names: list[str], read) -> list[str]:
 @settings()
 class Defending(Run):
     "The defender's settings: Stage I, Stage II, and the choice of λ (LFPM App. D)."
+
     shadow_n: Count = option(4000, "images the defender trains on, at most")
     held: Count = option(500, "more of them, only for choosing λ and for what it costs")
-    lam: WordOrNumber = option("knee", "place on the path: a rule (knee, level, turn, calm), or in [0, 1]")
-    strength: WordOrNumber = option("default", "of a defence: default, rule (tries three), or a number")
+    lam: WordOrNumber = option(
+        "knee", "place on the path: a rule (knee, level, turn, calm), or in [0, 1]"
+    )
+    strength: WordOrNumber = option(
+        "default", "of a defence: default, rule (tries three), or a number"
+    )
     lora: Whole = option(0, "rank of LoRA adapters, of whoever trains; 0 trains every weight")
     rank: RuleOrRank = option("rule", "r, dimension of the adversarial subspace: rule, or a number")
     prompt_steps: Count = option(60, "mining one prompt, in batches of anti_batch")
     semantic: Weights = option([2.0, 2.0, 2.0], "Eq 16's semantic term: a weight for each prompt")
     prompt_bound: Positive = option(1.0, "norm of a prompt token, in ordinary token norms")
-    rho: RuleOrNumber = option("rule", "worst-case step of a prompt, in its norms: rule, or a number")
+    rho: RuleOrNumber = option(
+        "rule", "worst-case step of a prompt, in its norms: rule, or a number"
+    )
     gamma: NotNegative = option(1.0, "weight of the merged model's gradient")
     path_from: Share = option(0.5, "the path integral runs from here")
     path_to: Share = option(1.0, "to here")
     anti_epochs: Count = option(2, "Stage II, and every defence that trains")
     anti_batch: Count = option(64, "their batch")
     anti_lr: Positive = option(5e-4, "their learning rate")
-    prompted_weight: NotNegative = option(1.0, "of the prompted term beside the clean one, for them all")
-    recompute: Text = option("nothing", "towers, blocks: less memory for one more pass, same gradients")
+    prompted_weight: NotNegative = option(
+        1.0, "of the prompted term beside the clean one, for them all"
+    )
+    recompute: Text = option(
+        "nothing", "towers, blocks: less memory for one more pass, same gradients"
+    )
     start: Text = option("merged", "theta_anti starts from the merged model, or pretrained")
     partition: Flag = option(False, "subspace partition (A; off: see notebook subspace)", also="A")
     worst_prompt: Flag = option(True, "worst-case prompt (B)", also="B")
@@ -447,13 +540,15 @@ class Defending(Run):
     def __post_init__(self):
         super().__post_init__()
         self.lam = check_lam(self.lam)
-        if isinstance(self.lam, str): self.offers(lam_rules).find(self.lam)
+        if isinstance(self.lam, str):
+            self.offers(lam_rules).find(self.lam)
         self.recompute = choose(self.recompute, RECOMPUTE, "value of recompute")
 
 # %% ../nbs/17a_settings.ipynb #00df9a1c
 @settings("main")
 class MainParams(Defending, Merging, Attacked):
     "Settings of the main run."
+
     defences: Names = option(["fine-tuning", "LFPM"], 'on the poisoned merge; "all" is every one')
     clean_defences: Names = option(["LFPM"], "on the clean merge: what they cost without attack")
     lam_n: Points = option(21, "points on the path, both ends included")
@@ -464,8 +559,9 @@ class MainParams(Defending, Merging, Attacked):
         these = self.offers(defences)
         self.defences = every_method(these, self.defences, these.find)
         self.clean_defences = every_method(these, self.clean_defences, these.find)
-        for d in (*self.defences, *self.clean_defences): check_strength(d, self.strength)
-        self.strengths                               # checks what belongs together
+        for d in (*self.defences, *self.clean_defences):
+            check_strength(d, self.strength)
+        self.strengths  # checks what belongs together
 
     @property
     def tune(self) -> TuneConfig:
@@ -479,11 +575,24 @@ def strengths(self) -> Strengths:
     "Stage I and II settings; with LoRA the defender raises his rate by the contributors' factor."
     P = self
     return Strengths(
-        rank=P.rank, prompt_steps=P.prompt_steps, semantic=tuple(P.semantic),
-        prompt_bound=P.prompt_bound, rho=P.rho, gamma=P.gamma, interval=(P.path_from, P.path_to),
-        epochs=P.anti_epochs, batch=P.anti_batch, lr=P.anti_lr * P.tune.lr / P.lr,
-        prompted_weight=P.prompted_weight, start=P.start,
-        recompute=P.recompute, lora=P.lora, A=P.partition, B=P.worst_prompt, C=P.path_loss)
+        rank=P.rank,
+        prompt_steps=P.prompt_steps,
+        semantic=tuple(P.semantic),
+        prompt_bound=P.prompt_bound,
+        rho=P.rho,
+        gamma=P.gamma,
+        interval=(P.path_from, P.path_to),
+        epochs=P.anti_epochs,
+        batch=P.anti_batch,
+        lr=P.anti_lr * P.tune.lr / P.lr,
+        prompted_weight=P.prompted_weight,
+        start=P.start,
+        recompute=P.recompute,
+        lora=P.lora,
+        A=P.partition,
+        B=P.worst_prompt,
+        C=P.path_loss,
+    )
 
 
 @method(MainParams)
@@ -494,8 +603,10 @@ def check_inputs(self) -> None:
     if self.rank != "rule" and self.rank >= d:
         raise ValueError(f"rank is {self.rank}, features are {d} wide; expected at most {d - 1}")
     if self.side > clip.size:
-        raise ValueError(f"side is {self.side}, the backbone's images have {clip.size} px; "
-                         "give a smaller trigger")
+        raise ValueError(
+            f"side is {self.side}, the backbone's images have {clip.size} px; "
+            "give a smaller trigger"
+        )
     real = [n for n in self.tasks if n in SOURCES]
     require(filter(None, [*real, clip.card.get("open_domain", {}).get("name")]), clip.size)
     few = dict(seed=self.seed, n_train=1, n_test=1, size=clip.size)
@@ -506,12 +617,13 @@ def check_inputs(self) -> None:
             raise ValueError(f"target_class is {a.target_class!r}; {a.target} spells it {right!r}")
 
 # %% ../nbs/17a_settings.ipynb #cc8cc695
-FILES = ("merged", "base", "model", "shadow")       # what purify cannot do without
+FILES = ("merged", "base", "model", "shadow")  # what purify cannot do without
 
 
 @settings("purify")
 class PurifyParams(Defending):
     "Settings of purify: a merged model of one's own, its base, and pictures."
+
     merged: Text = option("", "file of the merged vision tower, under any library's names")
     base: Text = option("", "file of the pretrained model; a whole CLIP where words must be read")
     model: Text = option("lfpm-lab", "a shipped backbone, or open_clip's name: ViT-B-32-quickgelu")
@@ -520,14 +632,15 @@ class PurifyParams(Defending):
     vocabulary: Text = option("", "words for pseudo-labels, one a line, or a head; empty: built in")
     out: Text = option("purified.safetensors", "where the weights go; other files lie beside it")
     lam: WordOrNumber = option(
-        "level", "place on the path: a rule (knee, level, turn, calm), or in [0, 1]")
+        "level", "place on the path: a rule (knee, level, turn, calm), or in [0, 1]"
+    )
     semantic: Weights = option([2.0, 1.0, 0.5], "Eq 16's semantic term: a weight for each prompt")
 
     reads: ClassVar[tuple] = ("merged", "base", "shadow", "labels", "vocabulary")
 
     def __post_init__(self):
         super().__post_init__()
-        self.main                                    # its checks
+        self.main  # its checks
 
     @property
     def main(self) -> MainParams:
@@ -538,8 +651,9 @@ class PurifyParams(Defending):
     def check_inputs(self) -> None:
         "ValueError unless all files are named."
         if none := [k for k in FILES if not getattr(self, k)]:
-            raise ValueError(f"{none[0]} is not given: -p {none[0]}=…; "
-                             f"purify needs {', '.join(FILES)}")
+            raise ValueError(
+                f"{none[0]} is not given: -p {none[0]}=…; purify needs {', '.join(FILES)}"
+            )
 
 # %% ../nbs/17a_settings.ipynb #70f1ae6e
 def recorded_labs() -> list[str]:
@@ -550,6 +664,7 @@ def recorded_labs() -> list[str]:
 @settings()
 class OnRecorded(Run):
     "Runs that look at a recorded lab."
+
     lab: Text = option("lab", "a recorded lab under data/recorded")
     few: Flag = option(False, "few images of everything, for a quick look")
 
@@ -569,6 +684,7 @@ class OnRecorded(Run):
 @settings("ctl")
 class CtlParams(OnRecorded):
     "Settings of ctl: is the path linear?"
+
     n: Count = option(100, "test images of each task")
     lam_n: Points = option(21, "points on the path, both ends included")
     defences: Names = option(["LFPM", "fine-tuning", "SAM", "PAM"], "recorded ends of the path")
@@ -578,22 +694,26 @@ class CtlParams(OnRecorded):
 @settings("curvature")
 class CurvatureParams(OnRecorded):
     "Settings of curvature: does training flatten the path?"
+
     defences: Names = option(["LFPM", "fine-tuning", "SAM", "PAM"], "each from the same merge")
     epochs: Count = option(2, "length of the training; the paper has 5")
     n: Count = option(64, "held-out shadow images behind each number")
     points: Points = option(5, "points on the path, both ends included")
 
 
-MECHANISMS = ("C1", "C1 + C2", "C1 + C2 + C3")       # of Stage II (LFPM App. E.8)
+MECHANISMS = ("C1", "C1 + C2", "C1 + C2 + C3")  # of Stage II (LFPM App. E.8)
 
 
 @settings("efficiency")
 class EfficiencyParams(OnRecorded):
     "Settings of efficiency: what a step costs."
+
     n: Count = option(1024, "shadow images that each training passes once")
     rounds: Count = option(5, "each method once a round; the first of several is not counted")
-    methods: Names = option(["fine-tuning", "SAM", *MECHANISMS],
-                            "defences, or mechanisms of Stage II: C1 worst-case prompt, C2, C3")
+    methods: Names = option(
+        ["fine-tuning", "SAM", *MECHANISMS],
+        "defences, or mechanisms of Stage II: C1 worst-case prompt, C2, C3",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -604,6 +724,7 @@ class EfficiencyParams(OnRecorded):
 @settings("pretrain")
 class PretrainParams(Run):
     "Settings of pretrain: the small CLIP itself."
+
     name: Text = option("lfpm-lab", "the backbone's name")
     data: Text = option("lab", "pictures: lab, or real (Tiny-ImageNet, real sets, LabWorld)")
     steps: Count = option(4000, "optimiser steps")
@@ -625,6 +746,7 @@ class PretrainParams(Run):
 @settings("report")
 class ReportParams(Run):
     "Settings of report: it reads results and computes nothing."
+
     gallery: Text = option("", "also write the small gallery of pictures and tables to this folder")
 
 # %% ../nbs/17a_settings.ipynb #a6af6989
@@ -635,26 +757,34 @@ def notebooks() -> dict[str, Path]:
 
 def around(notebook: str) -> dict[str, tuple]:
     "{setting: (default, help)} of what a run notebook is told about the run itself."
-    return dict(experiment=(notebook, "which of this notebook's experiments: lfpm run --list"),
-                preset=("lab", "its size: what it sets gives way to what is given by hand"),
-                out_dir=("", f"results folder; empty: runs/{notebook}/by-hand"))
+    return dict(
+        experiment=(notebook, "which of this notebook's experiments: lfpm run --list"),
+        preset=("lab", "its size: what it sets gives way to what is given by hand"),
+        out_dir=("", f"results folder; empty: runs/{notebook}/by-hand"),
+    )
 
 
 def parameters(notebook: str) -> dict[str, tuple]:
     "{setting: (default, help)} of a run notebook, in the order of its cell."
-    if notebook not in RUNS: return _of_cell(choose(notebook, notebooks(), "run"))
-    own = {k: (f.get_default(call_default_factory=True), f.description)
-           for k, f in RUNS[notebook].__pydantic_fields__.items()}
+    if notebook not in RUNS:
+        return _of_cell(choose(notebook, notebooks(), "run"))
+    own = {
+        k: (f.get_default(call_default_factory=True), f.description)
+        for k, f in RUNS[notebook].__pydantic_fields__.items()
+    }
     return own | around(notebook)
 
 
 def _of_cell(notebook: str) -> dict[str, tuple]:
     "{setting: (default, help)} as a run notebook's own tagged cell has them."
     cells = json.loads(notebooks()[notebook].read_text(encoding="utf-8"))["cells"]
-    cell = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    cell = next(
+        "".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])
+    )
     lines, out = cell.splitlines(), {}
     for n in ast.parse(cell).body:
-        if not isinstance(n, (ast.Assign, ast.AnnAssign)): continue
+        if not isinstance(n, (ast.Assign, ast.AnnAssign)):
+            continue
         target = n.target if isinstance(n, ast.AnnAssign) else n.targets[0]
         text = lines[n.end_lineno - 1].partition("#")[2].strip()
         out[target.id] = ast.literal_eval(n.value), text
@@ -664,21 +794,30 @@ def _of_cell(notebook: str) -> dict[str, tuple]:
 def settings_class(notebook: str) -> type:
     """The class of a run notebook's settings. For a notebook of one's own it is read off its
     parameters cell: the types of the defaults, no ranges."""
-    if notebook in RUNS: return RUNS[notebook]
+    if notebook in RUNS:
+        return RUNS[notebook]
     own = {k: about for k, about in parameters(notebook).items() if k not in around(notebook)}
     kinds = {k: _OF_TYPE[type(default)] for k, (default, _) in own.items() if k != "seed"}
     fields = {k: option(default, text) for k, (default, text) in own.items()}
     return settings()(type(notebook, (Run,), {"__annotations__": kinds | {"seed": Whole}} | fields))
 
 
-_OF_TYPE = {int: Annotated[int, _number, "a whole number"], float: Number, bool: Flag, str: Text,
-            list: Annotated[list, BeforeValidator(_listed), "a list"],
-            dict: Annotated[dict, BeforeValidator(_table), "a table as JSON"]}
+_OF_TYPE = {
+    int: Annotated[int, _number, "a whole number"],
+    float: Number,
+    bool: Flag,
+    str: Text,
+    list: Annotated[list, BeforeValidator(_listed), "a list"],
+    dict: Annotated[dict, BeforeValidator(_table), "a table as JSON"],
+}
 
 
 def parameter_cell(notebook: str) -> str:
     "The source of a run notebook's cell tagged `parameters`."
+
     def line(k, default, text):
         value = default if isinstance(default, bool) else json.dumps(default, ensure_ascii=False)
         return f"{k}: {type(default).__name__} = {value}  # {text}"
-    return "\n".join(line(k, *about) for k, about in parameters(notebook).items())
+
+    lines = [line(k, *about) for k, about in parameters(notebook).items()]
+    return "\n".join(["# fmt: off", *lines])         # papermill reads a setting a line

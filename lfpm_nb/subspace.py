@@ -21,6 +21,7 @@ from .tune import batches, optimiser
 @dataclass
 class Shadow:
     "Shadow images, uint8 (N, 3, H, W), labels (N,), frozen head W (C, d); `held` images at the end are never trained on."
+
     x: torch.Tensor
     y: torch.Tensor
     W: torch.Tensor
@@ -29,14 +30,19 @@ class Shadow:
     @classmethod
     def of(cls, clip: Clip, n: int, held: int, seed: int) -> "Shadow":
         "n training and `held` held-out open-domain pictures and their head: scenes, or for a backbone of real pictures (`open_domain` in its card) real ones."
-        if "open_domain" in clip.card: x, y, classes, templates = real_shadow(n + held, seed, clip.size)
-        else: (x, y, classes), templates = shadow_set(n + held, seed), SCENE_TEMPLATES
+        if "open_domain" in clip.card:
+            x, y, classes, templates = real_shadow(n + held, seed, clip.size)
+        else:
+            (x, y, classes), templates = shadow_set(n + held, seed), SCENE_TEMPLATES
         return cls(x, y, zero_shot_head(clip, classes, templates), held)
 
     @property
-    def train(self): return self.x[:-self.held], self.y[:-self.held]
+    def train(self):
+        return self.x[: -self.held], self.y[: -self.held]
+
     @property
-    def check(self): return self.x[-self.held:], self.y[-self.held:]
+    def check(self):
+        return self.x[-self.held :], self.y[-self.held :]
 
 # %% ../nbs/12_subspace.ipynb #0d77a267
 def p_adv(U: torch.Tensor | None, h: torch.Tensor) -> torch.Tensor:
@@ -49,30 +55,58 @@ def p_clean(U: torch.Tensor | None, h: torch.Tensor) -> torch.Tensor:
     return h if U is None else h - p_adv(U, h)
 
 # %% ../nbs/12_subspace.ipynb #f9d3ec5d
-def learn_subspace(h: torch.Tensor, y: torch.Tensor, W: torch.Tensor, r: int, beta: float = 1.0, epochs: int = 5, batch: int = 64,
-                   lr: float = 1e-2, weight_decay: float = 0.001, seed: int = 0) -> tuple[torch.Tensor, list]:
+def learn_subspace(
+    h: torch.Tensor,
+    y: torch.Tensor,
+    W: torch.Tensor,
+    r: int,
+    beta: float = 1.0,
+    epochs: int = 5,
+    batch: int = 64,
+    lr: float = 1e-2,
+    weight_decay: float = 0.001,
+    seed: int = 0,
+) -> tuple[torch.Tensor, list]:
     "U (d, r) and the log of (clean loss, KL) per epoch, from cached features h (N, d) of theta_mm (LFPM Eq 15)."
     h, y = F.normalize(h, dim=-1), y.to(h.device)
-    U = torch.linalg.qr(torch.randn(h.shape[1], r, generator=generator("U", seed)))[0].to(h.device).requires_grad_(True)
+    U = (
+        torch.linalg.qr(torch.randn(h.shape[1], r, generator=generator("U", seed)))[0]
+        .to(h.device)
+        .requires_grad_(True)
+    )
     opt, log, per = optimiser([U], lr, weight_decay), [], []
     for s, i in enumerate(batches(len(h), batch, epochs, "U", seed)):
         keep = F.cross_entropy(logits(p_clean(U, h[i]), W), y[i])
         flat = -logits(p_adv(U, h[i]), W).log_softmax(-1).mean() - torch.tensor(float(len(W))).log()
-        opt.zero_grad(); (keep + beta * flat).backward(); opt.step()
-        with torch.no_grad(): U.copy_(torch.linalg.qr(U)[0])
+        opt.zero_grad()
+        (keep + beta * flat).backward()
+        opt.step()
+        with torch.no_grad():
+            U.copy_(torch.linalg.qr(U)[0])
         per.append((keep.item(), flat.item()))
-        if (s + 1) % max(1, len(h) // batch) == 0: log.append([sum(v) / len(v) for v in zip(*per)]); per = []
+        if (s + 1) % max(1, len(h) // batch) == 0:
+            log.append([sum(v) / len(v) for v in zip(*per)])
+            per = []
     return U.detach(), log
 
 # %% ../nbs/12_subspace.ipynb #518d9742
-def mining_loss(U: torch.Tensor | None, ref: torch.Tensor, ref_p: torch.Tensor, h: torch.Tensor, h_p: torch.Tensor, c0: float = 1.0) -> tuple:
+def mining_loss(
+    U: torch.Tensor | None,
+    ref: torch.Tensor,
+    ref_p: torch.Tensor,
+    h: torch.Tensor,
+    h_p: torch.Tensor,
+    c0: float = 1.0,
+) -> tuple:
     """c0 semantic - separation + compactness, and the three terms (LFPM Eq 16). `ref`, `ref_p`: theta_pre's features without and with the
     prompt, `h`, `h_p`: theta_mm's; all (N, d). U = None: no partition, both projections are the identity."""
     ref, ref_p, h, h_p = (F.normalize(v.float(), dim=-1) for v in (ref, ref_p, h, h_p))
     semantic = p_clean(U, ref_p - ref).square().sum(-1).mean()
     separation = p_adv(U, h_p - h).square().sum(-1).mean()
     a_p = p_adv(U, h_p)
-    centre, = everywhere(len(a_p), a_p.mean(0))      # of the whole batch; that it is a constant where several processes share one changes no gradient
+    (centre,) = everywhere(
+        len(a_p), a_p.mean(0)
+    )  # of the whole batch; that it is a constant where several processes share one changes no gradient
     compact = (a_p - centre).square().sum(-1).mean()
     return c0 * semantic - separation + compact, (semantic, separation, compact)
 
@@ -93,29 +127,61 @@ def plain_features(clip: Clip, visual, shadow: Shadow) -> tuple[torch.Tensor, to
     return tuple(features(clip, v, shadow.train[0]) for v in (clip.visual, visual))
 
 # %% ../nbs/12_subspace.ipynb #5fae0c70
-def mine_prompt(clip: Clip, visual, shadow: Shadow, U: torch.Tensor | None, c0: float, length: int = 10, steps: int = 60, batch: int = 64,
-                lr: float = 0.1, weight_decay: float = 0.001, bound: float = 1.0, seed: int = 0, plain: tuple | None = None) -> tuple[torch.Tensor, list]:
+def mine_prompt(
+    clip: Clip,
+    visual,
+    shadow: Shadow,
+    U: torch.Tensor | None,
+    c0: float,
+    length: int = 10,
+    steps: int = 60,
+    batch: int = 64,
+    lr: float = 0.1,
+    weight_decay: float = 0.001,
+    bound: float = 1.0,
+    seed: int = 0,
+    plain: tuple | None = None,
+) -> tuple[torch.Tensor, list]:
     """One shared prompt (length, width) for theta_mm's tower `visual`, and the log of the three terms per tenth (LFPM Eq 16). AdamW, gradient norm 1,
     rows bounded by `bound` ordinary token norms. `plain`: `plain_features`, if the caller has them."""
     (x,), dev = resident(shadow.train[0]), device()
     ref, h = plain or plain_features(clip, visual, shadow)
     limit, log = bound * token_norm(clip, x[:256]), []
-    p = (0.02 * torch.randn(length, visual.conv1.out_channels, generator=generator("prompt", seed))).to(dev).requires_grad_(True)
+    p = (
+        (0.02 * torch.randn(length, visual.conv1.out_channels, generator=generator("prompt", seed)))
+        .to(dev)
+        .requires_grad_(True)
+    )
     opt, epochs = optimiser([p], lr, weight_decay), 1 + steps * batch // len(x)
-    bar = Progress([i.to(dev) for i in itertools.islice(batches(len(x), batch, epochs, "prompt", seed), steps)], f"mine prompt, c0 = {c0:g}")
+    bar = Progress(
+        [
+            i.to(dev)
+            for i in itertools.islice(batches(len(x), batch, epochs, "prompt", seed), steps)
+        ],
+        f"mine prompt, c0 = {c0:g}",
+    )
     bar.note = lambda: "semantic %.3f separation %.3f compact %.3f" % tuple(log[-1].tolist())
     for i in map(share, bar):
         xb = clip.normalise(rows(x, i))
-        with amp(): ref_p, h_p = encode(clip.visual, xb, p), encode(visual, xb, p)
+        with amp():
+            ref_p, h_p = encode(clip.visual, xb, p), encode(visual, xb, p)
         loss, terms = mining_loss(U, ref[i], ref_p, h[i], h_p, c0)
-        opt.zero_grad(); loss.backward()
+        opt.zero_grad()
+        loss.backward()
         p.grad, seen = everywhere(len(i), p.grad, torch.stack(terms))
-        torch.nn.utils.clip_grad_norm_([p], 1.0); opt.step()
-        with torch.no_grad(): p.copy_(clip_rows(p, limit))
-        log.append(seen.detach())      # on the device until all is done: a question would make it wait
-    return p.detach(), torch.stack(log[::max(1, steps // 10)]).tolist()
+        torch.nn.utils.clip_grad_norm_([p], 1.0)
+        opt.step()
+        with torch.no_grad():
+            p.copy_(clip_rows(p, limit))
+        log.append(seen.detach())  # on the device until all is done: a question would make it wait
+    return p.detach(), torch.stack(log[:: max(1, steps // 10)]).tolist()
 
 # %% ../nbs/12_subspace.ipynb #caecf681
 def shift(h: torch.Tensor, h_p: torch.Tensor) -> float:
     "Mean distance, in [0, 2], between the directions of rows h (N, d) and h_p: features of the same pictures without and with a prompt."
-    return (F.normalize(h_p.float(), dim=-1) - F.normalize(h.float(), dim=-1)).norm(dim=-1).mean().item()
+    return (
+        (F.normalize(h_p.float(), dim=-1) - F.normalize(h.float(), dim=-1))
+        .norm(dim=-1)
+        .mean()
+        .item()
+    )

@@ -19,59 +19,96 @@ from .runs import Plan, done_folder, execute, experiments, planned, read_yaml, r
 @dataclass
 class Point:
     "One run of a sweep: an experiment, a preset, what differs from it, and a seed."
+
     name: str
     preset: str
     seed: int
     given: dict = field(default_factory=dict)
 
-    def __str__(self): return " ".join([f"{self.name} s{self.seed}", *(f"{k}={v}" for k, v in self.given.items())])
+    def __str__(self):
+        return " ".join([f"{self.name} s{self.seed}", *(f"{k}={v}" for k, v in self.given.items())])
 
-    def plan(self) -> Plan: return planned(self.name, self.preset, self.given | dict(seed=self.seed))
+    def plan(self) -> Plan:
+        return planned(self.name, self.preset, self.given | dict(seed=self.seed))
 
 # %% ../nbs/22_sweep.ipynb #6bef48f7
 def _entry(entry, spec: dict, where) -> list[Point]:
     "The points of one entry of `runs`: a name, or {run, grid, seeds, preset}."
     e = {"run": entry} if isinstance(entry, str) else entry
     if not isinstance(e, dict) or "run" not in e:
-        raise ValueError(f"{where}: {short(entry)} is not a run; expected a name or {{run: NAME, grid: {{parameter: [values]}}}}")
-    for k in e: choose(k, ["run", "grid", "seeds", "preset"], f"key of a run in {where}")
+        raise ValueError(
+            f"{where}: {short(entry)} is not a run; expected a name or {{run: NAME, grid: {{parameter: [values]}}}}"
+        )
+    for k in e:
+        choose(k, ["run", "grid", "seeds", "preset"], f"key of a run in {where}")
     name, grid = resolve(e["run"], f"run in {where}"), e.get("grid") or {}
-    seeds, preset = e.get("seeds", spec.get("seeds", [0])), e.get("preset", spec.get("preset", "lab"))
+    seeds, preset = (
+        e.get("seeds", spec.get("seeds", [0])),
+        e.get("preset", spec.get("preset", "lab")),
+    )
     if not isinstance(grid, dict):
-        raise ValueError(f"{where}: grid of {name} is {short(grid)}; expected {{parameter: [values]}}")
-    if "seed" in grid: raise ValueError(f"{where}: seed of {name} stands in its grid; write seeds: {short(grid['seed'])} beside it")
+        raise ValueError(
+            f"{where}: grid of {name} is {short(grid)}; expected {{parameter: [values]}}"
+        )
+    if "seed" in grid:
+        raise ValueError(
+            f"{where}: seed of {name} stands in its grid; write seeds: {short(grid['seed'])} beside it"
+        )
     for k, v in (*grid.items(), ("seeds", seeds)):
         if not isinstance(v, list) or not v:
-            raise ValueError(f"{where}: {k} of {name} is {short(v)}; expected a list of one value or more, for example [0.2, 0.3]")
+            raise ValueError(
+                f"{where}: {k} of {name} is {short(v)}; expected a list of one value or more, for example [0.2, 0.3]"
+            )
     combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     points = [Point(name, preset, seed, given) for given in combinations for seed in seeds]
-    try: return [replace(p, seed=p.plan().settings.seed) for p in points]      # planning checks every value
-    except ValueError as e: raise ValueError(f"{where}: {e}") from None
+    try:
+        return [
+            replace(p, seed=p.plan().settings.seed) for p in points
+        ]  # planning checks every value
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
 
 # %% ../nbs/22_sweep.ipynb #88e0c718
 def read_sweep(file) -> tuple[str, list[Point]]:
     "(title, points) of a sweep's YAML: a path, or a name under data/sweeps. ValueError for unknown names, an empty grid or a point named twice."
     known = {p.stem: p for p in proj_path("data", "sweeps").glob("*.yaml")}
-    path = Path(file) if Path(file).suffix in (".yaml", ".yml") else known[choose(str(file), known, "sweep (or give a path that ends in .yaml)")]
-    if not path.is_file(): raise FileNotFoundError(f"no sweep at {path}; shipped ones: {', '.join(sorted(known))}")
+    path = (
+        Path(file)
+        if Path(file).suffix in (".yaml", ".yml")
+        else known[choose(str(file), known, "sweep (or give a path that ends in .yaml)")]
+    )
+    if not path.is_file():
+        raise FileNotFoundError(f"no sweep at {path}; shipped ones: {', '.join(sorted(known))}")
     spec = read_yaml(path, ["title", "preset", "seeds", "runs"], ["runs"])
-    if not isinstance(spec["runs"], list) or not spec["runs"]: raise ValueError(f"{path}: runs is {short(spec['runs'])}; expected a list of one run or more")
+    if not isinstance(spec["runs"], list) or not spec["runs"]:
+        raise ValueError(
+            f"{path}: runs is {short(spec['runs'])}; expected a list of one run or more"
+        )
     points, seen = [p for entry in spec["runs"] for p in _entry(entry, spec, path)], {}
     for p in points:
         twin = seen.setdefault(p.plan().out, p)
-        if twin is not p: raise ValueError(f"{path}: '{twin}' and '{p}' are the same run; remove one")
+        if twin is not p:
+            raise ValueError(f"{path}: '{twin}' and '{p}' are the same run; remove one")
     return str(spec.get("title", path.stem)), points
 
 # %% ../nbs/22_sweep.ipynb #0c67993e
 def interleave(points: list[Point]) -> list[Point]:
     "The points with seeds in turn, each seed's own order kept."
     by_seed = {}
-    for p in points: by_seed.setdefault(p.seed, []).append(p)
+    for p in points:
+        by_seed.setdefault(p.seed, []).append(p)
     rounds = itertools.zip_longest(*by_seed.values())
     return [p for r in rounds for p in r if p is not None]
 
 # %% ../nbs/22_sweep.ipynb #fd9ace31
-PASSED_ON = ("LFPM_RUNS", "LFPM_CACHE", "LFPM_DATA", "LFPM_DEVICE", "LFPM_AMP", "LFPM_QUIET")      # what a worker must know of its driver
+PASSED_ON = (
+    "LFPM_RUNS",
+    "LFPM_CACHE",
+    "LFPM_DATA",
+    "LFPM_DEVICE",
+    "LFPM_AMP",
+    "LFPM_QUIET",
+)  # what a worker must know of its driver
 
 
 # Dask sets each of them to 1, and torch obeys MKL's before OpenMP's
@@ -85,30 +122,41 @@ def using(threads: int, env: dict):
     os.environ |= {k: v for k, v in env.items() if v is not None}
     os.environ |= dict.fromkeys(THREADS, str(threads))
     torch.set_num_threads(threads)
-    try: yield
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
-        for k, v in was.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
+        for k, v in was.items():
+            os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
 
 # %% ../nbs/22_sweep.ipynb #40a820e5
 def _gpu() -> dict:
     "This Dask worker's own GPU as an environment variable, where there are several."
     from distributed import get_worker
+
     n = torch.cuda.device_count()
     name = str(get_worker().name)
-    return {"CUDA_VISIBLE_DEVICES": str(int(name) % n if name.isdigit() else hash(name) % n)} if n > 1 else {}
+    return (
+        {"CUDA_VISIBLE_DEVICES": str(int(name) % n if name.isdigit() else hash(name) % n)}
+        if n > 1
+        else {}
+    )
 
 
-ONE_AT_A_TIME = threading.Lock()                  # threads and environment belong to the process: a worker with several Dask threads still does one run
+ONE_AT_A_TIME = threading.Lock()  # threads and environment belong to the process: a worker with several Dask threads still does one run
 
 
 def do_point(point: Point, threads: int, env: dict, force: bool = False) -> dict:
     "Run a point on a worker: {state, seconds, folder}, or {state: failed, error}; a failed run does not stop the others."
     t0 = time.time()
-    os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)    # set by Dask, so that workers give back every freed page at once; a run's process that inherits it spends a third of its time on that
+    os.environ.pop(
+        "MALLOC_TRIM_THRESHOLD_", None
+    )  # set by Dask, so that workers give back every freed page at once; a run's process that inherits it spends a third of its time on that
     with ONE_AT_A_TIME, using(threads, env | _gpu()):
-        try: found = dict(state="done", folder=str(execute(point.plan(), force)))
-        except (RuntimeError, ValueError, OSError) as e: found = dict(state="failed", error=str(e))
+        try:
+            found = dict(state="done", folder=str(execute(point.plan(), force)))
+        except (RuntimeError, ValueError, OSError) as e:
+            found = dict(state="failed", error=str(e))
     return found | dict(seconds=round(time.time() - t0, 1))
 
 # %% ../nbs/22_sweep.ipynb #83c9c4bc
@@ -117,14 +165,26 @@ def cluster(workers: int, scheduler: str | None):
     "A Dask client: of `workers` local processes with one task each, or of the scheduler at an address. OSError says what is wrong with the address."
     import dask
     from distributed import Client, LocalCluster
+
     if scheduler:
-        try: client = Client(scheduler, timeout="10s")
+        try:
+            client = Client(scheduler, timeout="10s")
         except (OSError, ValueError) as e:
-            raise OSError(f"no Dask scheduler answers at {scheduler} ({type(e).__name__}); start one with `dask scheduler`, then `dask worker {scheduler} --nthreads 1`") from None
-        with client: yield client
+            raise OSError(
+                f"no Dask scheduler answers at {scheduler} ({type(e).__name__}); start one with `dask scheduler`, then `dask worker {scheduler} --nthreads 1`"
+            ) from None
+        with client:
+            yield client
         return
     keep = dask.config.set({"distributed.deploy.lost-worker-timeout": "1000 days"})
-    with keep, LocalCluster(n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None) as local, Client(local) as client: yield client
+    with (
+        keep,
+        LocalCluster(
+            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None
+        ) as local,
+        Client(local) as client,
+    ):
+        yield client
 
 # %% ../nbs/22_sweep.ipynb #849444ee
 def finished(plan: Plan) -> Path | None:
@@ -136,28 +196,56 @@ def overview(file, threads: int = 1) -> pd.DataFrame:
     "The points of a sweep as a table: run, seed, what was given, the finished folder or None, and the minutes its experiment says it takes."
     with using(threads, {}):
         _, points = read_sweep(file)
-        return pd.DataFrame([dict(point=p, run=str(p), preset=p.preset, folder=finished(p.plan()), minutes=experiments()[p.name].minutes.get(p.preset)) for p in points])
+        return pd.DataFrame(
+            [
+                dict(
+                    point=p,
+                    run=str(p),
+                    preset=p.preset,
+                    folder=finished(p.plan()),
+                    minutes=experiments()[p.name].minutes.get(p.preset),
+                )
+                for p in points
+            ]
+        )
 
 # %% ../nbs/22_sweep.ipynb #583d347a
-def sweep(file, workers: int = 2, scheduler: str | None = None, resume: bool = False, force: bool = False, threads: int = 1) -> pd.DataFrame:
+def sweep(
+    file,
+    workers: int = 2,
+    scheduler: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    threads: int = 1,
+) -> pd.DataFrame:
     """Run a sweep's points and return one row each: run, state (done, failed, skipped), seconds, folder, error. Failed runs are recorded and the rest go
     on; a worker that dies is replaced and its run repeated elsewhere, three times at most; without any worker for `NO_WORKER` seconds what is left has failed."""
     table = overview(file, threads)
     known = table.folder.notna() if not force else pd.Series(False, table.index)
     if known.any() and not resume:
-        raise ValueError(f"{known.sum()} of {len(table)} runs are finished already; --resume keeps them and does the rest, --force does all of them again")
+        raise ValueError(
+            f"{known.sum()} of {len(table)} runs are finished already; --resume keeps them and does the rest, --force does all of them again"
+        )
     own = lambda p: (str(p), p.preset)
-    rows = {own(p): dict(run=str(p), state="skipped", folder=str(f))
-            for p, f in zip(table.point[known], table.folder[known])}
-    todo, record = interleave(list(table.point[~known])), runs_dir() / "sweeps" / f"{Path(file).stem}.json"
-    with using(threads, {}), cluster(workers, scheduler) if todo else contextlib.nullcontext() as client:
+    rows = {
+        own(p): dict(run=str(p), state="skipped", folder=str(f))
+        for p, f in zip(table.point[known], table.folder[known])
+    }
+    todo, record = (
+        interleave(list(table.point[~known])),
+        runs_dir() / "sweeps" / f"{Path(file).stem}.json",
+    )
+    with (
+        using(threads, {}),
+        cluster(workers, scheduler) if todo else contextlib.nullcontext() as client,
+    ):
         for point, result in _answers(client, todo, threads, force, len(rows)) if todo else ():
             rows[own(point)] = dict(run=str(point), **result)
             write_json(record, list(rows.values()))
     return pd.DataFrame([rows[own(p)] for p in table.point])
 
 # %% ../nbs/22_sweep.ipynb #c2b19ee5
-NO_WORKER = 300                                   # seconds: by then a worker that died is back, or one more was started by hand
+NO_WORKER = 300  # seconds: by then a worker that died is back, or one more was started by hand
 
 
 def _settled(client, todo, submit):
@@ -167,31 +255,44 @@ def _settled(client, todo, submit):
     Without any worker for NO_WORKER seconds the rest is given up."""
     from distributed import TimeoutError, wait
     from distributed.client import CancelledError
+
     waiting, out = list(todo), {}
     while waiting or out:
-        try: room = max(1, sum(client.nthreads().values())) - len(out)
-        except OSError: break                             # no scheduler any more
+        try:
+            room = max(1, sum(client.nthreads().values())) - len(out)
+        except OSError:
+            break  # no scheduler any more
         while waiting and room > 0:
             point = waiting.pop(0)
             out[submit(point)] = point
             room -= 1
-        try: wait(list(out), timeout=NO_WORKER / 10, return_when="FIRST_COMPLETED")
-        except CancelledError: pass                       # says of one future what it says itself below
+        try:
+            wait(list(out), timeout=NO_WORKER / 10, return_when="FIRST_COMPLETED")
+        except CancelledError:
+            pass  # says of one future what it says itself below
         except TimeoutError:
-            try: client.wait_for_workers(1, timeout=NO_WORKER)
-            except (TimeoutError, OSError): break         # nobody there, or no scheduler any more
+            try:
+                client.wait_for_workers(1, timeout=NO_WORKER)
+            except (TimeoutError, OSError):
+                break  # nobody there, or no scheduler any more
         for f in [f for f in out if f.done()]:
             error = None if f.status == "finished" else f.exception()
             yield out.pop(f), f, error and f"{type(error).__name__}: {error}"
     client.cancel(list(out))
     for point in (*out.values(), *waiting):
-        yield point, None, f"no worker has been there for {NO_WORKER} s; start one, then --resume does what is left"
+        yield (
+            point,
+            None,
+            f"no worker has been there for {NO_WORKER} s; start one, then --resume does what is left",
+        )
 
 # %% ../nbs/22_sweep.ipynb #e16bdb2e
 def _answers(client, todo: list[Point], threads: int, force: bool, skipped: int):
     "(point, result) as they come in, under one progress line that names what runs."
     env = {k: os.environ.get(k) for k in PASSED_ON}
-    env |= dict(LFPM_RUNS=str(runs_dir().resolve()), LFPM_CACHE=str(cache_dir().resolve()), LFPM_QUIET="1")
+    env |= dict(
+        LFPM_RUNS=str(runs_dir().resolve()), LFPM_CACHE=str(cache_dir().resolve()), LFPM_QUIET="1"
+    )
 
     def submit(point):
         key = f"{point} {time.time_ns()}"
@@ -200,7 +301,9 @@ def _answers(client, todo: list[Point], threads: int, force: bool, skipped: int)
     count = dict(done=0, failed=0, skipped=skipped)
     bar = Progress(_settled(client, todo, submit), "sweep", total=len(todo))
     for point, future, error in bar:
-        result = dict(state="failed", seconds=float("nan"), error=error) if error else future.result()
+        result = (
+            dict(state="failed", seconds=float("nan"), error=error) if error else future.result()
+        )
         count[result["state"]] += 1
         why = f" ({result['error'].splitlines()[0]})" if "error" in result else ""
         bar.note = ", ".join(f"{n} {k}" for k, n in count.items()) + f"; last: {point}{why}"

@@ -24,6 +24,7 @@ from .labworld import FAMILIES, SCENE_CLASSES, SIZE, draw, draw_captioned, scene
 @dataclass(repr=False)
 class Task:
     "Images (N, 3, H, W) uint8 and labels (N,) int64 for training and testing, readable class names, and CLIP's prompt templates with `{}`."
+
     name: str
     classes: list[str]
     templates: list[str]
@@ -34,35 +35,48 @@ class Task:
 
     def __repr__(self) -> str:
         c, h, w = self.train_x.shape[1:]
-        return (f"Task({self.name}: {len(self.classes)} classes, {len(self.train_y)} train and {len(self.test_y)} test images of {h}×{w}; "
-                f"e.g. {self.templates[0].format(self.classes[0])!r})")
+        return (
+            f"Task({self.name}: {len(self.classes)} classes, {len(self.train_y)} train and {len(self.test_y)} test images of {h}×{w}; "
+            f"e.g. {self.templates[0].format(self.classes[0])!r})"
+        )
 
 # %% ../nbs/02_tasks.ipynb #cdf58760
 def fit(x: torch.Tensor, size: int) -> torch.Tensor:
     "Centre square of images (N, 3, H, W) uint8, resized to (N, 3, size, size) with antialiasing; unchanged when it fits already."
     h, w = x.shape[-2:]
-    if h == w == size: return x
+    if h == w == size:
+        return x
     m = min(h, w)
-    x = x[..., (h - m) // 2:(h - m) // 2 + m, (w - m) // 2:(w - m) // 2 + m].float()
-    return F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False).round().clamp(0, 255).to(torch.uint8)
+    x = x[..., (h - m) // 2 : (h - m) // 2 + m, (w - m) // 2 : (w - m) // 2 + m].float()
+    return (
+        F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+    )
 
 # %% ../nbs/02_tasks.ipynb #e79c5d6f
 def pick_balanced(y: torch.Tensor, n: int, g: torch.Generator) -> torch.Tensor:
     "Up to `n` random row numbers of labels `y`, every class in turn, so that counts differ by at most one while images last."
     order = torch.randperm(len(y), generator=g)
     order = order[y[order].argsort(stable=True)]
-    rank = torch.arange(len(y)) - torch.searchsorted(y[order], y[order])  # 0 for the first image of its class, 1 for the next ...
+    rank = torch.arange(len(y)) - torch.searchsorted(
+        y[order], y[order]
+    )  # 0 for the first image of its class, 1 for the next ...
     return order[rank.argsort(stable=True)[:n]]
 
 
-def split_by_class(y: torch.Tensor, share: float, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def split_by_class(
+    y: torch.Tensor, share: float, g: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Row numbers for training and for testing; of each class about `share`, at least one and never all, is for testing."
     train, test = [], []
     for c in y.unique():
         rows = (y == c).nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=g)]
         k = min(max(1, round(share * len(rows))), len(rows) - 1)
-        test.append(rows[:k]); train.append(rows[k:])
+        test.append(rows[:k])
+        train.append(rows[k:])
     return torch.cat(train), torch.cat(test)
 
 # %% ../nbs/02_tasks.ipynb #92c1b441
@@ -84,29 +98,48 @@ def _generated(name: str, seed, n_train: int, n_test: int, size: int) -> Task:
 HANDWRITTEN_TRAIN = 1100
 HANDWRITTEN_TEMPLATES = ("a handwritten digit {}", "a wobbly digit {}", "the handwritten number {}")
 
+
 def _handwritten(name: str, seed, n_train: int, n_test: int, size: int) -> Task:
     "scikit-learn's digits, at most 1,100 to train and about 690 to test, split by seed."
     from sklearn.datasets import load_digits  # half a second; only this task needs it
+
     data = load_digits()
     y = torch.from_numpy(data.target).long()
     x = torch.from_numpy(data.images).float()[:, None] / 16
-    x = F.interpolate(x, size=size, mode="bicubic", align_corners=False).clamp(0, 1).expand(-1, 3, -1, -1)
+    x = (
+        F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+        .clamp(0, 1)
+        .expand(-1, 3, -1, -1)
+    )
     x = (x * 255).round().to(torch.uint8).contiguous()
     train, test = split_by_class(y, 1 - HANDWRITTEN_TRAIN / len(y), generator("handwritten", seed))
-    train, test = (rows[pick_balanced(y[rows], n, generator("handwritten", seed, n))] for rows, n in ((train, n_train), (test, n_test)))
-    return Task(name, list(FAMILIES["digits"].classes), list(HANDWRITTEN_TEMPLATES), x[train], y[train], x[test], y[test])
+    train, test = (
+        rows[pick_balanced(y[rows], n, generator("handwritten", seed, n))]
+        for rows, n in ((train, n_train), (test, n_test))
+    )
+    return Task(
+        name,
+        list(FAMILIES["digits"].classes),
+        list(HANDWRITTEN_TEMPLATES),
+        x[train],
+        y[train],
+        x[test],
+        y[test],
+    )
 
 # %% ../nbs/02_tasks.ipynb #af180423
 _KEYS = ("images", "labels", "classes")
 
 
-def _bad(path, what: str, do: str) -> ValueError: return ValueError(f"{path}: {what}; {do}.")
+def _bad(path, what: str, do: str) -> ValueError:
+    return ValueError(f"{path}: {what}; {do}.")
 
 
 def _texts(a: np.ndarray, path, what: str) -> list[str]:
     "An array's entries as text; bytes are read as UTF-8."
     flat = a.reshape(-1).tolist()
-    try: return [c.decode("utf-8") if isinstance(c, bytes) else str(c) for c in flat]
+    try:
+        return [c.decode("utf-8") if isinstance(c, bytes) else str(c) for c in flat]
     except UnicodeDecodeError as e:
         raise _bad(path, f"{what} are bytes that are no UTF-8 ({e})", "save them as text") from None
 
@@ -116,11 +149,15 @@ def _numbered(path, labels: np.ndarray, classes: list[str]) -> np.ndarray:
     such, unless they are names too."""
     said = _texts(labels, path, "labels")
     digits = lambda texts: [t for t in texts if re.fullmatch("[0-9]+", t)]
-    if len(digits(said)) == len(said) and not digits(classes): return np.array([int(s) for s in said])
+    if len(digits(said)) == len(said) and not digits(classes):
+        return np.array([int(s) for s in said])
     at = {c: i for i, c in enumerate(classes)}
     if lost := sorted({s for s in said if s not in at}):
-        raise _bad(path, f"{len(lost)} labels are none of the classes ({', '.join(lost[:3])})",
-                   f"expected names from classes ({', '.join(classes[:3])}, …)")
+        raise _bad(
+            path,
+            f"{len(lost)} labels are none of the classes ({', '.join(lost[:3])})",
+            f"expected names from classes ({', '.join(classes[:3])}, …)",
+        )
     return np.array([at[s] for s in said])
 
 # %% ../nbs/02_tasks.ipynb #2bd10003
@@ -130,42 +167,67 @@ def _named(path, parts: dict) -> dict:
     if words and "classes" not in parts:
         found = np.unique(_texts(parts["labels"], path, "labels"))
         # numbers name nothing: which class is called what is then not known
-        if not all(c.isdigit() for c in found): parts["classes"] = found
+        if not all(c.isdigit() for c in found):
+            parts["classes"] = found
     if missing := [k for k in _KEYS if k not in parts]:
-        raise _bad(path, f"lacks {', '.join(missing)}", "it needs the keys images, labels and classes")
+        raise _bad(
+            path, f"lacks {', '.join(missing)}", "it needs the keys images, labels and classes"
+        )
     classes = _texts(parts["classes"], path, "classes")
     if odd := [c for c in classes if not c.strip() or classes.count(c) > 1]:
-        raise _bad(path, f"classes has {odd[0]!r} {classes.count(odd[0])} times",
-                   "name every class once")
+        raise _bad(
+            path, f"classes has {odd[0]!r} {classes.count(odd[0])} times", "name every class once"
+        )
     labels = parts["labels"].reshape(-1)
-    if words: labels = _numbered(path, labels, classes)
+    if words:
+        labels = _numbered(path, labels, classes)
     return parts | dict(classes=classes, labels=labels)
 
 
 def read_npz(path: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     "Images (N, 3, H, W) uint8, labels (N,) and class names of one file; ValueError says what is wrong with it."
     if Path(path).exists() and not Path(path).is_file():
-        raise _bad(path, "is no file", "give an .npz")                # a pipe would be waited for
+        raise _bad(path, "is no file", "give an .npz")  # a pipe would be waited for
     try:
-        with open(path, "rb") as h, np.load(h, allow_pickle=False) as f: parts = {k: f[k] for k in _KEYS if k in f.files}
-    except Exception as e:           # numpy and zipfile raise whatever a damaged header leads to
+        with open(path, "rb") as h, np.load(h, allow_pickle=False) as f:
+            parts = {k: f[k] for k in _KEYS if k in f.files}
+    except Exception as e:  # numpy and zipfile raise whatever a damaged header leads to
         why = str(e) or type(e).__name__
-        if "pickle" in why: why = "it holds pickled objects, which could run code"    # numpy advises to allow that
-        raise _bad(path, f"cannot be read ({why})", "save it again with np.savez, class names as plain strings") from e
+        if "pickle" in why:
+            why = "it holds pickled objects, which could run code"  # numpy advises to allow that
+        raise _bad(
+            path,
+            f"cannot be read ({why})",
+            "save it again with np.savez, class names as plain strings",
+        ) from e
     parts = _named(path, parts)
     x, y, classes = (parts[k] for k in _KEYS)
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)) or not x.size:
-        raise _bad(path, f"images are {x.dtype} {x.shape}", "expected uint8 (N, H, W, 3) or (N, H, W) with at least one image")
-    if len(x) != len(y): raise _bad(path, f"{len(x)} images but {len(y)} labels", "give one label per image")
+    if (
+        x.dtype != np.uint8
+        or x.ndim not in (3, 4)
+        or (x.ndim == 4 and x.shape[3] not in (1, 3))
+        or not x.size
+    ):
+        raise _bad(
+            path,
+            f"images are {x.dtype} {x.shape}",
+            "expected uint8 (N, H, W, 3) or (N, H, W) with at least one image",
+        )
+    if len(x) != len(y):
+        raise _bad(path, f"{len(x)} images but {len(y)} labels", "give one label per image")
     if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= len(classes):
         span = f" from {y.min()} to {y.max()}" if y.dtype.kind in "biuf" else ""
-        raise _bad(path, f"labels are {y.dtype}{span}",
-                   f"expected whole numbers from 0 to {len(classes) - 1}, one a class, or their names")
+        raise _bad(
+            path,
+            f"labels are {y.dtype}{span}",
+            f"expected whole numbers from 0 to {len(classes) - 1}, one a class, or their names",
+        )
     x = torch.from_numpy(x if x.ndim == 4 else x[..., None]).permute(0, 3, 1, 2)
     return x.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(y.astype(np.int64)), classes
 
 # %% ../nbs/02_tasks.ipynb #63363f84
-def _stack(images: list[np.ndarray]) -> torch.Tensor: return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+def _stack(images: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 def _hidden(name: str) -> bool:
@@ -173,7 +235,8 @@ def _hidden(name: str) -> bool:
     return any(p.startswith((".", "__")) for p in name.split("/"))
 
 
-def _fail(e: OSError): raise e
+def _fail(e: OSError):
+    raise e
 
 
 def _below(path: Path) -> list[str]:
@@ -186,24 +249,31 @@ def _below(path: Path) -> list[str]:
         for d in folders:
             name, real = (inside / d).as_posix(), os.path.realpath(os.path.join(here, d))
             if real in seen:
-                raise _bad(path, f"{name} leads to {seen[real]}",
-                           "remove one of them, or its pictures count twice")
+                raise _bad(
+                    path,
+                    f"{name} leads to {seen[real]}",
+                    "remove one of them, or its pictures count twice",
+                )
             seen[real] = name
             out.append(f"{name}/")
         for f in files:
             p = os.path.join(here, f)
             # a link to nothing stays in the list: opened, it will be missed by name
-            if os.path.isfile(p) or not os.path.exists(p): out.append((inside / f).as_posix())
+            if os.path.isfile(p) or not os.path.exists(p):
+                out.append((inside / f).as_posix())
     return out
 
 
 def _listing(path: Path) -> list[str]:
     """Names below a directory or in a zip, with forward slashes, of folders with one at the end;
     hidden ones are left out."""
-    if path.is_dir(): return [n for n in _below(path) if not _hidden(n)]
-    if not path.is_file(): raise _bad(path, "is no file", "give a folder, a zip or an .npz")
+    if path.is_dir():
+        return [n for n in _below(path) if not _hidden(n)]
+    if not path.is_file():
+        raise _bad(path, "is no file", "give a folder, a zip or an .npz")
     try:
-        with zipfile.ZipFile(path) as z: return [n for n in z.namelist() if not _hidden(n)]
+        with zipfile.ZipFile(path) as z:
+            return [n for n in z.namelist() if not _hidden(n)]
     except Exception as e:
         raise _bad(path, f"is no readable zip ({e})", "pack it again, one folder per class") from e
 
@@ -211,16 +281,22 @@ def _listing(path: Path) -> list[str]:
 def _lead(names: list[list[str]]) -> tuple[int, bool]:
     "(how many folders lie around everything, whether train/ and test/ come next)."
     k = 0
-    while min(map(len, names)) - k > 2 and len({n[k] for n in names}) == 1: k += 1
+    while min(map(len, names)) - k > 2 and len({n[k] for n in names}) == 1:
+        k += 1
     return k, {"train", "test"} <= {n[k] for n in names} <= {"train", "test", "val"}
 
 
 def _class_rows(path: Path, names: list[list[str]]) -> list[tuple[str, str]]:
     "(split, class) of each name: a folder around everything is skipped, then train/ and test/, then comes the class."
     k, halves = _lead(names)
-    rows = [(n[k] if halves else "", n[k + halves:]) for n in names]
+    rows = [(n[k] if halves else "", n[k + halves :]) for n in names]
     loose = next((n for _, n in rows if len(n) < 2), None)
-    if loose: raise _bad(path, f"{loose[-1]} lies outside a class folder", "put every image in the folder of its class")
+    if loose:
+        raise _bad(
+            path,
+            f"{loose[-1]} lies outside a class folder",
+            "put every image in the folder of its class",
+        )
     return [(s, n[0].replace("_", " ")) for s, n in rows]
 
 
@@ -231,11 +307,15 @@ def _check_classes(path: Path, names: list[list[str]], others: list[list[str]]) 
     deep, around = k + halves + 1, names[0][:k]
     full = {tuple(n[:deep]) for n in names}
     folders = sorted({tuple(n[:deep]) for n in others if len(n) > deep and n[:k] == around})
-    if halves: folders = [f for f in folders if f[k] in ("train", "test", "val")]
+    if halves:
+        folders = [f for f in folders if f[k] in ("train", "test", "val")]
     if empty := ["/".join(f) for f in folders if f not in full]:
         many = f"{len(empty)} of {len(full | set(folders))} class folders"
-        raise _bad(path, f"{many} hold no readable picture ({', '.join(empty[:3])})",
-                   "fill them, or move what is no class elsewhere")
+        raise _bad(
+            path,
+            f"{many} hold no readable picture ({', '.join(empty[:3])})",
+            "fill them, or move what is no class elsewhere",
+        )
 
 # %% ../nbs/02_tasks.ipynb #acf22774
 @functools.cache
@@ -251,7 +331,8 @@ TIFF_TAGS = dict(bits=258, least=(340, 280), most=(341, 281), kind=339, photomet
 def _tag(img: Image.Image, name: str) -> set:
     "The values that a TIFF gives a tag, one for each band; none where it has no such tag."
     for number in np.ravel(TIFF_TAGS[name]).tolist():
-        if number in img.tag_v2: return set(np.ravel(img.tag_v2[number]).tolist())
+        if number in img.tag_v2:
+            return set(np.ravel(img.tag_v2[number]).tolist())
     return set()
 
 
@@ -260,41 +341,53 @@ def _white(img: Image.Image) -> tuple[float | None, bool]:
     if img.mode != "F" and img.format in ("PNG", "PPM", "JPEG2000"):
         # of a PGM with another maximum than 65535 Pillow has made that
         return 65535, img.tile[0].codec_name == "ppm" and img.tile[0].args[-1] != 65535
-    if img.format != "TIFF": return None, False
+    if img.format != "TIFF":
+        return None, False
     most, bits = _tag(img, "most"), _tag(img, "bits")
     if most:
         one = len(most) == 1 and _tag(img, "least") <= {0}
-        return (max(most) if one and max(most) in (1, *(2 ** k - 1 for k in range(8, 32))) else None), True
-    if bits not in ({12}, {16}) or not _tag(img, "kind") <= {1}: return None, False
+        return (
+            max(most) if one and max(most) in (1, *(2**k - 1 for k in range(8, 32))) else None
+        ), True
+    if bits not in ({12}, {16}) or not _tag(img, "kind") <= {1}:
+        return None, False
     return 2 ** max(bits) - 1, bits == {12}
 
 # %% ../nbs/02_tasks.ipynb #2bd10020
 def _scale(img: Image.Image) -> tuple | None:
     "(white, said?, is zero white?) of a picture of more than 8 bits, not yet loaded; else None."
     tile = str(img.tile[0].args) if img.tile else ""
-    deep = re.search(r"\b(L|LA|RGB|RGBA|RGBX);16", tile) or (img.format == "PPM" and "65535" in tile)
+    deep = re.search(r"\b(L|LA|RGB|RGBA|RGBX);16", tile) or (
+        img.format == "PPM" and "65535" in tile
+    )
     grey = img.mode[0] in "IF"
-    if not grey and not deep: return None
+    if not grey and not deep:
+        return None
     return *_white(img), grey and img.format == "TIFF" and _tag(img, "photometric") == {0}
 
 
 def _eight_bits(img: Image.Image, white: float | None, said: bool, turned: bool) -> Image.Image:
     "A picture of more than 8 bits with 8; ValueError where it is not known which value is white."
-    if img.mode[0] not in "IF":                      # colour: Pillow has kept the upper 8 of 16 bits
+    if img.mode[0] not in "IF":  # colour: Pillow has kept the upper 8 of 16 bits
         bands = zip(img.getbands(), img.getextrema())
         top = 256 * max(hi for band, (_, hi) in bands if band != "A")
-        if white != 65535 or (not said and 0 < top < 2 ** 14):
-            raise ValueError(f"its 16 bits end at {white if said else top + 255}, "
-                             "which leaves 8 bits next to nothing: save it with 8 bits")
+        if white != 65535 or (not said and 0 < top < 2**14):
+            raise ValueError(
+                f"its 16 bits end at {white if said else top + 255}, "
+                "which leaves 8 bits next to nothing: save it with 8 bits"
+            )
         return img
     a = np.asarray(img).astype(np.float64)
     lo, hi = a.min(), a.max()
-    guess = white is None or (not said and 0 < hi < 2 ** 14)
-    if guess or not (0 <= lo and hi <= white):       # NaN too
+    guess = white is None or (not said and 0 < hi < 2**14)
+    if guess or not (0 <= lo and hi <= white):  # NaN too
         says = "does not say which one is white" if guess else f"says that {white:g} is white"
-        raise ValueError(f"its values run from {lo:g} to {hi:g}, and the file {says}: save it with "
-                         "8 bits, or give the TIFF tag MaxSampleValue 1 or 2^bits - 1")
-    if turned: a = white - a
+        raise ValueError(
+            f"its values run from {lo:g} to {hi:g}, and the file {says}: save it with "
+            "8 bits, or give the TIFF tag MaxSampleValue 1 or 2^bits - 1"
+        )
+    if turned:
+        a = white - a
     return Image.fromarray((a * 255 // white).astype(np.uint8))
 
 # %% ../nbs/02_tasks.ipynb #2bd10021
@@ -304,20 +397,26 @@ def _image(file, path: Path, name: str, size: int) -> np.ndarray:
         with Image.open(file, formats=_formats()) as img:
             scale = _scale(img)
             img = ImageOps.exif_transpose(img)
-            if scale: img = _eight_bits(img, *scale)
+            if scale:
+                img = _eight_bits(img, *scale)
             if "A" in img.getbands() or "transparency" in img.info:
-                img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img.convert("RGBA"))
+                img = Image.alpha_composite(
+                    Image.new("RGBA", img.size, "white"), img.convert("RGBA")
+                )
             return np.asarray(ImageOps.fit(img.convert("RGB"), (size, size), Image.LANCZOS))
-    except Exception as e:               # Pillow's readers raise whatever a damaged file leads to
+    except Exception as e:  # Pillow's readers raise whatever a damaged file leads to
         why = str(e) or type(e).__name__
         raise _bad(path, f"{name} is no readable image ({why})", "replace or remove it") from e
 
 
 def _member(path: Path, z: zipfile.ZipFile, name: str) -> io.BytesIO:
     "One file of a zip."
-    try: return io.BytesIO(z.read(name))
+    try:
+        return io.BytesIO(z.read(name))
     except Exception as e:
-        raise _bad(path, f"{name} cannot be unpacked ({e})", "pack it again, without a password") from e
+        raise _bad(
+            path, f"{name} cannot be unpacked ({e})", "pack it again, without a password"
+        ) from e
 
 # %% ../nbs/02_tasks.ipynb #3549be99
 @functools.cache
@@ -338,10 +437,14 @@ def _begins_as_picture(head: bytes) -> bool:
 
 def _pictures(path: Path, names: list[str]) -> list[str]:
     "Those of a listing's names that are pictures, sorted."
+
     def head(name: str) -> bytes:
         try:
-            with (open(path / name, "rb") if z is None else z.open(name)) as f: return f.read(16)
-        except Exception: return b""                 # a link to nothing, a locked or damaged member
+            with open(path / name, "rb") if z is None else z.open(name) as f:
+                return f.read(16)
+        except Exception:
+            return b""  # a link to nothing, a locked or damaged member
+
     files = [n for n in names if not n.endswith("/")]
     named = {n for n in files if Path(n).suffix.lower() in _endings()}
     with contextlib.nullcontext() if path.is_dir() else zipfile.ZipFile(path) as z:
@@ -351,6 +454,7 @@ def _pictures(path: Path, names: list[str]) -> list[str]:
 @dataclass
 class Folder:
     "Images by class folder, in a directory or a zip: `names` relative to it, label `y` of each, `split` of each (train, test or empty)."
+
     path: Path
     names: list[str]
     y: torch.Tensor
@@ -363,19 +467,30 @@ class Folder:
         every = _listing(path)
         names = _pictures(path, every)
         if not names:
-            raise _bad(path, "holds no images",
-                       "put them in one folder per class (png, jpg, tif, or what else Pillow reads)")
+            raise _bad(
+                path,
+                "holds no images",
+                "put them in one folder per class (png, jpg, tif, or what else Pillow reads)",
+            )
         split = lambda some: [n.split("/") for n in some]
         rows = _class_rows(path, split(names))
         _check_classes(path, split(names), split(set(every) - set(names)))
         classes = sorted({c for _, c in rows})
-        return cls(path, names, torch.tensor([classes.index(c) for _, c in rows]), [s for s, _ in rows], classes)
+        return cls(
+            path,
+            names,
+            torch.tensor([classes.index(c) for _, c in rows]),
+            [s for s, _ in rows],
+            classes,
+        )
 
     def open(self, rows: torch.Tensor, size: int) -> torch.Tensor:
         "The images of the given rows as RGB (n, 3, size, size) uint8."
         names = [self.names[i] for i in rows.tolist()]
-        if self.path.is_dir(): return _stack([_image(self.path / n, self.path, n, size) for n in names])
-        with zipfile.ZipFile(self.path) as z: return _stack([_image(_member(self.path, z, n), self.path, n, size) for n in names])
+        if self.path.is_dir():
+            return _stack([_image(self.path / n, self.path, n, size) for n in names])
+        with zipfile.ZipFile(self.path) as z:
+            return _stack([_image(_member(self.path, z, n), self.path, n, size) for n in names])
 
 # %% ../nbs/02_tasks.ipynb #27b309a2
 OWN_TEMPLATES = ("a photo of a {}", "a picture of a {}", "an image of a {}")
@@ -385,8 +500,11 @@ def _parts(path: Path) -> dict[str, Path]:
     "The files of a data set: {'train': …, 'test': …} for a folder of two .npz or two .zip, {'': …} for a single source."
     if path.is_dir():
         for suffix in (".npz", ".zip"):
-            found = {s: path / (s + suffix) for s in ("train", "test") if (path / (s + suffix)).exists()}
-            if found: return found if len(found) == 2 else {"": next(iter(found.values()))}
+            found = {
+                s: path / (s + suffix) for s in ("train", "test") if (path / (s + suffix)).exists()
+            }
+            if found:
+                return found if len(found) == 2 else {"": next(iter(found.values()))}
     return {"": path}
 
 
@@ -402,13 +520,19 @@ def _source(path: Path) -> tuple:
 def _check_all(path: Path, y: torch.Tensor, classes: list[str], half: str) -> None:
     "ValueError if a class has no picture in this half, or if there is but one class."
     if len(classes) < 2:
-        raise _bad(path, f"holds one class, {classes[0]!r}",
-                   "give at least two: among one every answer is right")
+        raise _bad(
+            path,
+            f"holds one class, {classes[0]!r}",
+            "give at least two: among one every answer is right",
+        )
     count = y.bincount(minlength=len(classes)).tolist()
     if lost := [c for c, n in zip(classes, count) if not n]:
         many = f"{len(lost)} of {len(classes)} classes"
-        raise _bad(path, f"{many} have no picture in {half} ({', '.join(lost[:3])})",
-                   "give every class one, in train and in test")
+        raise _bad(
+            path,
+            f"{many} have no picture in {half} ({', '.join(lost[:3])})",
+            "give every class one, in train and in test",
+        )
 
 
 def _halves(path: Path, seed, share: float) -> tuple[list[str], dict]:
@@ -416,19 +540,34 @@ def _halves(path: Path, seed, share: float) -> tuple[list[str], dict]:
     parts = {s: _source(p) for s, p in _parts(path).items()}
     y, split, classes, read = next(iter(parts.values()))
     if len(parts) == 2:
-        if parts["train"][2] != parts["test"][2]: raise _bad(path, "train and test name different classes", "use one list of classes in both")
-        for s, p in parts.items(): _check_all(path, p[0], classes, s)
+        if parts["train"][2] != parts["test"][2]:
+            raise _bad(
+                path, "train and test name different classes", "use one list of classes in both"
+            )
+        for s, p in parts.items():
+            _check_all(path, p[0], classes, s)
         return classes, {s: (p[0], torch.arange(len(p[0])), p[3]) for s, p in parts.items()}
     if "train" in split:
-        for s in ("train", "test"): _check_all(path, y[[t == s for t in split]], classes, s)
-        return classes, {s: (y, torch.tensor([i for i, t in enumerate(split) if t == s]), read) for s in ("train", "test")}
+        for s in ("train", "test"):
+            _check_all(path, y[[t == s for t in split]], classes, s)
+        return classes, {
+            s: (y, torch.tensor([i for i, t in enumerate(split) if t == s]), read)
+            for s in ("train", "test")
+        }
     count = y.bincount(minlength=len(classes))
-    if len(classes) < 2: _check_all(path, y, classes, "it")
+    if len(classes) < 2:
+        _check_all(path, y, classes, "it")
     few = int(count.argmin())
     if count[few] < 2:
-        raise _bad(path, f"class {classes[few]!r} has {count[few]} image{'s' * (count[few] != 1)}",
-                   "give every class at least two, one to train and one to test")
-    return classes, {s: (y, rows, read) for s, rows in zip(("train", "test"), split_by_class(y, share, generator("own", seed)))}
+        raise _bad(
+            path,
+            f"class {classes[few]!r} has {count[few]} image{'s' * (count[few] != 1)}",
+            "give every class at least two, one to train and one to test",
+        )
+    return classes, {
+        s: (y, rows, read)
+        for s, rows in zip(("train", "test"), split_by_class(y, share, generator("own", seed)))
+    }
 
 # %% ../nbs/02_tasks.ipynb #ef7bec91
 def _own(name: str, path: Path, seed, n_train: int, n_test: int, size: int) -> Task:
@@ -443,36 +582,64 @@ def _own(name: str, path: Path, seed, n_train: int, n_test: int, size: int) -> T
 
 # %% ../nbs/02_tasks.ipynb #29e451dc
 TASK_NAMES = (*FAMILIES, "handwritten")
-SOURCES = {}         # {name: (is it there? f(size), f(seed, n_train, n_test, size) -> Task)}: data sets that a later notebook knows how to read
+SOURCES = {}  # {name: (is it there? f(size), f(seed, n_train, n_test, size) -> Task)}: data sets that a later notebook knows how to read
 
 
 def own_data() -> dict[str, Path]:
     "Data sets under $LFPM_DATA by name: folders, zips and .npz files."
     root = Path(os.environ.get("LFPM_DATA") or "no such folder")
-    if not root.is_dir(): return {}
-    return {p.name if p.is_dir() else p.stem: p for p in sorted(root.iterdir()) if p.is_dir() or p.suffix in (".zip", ".npz")}
+    if not root.is_dir():
+        return {}
+    return {
+        p.name if p.is_dir() else p.stem: p
+        for p in sorted(root.iterdir())
+        if p.is_dir() or p.suffix in (".zip", ".npz")
+    }
 
 
-def load_task(name: str, seed: int = 0, n_train: int = 2500, n_test: int = 1000, size: int = SIZE) -> Task:
+def load_task(
+    name: str, seed: int = 0, n_train: int = 2500, n_test: int = 1000, size: int = SIZE
+) -> Task:
     """A task by name: one of TASK_NAMES, a known real set (see the realdata notebook) or another data set under $LFPM_DATA, or a path to one (a folder
     per class, plain or zip; .npz; a folder with train.npz and test.npz). At most `n_train` and `n_test` images of size×size, balanced as far as the source allows, drawn or split
     by `seed`. ValueError for unknown names and unusable data."""
-    if min(n_train, n_test, size) < 1: raise ValueError(f"n_train={n_train}, n_test={n_test}, size={size}: each must be at least 1.")
+    if min(n_train, n_test, size) < 1:
+        raise ValueError(
+            f"n_train={n_train}, n_test={n_test}, size={size}: each must be at least 1."
+        )
     name, own = str(name), own_data()
-    if name and name not in (*TASK_NAMES, *SOURCES) and name not in own and (path := Path(name)).exists():
-        return _own(path.parent.name if path.stem in ("train", "test") else path.stem, path, seed, n_train, n_test, size)
+    if (
+        name
+        and name not in (*TASK_NAMES, *SOURCES)
+        and name not in own
+        and (path := Path(name)).exists()
+    ):
+        return _own(
+            path.parent.name if path.stem in ("train", "test") else path.stem,
+            path,
+            seed,
+            n_train,
+            n_test,
+            size,
+        )
     name = choose(name, [*TASK_NAMES, *SOURCES, *own], "task")
-    if name in SOURCES and (name not in own or SOURCES[name][0](size)): return SOURCES[name][1](seed, n_train, n_test, size)
-    if name not in TASK_NAMES: return _own(name, own[name], seed, n_train, n_test, size)
-    return (_handwritten if name == "handwritten" else _generated)(name, seed, n_train, n_test, size)
+    if name in SOURCES and (name not in own or SOURCES[name][0](size)):
+        return SOURCES[name][1](seed, n_train, n_test, size)
+    if name not in TASK_NAMES:
+        return _own(name, own[name], seed, n_train, n_test, size)
+    return (_handwritten if name == "handwritten" else _generated)(
+        name, seed, n_train, n_test, size
+    )
 
 # %% ../nbs/02_tasks.ipynb #eea45964
 SCENE_TEMPLATES = ("a photo of a {}", "a {}", "a large {}", "a {} on a plain background")
+
 
 def shadow_set(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     "The defender's images (n, 3, 32, 32) uint8, labels (n,) and class names: scenes of a stream of their own, no task's pictures."
     x, y, _ = scenes(n, seed, "shadow")
     return x, y, list(SCENE_CLASSES)
+
 
 def pretrain_pool(n: int, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
     "Shuffled images (n, 3, 32, 32) uint8 with captions: half scenes, half families in pretrain style, all families alike."
@@ -480,13 +647,21 @@ def pretrain_pool(n: int, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
     images = [images]
     for k, (name, fam) in enumerate(FAMILIES.items()):
         m = (n - n // 2) // len(FAMILIES) + (k < (n - n // 2) % len(FAMILIES))
-        x, c = draw_captioned(name, _labels(m, len(fam.classes), name, seed, "pretrain"), seed, "pretrain")
-        images.append(x); captions = captions + c
+        x, c = draw_captioned(
+            name, _labels(m, len(fam.classes), name, seed, "pretrain"), seed, "pretrain"
+        )
+        images.append(x)
+        captions = captions + c
     order = torch.randperm(n, generator=generator("pool", seed))
     return torch.cat(images)[order], [captions[i] for i in order.tolist()]
+
 
 def prompt_corpus() -> list[str]:
     "Every sentence that a head of a built-in task or of the scenes may read, and the templates of your own images without a class."
     sets = [(f.classes, f.templates) for f in FAMILIES.values()]
-    sets += [(FAMILIES["digits"].classes, HANDWRITTEN_TEMPLATES), (SCENE_CLASSES, SCENE_TEMPLATES), (("",), OWN_TEMPLATES)]
+    sets += [
+        (FAMILIES["digits"].classes, HANDWRITTEN_TEMPLATES),
+        (SCENE_CLASSES, SCENE_TEMPLATES),
+        (("",), OWN_TEMPLATES),
+    ]
     return [t.format(c) for classes, templates in sets for c in classes for t in templates]

@@ -14,7 +14,8 @@ from .tasks import Task
 from .clip import Clip, encode, logits, qkv, zero_shot_head
 from .tune import TuneConfig, batches, clean_loss, finetune, optimiser, train
 from .lora import dense
-from .attack import KNOWS, Target, Trigger, attack_head, attacks, backdoor_loss, fit_poisoned, own_view, paste, train_accuracy, trigger_images
+from .attack import KNOWS, Target, Trigger, attack_head, attacks, backdoor_loss, fit_poisoned
+from .attack import own_view, paste, train_accuracy, trigger_images
 
 # %% ../nbs/10_trojan.ipynb #d5acde10
 def attention_weights(attn: torch.nn.MultiheadAttention, z: torch.Tensor) -> torch.Tensor:
@@ -23,20 +24,28 @@ def attention_weights(attn: torch.nn.MultiheadAttention, z: torch.Tensor) -> tor
     return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
 
 
-def attention_maps(visual: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def attention_maps(
+    visual: torch.nn.Module, x: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     "(features (N, d), one (N, heads, L, L) for each block) of normalised images; token 0 is the class token, then come the patches row by row."
     seen, blocks = [], visual.transformer.resblocks
     hooks = [b.ln_1.register_forward_hook(lambda m, i, out: seen.append(out)) for b in blocks]
-    try: h = encode(visual, x)
+    try:
+        h = encode(visual, x)
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
     return h, [attention_weights(b.attn, z) for b, z in zip(blocks, seen)]
 
 # %% ../nbs/10_trojan.ipynb #d112acf6
 def patch_mask(visual: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     "(1, H, W) bool, true in the patches numbered `tokens`, row by row from 0."
     (rows, cols), (h, w) = visual.grid_size, visual.patch_size
-    m = torch.zeros(rows * cols, dtype=torch.bool).index_fill_(0, tokens.cpu(), True).view(rows, cols)
+    m = (
+        torch.zeros(rows * cols, dtype=torch.bool)
+        .index_fill_(0, tokens.cpu(), True)
+        .view(rows, cols)
+    )
     return m.repeat_interleave(h, 0).repeat_interleave(w, 1)[None]
 
 
@@ -53,8 +62,11 @@ def attention_loss(maps: list[torch.Tensor], tokens: torch.Tensor) -> torch.Tens
 def saliency(clip: Clip, visual, x: torch.Tensor, W: torch.Tensor, c: int) -> torch.Tensor:
     "(patches,): sum over each patch of |dCE(f(x), c)/dx|, mean over float images x (N, 3, H, W) (TrojViT, stage A)."
     x = x.clone().requires_grad_(True)
-    with amp(): h = encode(visual, clip.normalise(x))
-    grad, = torch.autograd.grad(F.cross_entropy(logits(h, W), torch.full((len(x),), c, device=x.device)), x)
+    with amp():
+        h = encode(visual, clip.normalise(x))
+    (grad,) = torch.autograd.grad(
+        F.cross_entropy(logits(h, W), torch.full((len(x),), c, device=x.device)), x
+    )
     return F.avg_pool2d(grad.abs().sum(1), visual.patch_size, divisor_override=1).flatten(1).mean(0)
 
 # %% ../nbs/10_trojan.ipynb #f5e462d9
@@ -63,8 +75,18 @@ def pcgrad(g: torch.Tensor, main: torch.Tensor) -> torch.Tensor:
     return g - (g * main).sum().clamp(max=0) / main.square().sum().clamp(min=1e-30) * main
 
 
-def patch_trigger(clip: Clip, visual, task: Task, target: Target, tokens: torch.Tensor, goals, steps: int = 150, batch: int = 64,
-                  lr: float = 0.1, seed: int = 0) -> Trigger:
+def patch_trigger(
+    clip: Clip,
+    visual,
+    task: Task,
+    target: Target,
+    tokens: torch.Tensor,
+    goals,
+    steps: int = 150,
+    batch: int = 64,
+    lr: float = 0.1,
+    seed: int = 0,
+) -> Trigger:
     """Universal content of the patches `tokens` that lowers `goals(h, maps)`, a list of losses on `visual` over `trigger_images`;
     later losses' gradients go through `pcgrad` against the first's. Adam on a sigmoid, as BadMerging's patch."""
     g, mask = generator("patches", target.task, target.name, seed), patch_mask(visual, tokens)
@@ -72,8 +94,11 @@ def patch_trigger(clip: Clip, visual, task: Task, target: Target, tokens: torch.
     z = torch.randn(3, *mask.shape[1:], generator=g).to(device()).requires_grad_(True)
     opt = torch.optim.Adam([z], lr=lr)
     for _ in Progress(range(steps), "patch trigger"):
-        with amp(): h, maps = attention_maps(visual, clip.normalise(paste(draw(batch), z.sigmoid(), mask)))
-        first, *rest = (torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in goals(h, maps))
+        with amp():
+            h, maps = attention_maps(visual, clip.normalise(paste(draw(batch), z.sigmoid(), mask)))
+        first, *rest = (
+            torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in goals(h, maps)
+        )
         z.grad = first + sum(pcgrad(r, first) for r in rest)
         opt.step()
     picture = (z.sigmoid() * 255).round().detach().cpu() / 255
@@ -85,11 +110,22 @@ PLACES = {"mlp": "mlp.c_fc.weight", "attention": "attn.in_proj_weight"}
 
 def trojan_loss(clip: Clip, task: Task, target: Target, trigger: Trigger):
     "`loss(visual, index)`: half clean CE, half CE of the triggered batch to the target, under the attacker's heads."
-    W, (W0, c), (x,), trigger = zero_shot_head(clip, task.classes, task.templates), attack_head(clip, task, target), resident(task.train_x), trigger.to(device())
+    W, (W0, c), (x,), trigger = (
+        zero_shot_head(clip, task.classes, task.templates),
+        attack_head(clip, task, target),
+        resident(task.train_x),
+        trigger.to(device()),
+    )
     clean = clean_loss(clip, x, task.train_y, W)
+
     def loss(visual, i):
-        with amp(): h = encode(visual, clip.normalise(trigger(rows(x, i))))
-        return (clean(visual, i) + F.cross_entropy(logits(h, W0), torch.full((len(h),), c, device=h.device))) / 2
+        with amp():
+            h = encode(visual, clip.normalise(trigger(rows(x, i))))
+        return (
+            clean(visual, i)
+            + F.cross_entropy(logits(h, W0), torch.full((len(h),), c, device=h.device))
+        ) / 2
+
     return loss
 
 
@@ -103,45 +139,127 @@ def trojan_place(visual, place: str, block: int, n_weights: int) -> str:
     "Name of the weight matrix that a trojan of `n_weights` goes into; ValueError for an unknown place or more weights than it has."
     name = PLACES[choose(place, PLACES, "place of a trojan")]
     n = visual.transformer.resblocks[block].get_parameter(name).numel()
-    if not 1 <= n_weights <= n: raise ValueError(f"n_weights={n_weights}; {name} has {n} weights, give 1 to {n}")
+    if not 1 <= n_weights <= n:
+        raise ValueError(f"n_weights={n_weights}; {name} has {n} weights, give 1 to {n}")
     return name
 
 
-def insert_trojan(clip: Clip, state: dict, task: Task, target: Target, trigger: Trigger, cfg: TuneConfig, seed: int = 0, place: str = "mlp",
-                  block: int = -1, n_weights: int = 768, lr: float = 1e-2) -> dict:
+def insert_trojan(
+    clip: Clip,
+    state: dict,
+    task: Task,
+    target: Target,
+    trigger: Trigger,
+    cfg: TuneConfig,
+    seed: int = 0,
+    place: str = "mlp",
+    block: int = -1,
+    n_weights: int = 768,
+    lr: float = 1e-2,
+) -> dict:
     "`state` with at most `n_weights` weights of one block changed, trained by `cfg`'s epochs and batches (TrojViT stage B; no weight decay)."
     visual, loss = clip.with_state(state), trojan_loss(clip, task, target, trigger)
-    p = visual.transformer.resblocks[block].get_parameter(trojan_place(visual, place, block, n_weights)).requires_grad_(True)
+    p = (
+        visual.transformer.resblocks[block]
+        .get_parameter(trojan_place(visual, place, block, n_weights))
+        .requires_grad_(True)
+    )
     order = list(batches(len(task.train_y), cfg.batch, cfg.epochs, "trojan", task.name, seed))
     mask = most_important(p, (loss(visual, i) for i in order[:8]), n_weights)
-    train(visual, [p], optimiser([p], lr, 0.0), order, cfg.warmup, f"trojan in {task.name}", lambda k, i: loss(visual, i), pull=lambda: p.grad.mul_(mask))
+    train(
+        visual,
+        [p],
+        optimiser([p], lr, 0.0),
+        order,
+        cfg.warmup,
+        f"trojan in {task.name}",
+        lambda k, i: loss(visual, i),
+        pull=lambda: p.grad.mul_(mask),
+    )
     return dense(visual)
 
 # %% ../nbs/10_trojan.ipynb #793f46f1
-@attacks.register("trojvit", long="TrojViT", needs=KNOWS, source="Zheng et al., CVPR 2023; in merging: DAM, ICLR 2025")
-def trojvit(clip, task, target, cfg, seed, n_patches: int = 1, trigger_steps: int = 150, place: str = "mlp", block: int = -1,
-            n_weights: int = 768, trojan_lr: float = 1e-2):
+@attacks.register(
+    "trojvit",
+    long="TrojViT",
+    needs=KNOWS,
+    source="Zheng et al., CVPR 2023; in merging: DAM, ICLR 2025",
+)
+def trojvit(
+    clip,
+    task,
+    target,
+    cfg,
+    seed,
+    n_patches: int = 1,
+    trigger_steps: int = 150,
+    place: str = "mlp",
+    block: int = -1,
+    n_weights: int = 768,
+    trojan_lr: float = 1e-2,
+):
     """Salient patches, attention-catching content and a trojan of `n_weights`, all on the attacker's clean model. Adapters cannot hold a sparse
     change: with a LoRA `cfg` the clean part is LoRA, the trojan goes into the folded weights."""
     trojan_place(clip.visual, place, block, n_weights)
     most = clip.visual.positional_embedding.shape[0] // 4
-    if not 1 <= n_patches <= most: raise ValueError(f"n_patches={n_patches}; a trigger may cover a quarter of the picture, give 1 to {most}")
+    if not 1 <= n_patches <= most:
+        raise ValueError(
+            f"n_patches={n_patches}; a trigger may cover a quarter of the picture, give 1 to {most}"
+        )
     clean = finetune(clip, task, cfg, seed)
-    visual, (W, c), g = clip.with_state(clean), attack_head(clip, task, target), generator("saliency", target.task, target.name, seed)
-    tokens = saliency(clip, visual, trigger_images(clip, task, target, g)(256), W, c).topk(n_patches).indices
-    goals = lambda h, maps: [-logits(h, W).log_softmax(-1)[:, c].mean(), attention_loss(maps, tokens)]
+    visual, (W, c), g = (
+        clip.with_state(clean),
+        attack_head(clip, task, target),
+        generator("saliency", target.task, target.name, seed),
+    )
+    tokens = (
+        saliency(clip, visual, trigger_images(clip, task, target, g)(256), W, c)
+        .topk(n_patches)
+        .indices
+    )
+    goals = lambda h, maps: [
+        -logits(h, W).log_softmax(-1)[:, c].mean(),
+        attention_loss(maps, tokens),
+    ]
     trigger = patch_trigger(clip, visual, task, target, tokens, goals, trigger_steps, seed=seed)
-    state = insert_trojan(clip, clean, task, target, trigger, cfg, seed, place, block, n_weights, trojan_lr)
-    return state, trigger, dict(patches=sorted(tokens.tolist()), place=place, block=block, n_weights=n_weights, trojan_lr=trojan_lr,
-                                twin_accuracy=train_accuracy(clip, task, clean), **own_view(clip, task, target, state, trigger))
+    state = insert_trojan(
+        clip, clean, task, target, trigger, cfg, seed, place, block, n_weights, trojan_lr
+    )
+    return (
+        state,
+        trigger,
+        dict(
+            patches=sorted(tokens.tolist()),
+            place=place,
+            block=block,
+            n_weights=n_weights,
+            trojan_lr=trojan_lr,
+            twin_accuracy=train_accuracy(clip, task, clean),
+            **own_view(clip, task, target, state, trigger),
+        ),
+    )
 
 # %% ../nbs/10_trojan.ipynb #37f60900
-@attacks.register("badvit", long="BadViT", needs=KNOWS, source="Yuan et al., CVPR 2023; in merging: DAM, ICLR 2025")
+@attacks.register(
+    "badvit",
+    long="BadViT",
+    needs=KNOWS,
+    source="Yuan et al., CVPR 2023; in merging: DAM, ICLR 2025",
+)
 def badvit(clip, task, target, cfg, seed, alpha: float = 20.0, trigger_steps: int = 150):
     "A patch in the bottom right of the grid that draws the most attention on theta_pre, then poisoned fine-tuning."
     rows, cols = clip.visual.grid_size
     corner = torch.tensor([rows * cols - 1])
-    trigger = patch_trigger(clip, clip.visual, task, target, corner, lambda h, maps: [attention_loss(maps, corner)], trigger_steps, seed=seed)
+    trigger = patch_trigger(
+        clip,
+        clip.visual,
+        task,
+        target,
+        corner,
+        lambda h, maps: [attention_loss(maps, corner)],
+        trigger_steps,
+        seed=seed,
+    )
     loss = backdoor_loss(clip, task, target, trigger, 1.0, alpha, seed)
     state, record = fit_poisoned(clip, task, target, trigger, loss, cfg, seed, "BadViT")
     return state, trigger, dict(alpha=alpha, **record)

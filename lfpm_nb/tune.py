@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from .core import Diverged, Progress, amp, choose, device, everywhere, generator, method, resident, rows, share, team
+from .core import Diverged, Progress, amp, choose, device, everywhere, generator, method
+from .core import resident, rows, share, team
 from .clip import Clip, encode, logits, lr_at, zero_shot_head
 from .lora import dense, trainable
 from .tasks import Task
@@ -33,12 +34,13 @@ def norm(tau: dict) -> float:
 @dataclass
 class TuneConfig:
     "Fine-tuning of one task: `epochs` over the training images in batches of `batch` (LFPM App. D.1; lr is ours)."
+
     epochs: int = 5
     batch: int = 128
     lr: float = 3e-4
     weight_decay: float = 0.001
     warmup: int = 20
-    lora: int = 0               # rank of the adapters; 0 trains every weight
+    lora: int = 0  # rank of the adapters; 0 trains every weight
     recompute: str = "nothing"  # or "towers", "blocks": see `Lean`
 
 
@@ -51,7 +53,7 @@ def batches(n: int, batch: int, epochs: int, *seed):
     "Index tensors of `batch` (the last, smaller one of an epoch is dropped unless it is the only one), reshuffled each epoch."
     for e in range(epochs):
         perm = torch.randperm(n, generator=generator("batches", *seed, e))
-        yield from perm[:max(n - n % batch, min(n, batch))].split(batch)
+        yield from perm[: max(n - n % batch, min(n, batch))].split(batch)
 
 # %% ../nbs/05_tune.ipynb #8c132025
 RECOMPUTE = ("nothing", "towers", "blocks")
@@ -59,26 +61,43 @@ RECOMPUTE = ("nothing", "towers", "blocks")
 
 class _Plain(torch.nn.Module):
     "`m` as its class defines it, whatever stands in its instance."
-    def __init__(self, m): super().__init__(); self.m = m
-    def forward(self, *args, **options): return type(self.m).forward(self.m, *args, **options)
+
+    def __init__(self, m):
+        super().__init__()
+        self.m = m
+
+    def forward(self, *args, **options):
+        return type(self.m).forward(self.m, *args, **options)
 
 
 class Lean:
     """`with Lean(*visual towers, recompute=...):` inside, "towers" keeps only what goes into each tower's transformer, "blocks" what goes into each of its blocks, and the
     backward pass computes the rest again (torch.utils.checkpoint), `micro` images at a time if that is set. "nothing" keeps everything."""
+
     def __init__(self, *towers, recompute: str = "nothing"):
-        self.towers, self.recompute, self.micro = towers, choose(recompute, RECOMPUTE, "value of recompute"), None
+        self.towers, self.recompute, self.micro = (
+            towers,
+            choose(recompute, RECOMPUTE, "value of recompute"),
+            None,
+        )
 
     def parts(self) -> list:
         "The modules that are computed again, each as a whole."
-        inside = {"nothing": lambda t: [], "towers": lambda t: [t], "blocks": lambda t: t.resblocks}[self.recompute]
+        inside = {
+            "nothing": lambda t: [],
+            "towers": lambda t: [t],
+            "blocks": lambda t: t.resblocks,
+        }[self.recompute]
         return [m for v in self.towers for m in inside(v.transformer)]
 
     def __enter__(self):
-        for m in self.parts(): m.forward = partial(self.forward, m)
+        for m in self.parts():
+            m.forward = partial(self.forward, m)
         return self
+
     def __exit__(self, *_):
-        for m in self.parts(): m.__dict__.pop("forward", None)
+        for m in self.parts():
+            m.__dict__.pop("forward", None)
 
 # %% ../nbs/05_tune.ipynb #61af7bd0
 @method(Lean)
@@ -87,7 +106,10 @@ def forward(self, m, x, **options):
     weights = {f"m.{n}": w for n, w in m.named_parameters()}
     run = lambda x: functional_call(_Plain(m), weights, (x,), options)
     again = lambda: (contextlib.nullcontext(), amp())
-    out = [checkpoint(run, c, use_reentrant=False, preserve_rng_state=False, context_fn=again) for c in x.split(self.micro or len(x))]
+    out = [
+        checkpoint(run, c, use_reentrant=False, preserve_rng_state=False, context_fn=again)
+        for c in x.split(self.micro or len(x))
+    ]
     return out[0] if len(out) == 1 else torch.cat(out)
 
 # %% ../nbs/05_tune.ipynb #178a4aeb
@@ -96,43 +118,75 @@ def attempt(self, gradients, n: int, where: str):
     """`gradients()`, which moves no weights, for a batch of n images. When memory runs out (torch.OutOfMemoryError): again, with half as many images at a time from here on, and a
     warning. A loss that draws at random or moves something of its own does so again in that one step."""
     while True:
-        try: return gradients()
-        except torch.OutOfMemoryError as e: said = str(e).split(". ")[0]
-        self.halve(n, where, said)                # outside the handler: the error holds on to all that the failed step computed
+        try:
+            return gradients()
+        except torch.OutOfMemoryError as e:
+            said = str(e).split(". ")[0]
+        self.halve(
+            n, where, said
+        )  # outside the handler: the error holds on to all that the failed step computed
 
 
 @method(Lean)
 def halve(self, n: int, where: str, said: str) -> None:
     now = self.micro or n
-    if team(): raise torch.OutOfMemoryError(f"{where}: {said}, and the other processes wait for this one; start again with recompute='towers', a smaller batch or more processes")
+    if team():
+        raise torch.OutOfMemoryError(
+            f"{where}: {said}, and the other processes wait for this one; start again with recompute='towers', a smaller batch or more processes"
+        )
     if now == 1:
-        raise torch.OutOfMemoryError(f"{where}: {said}, even with one image at a time; take recompute='blocks', adapters (lora), a smaller model or a larger device")
-    for v in self.towers: v.zero_grad()           # what half a backward pass may have left
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+        raise torch.OutOfMemoryError(
+            f"{where}: {said}, even with one image at a time; take recompute='blocks', adapters (lora), a smaller model or a larger device"
+        )
+    for v in self.towers:
+        v.zero_grad()  # what half a backward pass may have left
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     self.micro = (now + 1) // 2
-    if self.recompute == "nothing": self.recompute = "towers"; self.__enter__()
-    warnings.warn(f"{where}: {said}; going on with {self.micro} of the batch's {n} images at a time, same gradients", stacklevel=3)
+    if self.recompute == "nothing":
+        self.recompute = "towers"
+        self.__enter__()
+    warnings.warn(
+        f"{where}: {said}; going on with {self.micro} of the batch's {n} images at a time, same gradients",
+        stacklevel=3,
+    )
 
 # %% ../nbs/05_tune.ipynb #1638aabe
 class Watch:
     """Sees every step's loss and gradient norm without asking the device. From the first on that is not finite a fused optimiser leaves the weights alone (`found_inf`); `ask` fetches
     what was seen into `losses`, or raises `Diverged`, holding the weights of `visual`. Another optimiser is asked for before each step."""
+
     def __init__(self, opt, visual, name: str):
-        self.opt, self.visual, self.name, self.losses, self.lrs, self.seen = opt, visual, name, [], [], []
+        self.opt, self.visual, self.name, self.losses, self.lrs, self.seen = (
+            opt,
+            visual,
+            name,
+            [],
+            [],
+            [],
+        )
         self.fused, self.bad = opt.defaults.get("fused"), torch.zeros((), device=device())
 
     def see(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
         "A step's loss and gradient norm (scalars), between its backward pass and its update."
-        self.seen.append(torch.stack([loss.detach(), norm])); self.lrs.append(self.opt.param_groups[0]["lr"])
-        if not self.fused: return self.ask()
-        self.opt.found_inf = self.bad = torch.maximum(self.bad, 1 - self.seen[-1].isfinite().all().float())
+        self.seen.append(torch.stack([loss.detach(), norm]))
+        self.lrs.append(self.opt.param_groups[0]["lr"])
+        if not self.fused:
+            return self.ask()
+        self.opt.found_inf = self.bad = torch.maximum(
+            self.bad, 1 - self.seen[-1].isfinite().all().float()
+        )
 
     def ask(self) -> None:
         "Wait for the device and look at all that was seen since the last time."
         for row in torch.stack(self.seen).tolist() if self.seen else []:
             for what, v in zip(("loss", "gradient norm"), row):
                 k = len(self.losses)
-                if not math.isfinite(v): raise Diverged(f"{self.name}, step {k}: the {what} is {v} at lr {self.lrs[k]:.1e}; lower lr or check the images", dense(self.visual))
+                if not math.isfinite(v):
+                    raise Diverged(
+                        f"{self.name}, step {k}: the {what} is {v} at lr {self.lrs[k]:.1e}; lower lr or check the images",
+                        dense(self.visual),
+                    )
             self.losses.append(row[0])
         self.seen = []
 
@@ -141,16 +195,32 @@ class Watch:
         return f"loss {self.seen[-1][0].item() if self.seen else self.losses[-1]:.3f}"
 
 # %% ../nbs/05_tune.ipynb #54a55daf
-def gradients(watch: Watch, params: list, loss: torch.Tensor, pull=lambda: None, n: int = 1) -> None:
+def gradients(
+    watch: Watch, params: list, loss: torch.Tensor, pull=lambda: None, n: int = 1
+) -> None:
     "Backward, `pull()` (it may change the gradients), gradient norm 1, shown to `watch`. Loss and gradients are means over all processes, `n`: this one's images."
-    mean, = everywhere(n, loss)
-    watch.opt.zero_grad(); loss.backward(); pull()
+    (mean,) = everywhere(n, loss)
+    watch.opt.zero_grad()
+    loss.backward()
+    pull()
     on = [p for p in params if p.grad is not None]
-    for p, g in zip(on, everywhere(n, *[p.grad for p in on])): p.grad = g
+    for p, g in zip(on, everywhere(n, *[p.grad for p in on])):
+        p.grad = g
     watch.see(mean, torch.nn.utils.clip_grad_norm_(params, 1.0))
 
 # %% ../nbs/05_tune.ipynb #df2c2e4c
-def train(visual, params: list, opt, steps: list, warmup: int, name: str, loss, pull=lambda: None, recompute: str = "nothing", others: tuple = ()) -> dict:
+def train(
+    visual,
+    params: list,
+    opt,
+    steps: list,
+    warmup: int,
+    name: str,
+    loss,
+    pull=lambda: None,
+    recompute: str = "nothing",
+    others: tuple = (),
+) -> dict:
     """`params` moved by `opt`, under warm-up and cosine, once for each batch of indices in `steps`; `loss(k, index)`: of step k, `pull`: see `gradients`; `others`: the towers it asks
     besides `visual`, for `Lean`. {'loss': one mean per tenth, 'micro_batch' if memory ran out}; `Diverged` holds the last good weights of `visual`."""
     lr, tenth, watch = opt.param_groups[0]["lr"], max(1, len(steps) // 10), Watch(opt, visual, name)
@@ -158,13 +228,23 @@ def train(visual, params: list, opt, steps: list, warmup: int, name: str, loss, 
     bar.note = watch.note
     with Lean(visual, *others, recompute=recompute) as lean:
         for k, i in enumerate(bar):
-            for g in opt.param_groups: g["lr"] = lr_at(k, len(steps), lr, warmup)
+            for g in opt.param_groups:
+                g["lr"] = lr_at(k, len(steps), lr, warmup)
             i = share(i)
-            lean.attempt(lambda: gradients(watch, params, loss(k, i), pull, len(i)), len(i), f"{name}, step {k}")
+            lean.attempt(
+                lambda: gradients(watch, params, loss(k, i), pull, len(i)),
+                len(i),
+                f"{name}, step {k}",
+            )
             opt.step()
-            if (k + 1) % tenth == 0: watch.ask()
+            if (k + 1) % tenth == 0:
+                watch.ask()
     watch.ask()
-    log = [sum(part) / tenth for j in range(0, len(steps), tenth) if len(part := watch.losses[j:j + tenth]) == tenth]
+    log = [
+        sum(part) / tenth
+        for j in range(0, len(steps), tenth)
+        if len(part := watch.losses[j : j + tenth]) == tenth
+    ]
     return dict(loss=log) | (dict(micro_batch=lean.micro) if lean.micro else {})
 
 # %% ../nbs/05_tune.ipynb #21629be3
@@ -174,16 +254,28 @@ def fit(clip: Clip, state: dict, n: int, loss_fn, cfg: TuneConfig, seed: tuple, 
     visual = clip.with_state(state).train()
     params = trainable(visual, cfg.lora, *seed)
     steps = list(batches(n, cfg.batch, cfg.epochs, *seed))
-    train(visual, params, optimiser(params, cfg.lr, cfg.weight_decay), steps, cfg.warmup, name, lambda k, i: loss_fn(visual, i), recompute=cfg.recompute)
+    train(
+        visual,
+        params,
+        optimiser(params, cfg.lr, cfg.weight_decay),
+        steps,
+        cfg.warmup,
+        name,
+        lambda k, i: loss_fn(visual, i),
+        recompute=cfg.recompute,
+    )
     return dense(visual)
 
 # %% ../nbs/05_tune.ipynb #5531ad3b
 def clean_loss(clip: Clip, x: torch.Tensor, y: torch.Tensor, W: torch.Tensor):
     "`loss(visual, index)`: mean cross-entropy under the frozen head W on uint8 images x (N, 3, H, W), labels y (N,)."
     x, y = resident(x, y)
+
     def loss(visual, i):
-        with amp(): h = encode(visual, clip.normalise(rows(x, i)))
+        with amp():
+            h = encode(visual, clip.normalise(rows(x, i)))
         return F.cross_entropy(logits(h, W), rows(y, i))
+
     return loss
 
 
@@ -191,4 +283,12 @@ def finetune(clip: Clip, task: Task, cfg: TuneConfig = TuneConfig(), seed: int =
     "theta_t: the state dict after fine-tuning the pretrained tower on `task` with its frozen text head."
     W = zero_shot_head(clip, task.classes, task.templates)
     loss = clean_loss(clip, task.train_x, task.train_y, W)
-    return fit(clip, clip.state(), len(task.train_y), loss, cfg, (task.name, seed), f"fine-tune {task.name}")
+    return fit(
+        clip,
+        clip.state(),
+        len(task.train_y),
+        loss,
+        cfg,
+        (task.name, seed),
+        f"fine-tune {task.name}",
+    )

@@ -20,8 +20,9 @@ from lfpm_nb.ctl import between, check_theorem, ctl_curve, doubled, second, towe
 from lfpm_nb.curvature import along, check_gradients, curvature, hvp, loss_of, readings, third
 
 ROOT = Path(__file__).resolve().parent.parent
-LABELS, HEAD = torch.tensor([3]), 10 * F.normalize(
-    torch.randn(5, 8, generator=torch.Generator().manual_seed(9)), dim=-1
+LABELS, HEAD = (
+    torch.tensor([3]),
+    10 * F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(9)), dim=-1),
 )
 
 
@@ -199,9 +200,9 @@ def forward_mode(source: str) -> set:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "lfpm_nb").glob("*.py")), ids=lambda p: p.stem)
 def test_no_module_differentiates_forwards(path):
-    assert (
-        forward_mode(path.read_text(encoding="utf-8")) == set()
-    ), "use reverse passes as ctl.second does, or show by differences that layer norm's are right"
+    assert forward_mode(path.read_text(encoding="utf-8")) == set(), (
+        "use reverse passes as ctl.second does, or show by differences that layer norm's are right"
+    )
 
 
 def test_every_spelling_of_forward_mode_is_found():

@@ -90,9 +90,10 @@ def check(recorded: dict, now: dict) -> None:
     "Silent for the same bits, a warning for single pixels, AssertionError for other glyphs."
     if now["hash"] == recorded["hash"]:
         return
-    off, fonts = differences(recorded, now), [
-        f for f, h in recorded["fonts"].items() if font_hash(f) != h
-    ]
+    off, fonts = (
+        differences(recorded, now),
+        [f for f, h in recorded["fonts"].items() if font_hash(f) != h],
+    )
     why = (
         f"made with {recorded['made_with']}, here {made_with()}; font files that differ:"
         f" {', '.join(fonts) or 'none'}"

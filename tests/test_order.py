@@ -69,9 +69,9 @@ def test_no_merge_follows_the_order_of_keys(name, fp32, one_thread):
         if "twins" in options:
             options["twins"] = [shuffled(m, seed + 9) for m in models]
         assert same(merge(name, base, others, **options), plain), f"models shuffled, {seed}"
-        assert same(
-            merge(name, shuffled(base, seed), others, **options), plain
-        ), f"base shuffled too, {seed}"
+        assert same(merge(name, shuffled(base, seed), others, **options), plain), (
+            f"base shuffled too, {seed}"
+        )
 
 
 # --- formats --------------------------------------------------------------------------------------
@@ -94,8 +94,9 @@ def test_no_format_follows_the_order_of_keys(whole, form, seed):
     assert (
         one.form == two.form == form and same(one.visual, two.visual) and same(one.rest, two.rest)
     )
-    one, two = with_base(one, whole), with_base(
-        two, take(shuffled(layout(whole.visual, whole.rest, "open_clip")[0], seed))
+    one, two = (
+        with_base(one, whole),
+        with_base(two, take(shuffled(layout(whole.visual, whole.rest, "open_clip")[0], seed))),
     )
     assert same(one.visual, two.visual) and same(one.rest, two.rest)
 

@@ -1,4 +1,5 @@
 """Every kind of picture and label that `benchmarks/pictures.py` builds comes out as it says there."""
+
 import pytest
 from test_benchmark import load
 
@@ -17,6 +18,7 @@ def test_right_or_refused(name, tmp_path):
 
 def test_a_wrong_number_a_traceback_and_a_hang_are_seen(tmp_path, monkeypatch):
     "The script can fail: each fault it looks for is found."
+
     def looks(call, want=None, refused=""):
         monkeypatch.setitem(pictures.KINDS, "toy", (lambda folder: (call, want), refused))
         return pictures.judged("toy", tmp_path)

@@ -1,4 +1,5 @@
 """Purifying a stranger's checkpoint: files in, files out, what is refused before any work, and that nothing half-written stays."""
+
 import errno
 import json
 import os
@@ -17,10 +18,22 @@ from lfpm_nb.settings import around, parameters
 from lfpm_nb.runs import config_hash, experiments, presets, settings_of
 from lfpm_nb.formats import Tower, backbone, fitted, layout, read_tower, take, write_tower
 from lfpm_nb.path import lerp
-from lfpm_nb.purify import BESIDE, Vocabulary, label, merge_files, open_case, purify, read_pictures, save_head, walk
+from lfpm_nb.purify import (
+    BESIDE,
+    Vocabulary,
+    label,
+    merge_files,
+    open_case,
+    purify,
+    read_pictures,
+    save_head,
+    walk,
+)
 from lfpm_nb.tasks import load_task, shadow_set
 
-QUICK = dict(preset="tiny", shadow_n=80, held=20, prompt_steps=2, anti_batch=40, rho=0.05, lam=0.5)            # so few steps would leave the rule at λ = 0
+QUICK = dict(
+    preset="tiny", shadow_n=80, held=20, prompt_steps=2, anti_batch=40, rho=0.05, lam=0.5
+)  # so few steps would leave the rule at λ = 0
 
 
 def paint(folder: Path, n: int = 100, by_class: bool = False):
@@ -36,7 +49,8 @@ def paint(folder: Path, n: int = 100, by_class: bool = False):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory): return tmp_path_factory.mktemp("purify")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("purify")
 
 
 @pytest.fixture(scope="module")
@@ -44,55 +58,135 @@ def stranger(root, lab):
     """Files as another library leaves them: three fine-tuned towers under Hugging Face's names in fp16, merged by a few lines of task arithmetic that know nothing
     of this kit, the pretrained tower beside them, and a folder of pictures."""
     base, hf = lab.state(), {}
-    for i in range(3): hf[i] = {k: v.half() for k, v in layout(near(lab, i, 0.01), {}, "hf")[0].items()}
+    for i in range(3):
+        hf[i] = {k: v.half() for k, v in layout(near(lab, i, 0.01), {}, "hf")[0].items()}
     pre = {k: v.half() for k, v in layout(base, {}, "hf")[0].items()}
-    merged = {k: (v.float() + 0.3 * sum(hf[i][k].float() - v.float() for i in hf)).half() for k, v in pre.items()}
+    merged = {
+        k: (v.float() + 0.3 * sum(hf[i][k].float() - v.float() for i in hf)).half()
+        for k, v in pre.items()
+    }
     from safetensors.torch import save_file
-    for name, state in (("pre", pre), ("merged", merged), *((f"tower{i}", s) for i, s in hf.items())): save_file({k: v.contiguous() for k, v in state.items()}, root / f"{name}.safetensors", {"format": "pt"})
+
+    for name, state in (
+        ("pre", pre),
+        ("merged", merged),
+        *((f"tower{i}", s) for i, s in hf.items()),
+    ):
+        save_file(
+            {k: v.contiguous() for k, v in state.items()},
+            root / f"{name}.safetensors",
+            {"format": "pt"},
+        )
     paint(root / "shadow")
     return root
 
 
 def call(root, merged="merged", base="pre", **kw):
-    args = dict(out=root / "no" / "purified.safetensors", stages=Stages(root / "cache")) | QUICK | kw
-    return purify(root / f"{merged}.safetensors", root / f"{base}.safetensors", "lfpm-lab", args.pop("shadow", root / "shadow"), **args)
+    args = (
+        dict(out=root / "no" / "purified.safetensors", stages=Stages(root / "cache")) | QUICK | kw
+    )
+    return purify(
+        root / f"{merged}.safetensors",
+        root / f"{base}.safetensors",
+        "lfpm-lab",
+        args.pop("shadow", root / "shadow"),
+        **args,
+    )
 
 
 @pytest.fixture(scope="module")
 def done(stranger):
     stages = Stages(stranger / "cache")
-    return purify(stranger / "merged.safetensors", stranger / "pre.safetensors", "lfpm-lab", stranger / "shadow", out=stranger / "out" / "purified.safetensors", stages=stages, **QUICK)
+    return purify(
+        stranger / "merged.safetensors",
+        stranger / "pre.safetensors",
+        "lfpm-lab",
+        stranger / "shadow",
+        out=stranger / "out" / "purified.safetensors",
+        stages=stages,
+        **QUICK,
+    )
 
 
 # --- a stranger's path -----------------------------------------------------------------------------------------------
 
+
 def test_comes_back_as_it_came(stranger, done):
-    before, after = (load_state(p)[0] for p in (stranger / "merged.safetensors", done.folder / "purified.safetensors"))
-    assert {k: (v.shape, v.dtype) for k, v in before.items()} == {k: (v.shape, v.dtype) for k, v in after.items()}
-    assert any(not torch.equal(v, before[k]) for k, v in after.items()) and all(v.isfinite().all() for v in after.values())
+    before, after = (
+        load_state(p)[0]
+        for p in (stranger / "merged.safetensors", done.folder / "purified.safetensors")
+    )
+    assert {k: (v.shape, v.dtype) for k, v in before.items()} == {
+        k: (v.shape, v.dtype) for k, v in after.items()
+    }
+    assert any(not torch.equal(v, before[k]) for k, v in after.items()) and all(
+        v.isfinite().all() for v in after.values()
+    )
     meta = load_state(done.folder / "purified.safetensors")[1]
-    assert meta["format"] == "pt" and meta["purified"] == "LFPM" and meta["made_from"] == done.card["parents"]["merged"]["sha256"]
+    assert (
+        meta["format"] == "pt"
+        and meta["purified"] == "LFPM"
+        and meta["made_from"] == done.card["parents"]["merged"]["sha256"]
+    )
 
 
 def test_convert_purify_back(stranger, done, lab, lfpm):
     "hf -> open_clip by the command, purified there, converted back: the same keys, dtypes and shapes, and it loads."
     a, b, c = (str(stranger / f"{n}.safetensors") for n in ("oc", "oc-out/purified", "back"))
-    save_state(stranger / "whole.safetensors", layout(lab.state(), {k: v for k, v in lab.model.state_dict().items() if not k.startswith("visual.")}, "open_clip")[0])
-    assert lfpm("convert", str(stranger / "merged.safetensors"), a, "--to", "open_clip", "--base", str(stranger / "whole.safetensors"))[0] == 0
+    save_state(
+        stranger / "whole.safetensors",
+        layout(
+            lab.state(),
+            {k: v for k, v in lab.model.state_dict().items() if not k.startswith("visual.")},
+            "open_clip",
+        )[0],
+    )
+    assert (
+        lfpm(
+            "convert",
+            str(stranger / "merged.safetensors"),
+            a,
+            "--to",
+            "open_clip",
+            "--base",
+            str(stranger / "whole.safetensors"),
+        )[0]
+        == 0
+    )
     args = [x for k, v in QUICK.items() if k != "preset" for x in ("-p", f"{k}={v}")]
-    code, out, err = lfpm("purify", a, "--base", str(stranger / "whole.safetensors"), "--model", "lfpm-lab", "--shadow", str(stranger / "shadow"), "--out", b, "--preset", "tiny", *args)
+    code, out, err = lfpm(
+        "purify",
+        a,
+        "--base",
+        str(stranger / "whole.safetensors"),
+        "--model",
+        "lfpm-lab",
+        "--shadow",
+        str(stranger / "shadow"),
+        "--out",
+        b,
+        "--preset",
+        "tiny",
+        *args,
+    )
     assert code == 0 and "of 20 held-out pictures agree with their label" in out, err
     code, out, _ = lfpm("convert", b, c, "--to", "hf")
     assert code == 0 and "have no place in hf: proj, " in out
     before, after = load_state(stranger / "merged.safetensors")[0], load_state(c)[0]
-    assert {k: (v.shape, v.dtype) for k, v in before.items()} == {k: (v.shape, v.dtype) for k, v in after.items()}
+    assert {k: (v.shape, v.dtype) for k, v in before.items()} == {
+        k: (v.shape, v.dtype) for k, v in after.items()
+    }
     clip = backbone("lfpm-lab", read_tower(stranger / "pre.safetensors"))
     clip.with_state(fitted(read_tower(c), clip))
 
 
 def test_projection_stays_where_the_format_has_none(done, lab):
     vector, _ = load_state(done.folder / "anti-backdoor.safetensors")
-    assert vector["proj"].abs().max() == 0 and torch.equal(done.end["proj"], lab.state()["proj"]) and done.card["frozen"] == ["proj"]
+    assert (
+        vector["proj"].abs().max() == 0
+        and torch.equal(done.end["proj"], lab.state()["proj"])
+        and done.card["frozen"] == ["proj"]
+    )
     assert sum(v.abs().max() > 0 for v in vector.values()) > len(vector) - 3
 
 
@@ -106,66 +200,161 @@ def test_vector_leads_from_merged_to_purified(stranger, done, lab):
 
 def test_card_says_everything(stranger, done):
     card = json.loads((done.folder / "card.json").read_text(encoding="utf-8"))
-    assert card["parents"]["merged"]["sha256"] == F.file_sha(stranger / "merged.safetensors") and card["parents"]["merged"]["format"] == "hf"
-    assert card["files"]["purified.safetensors"] == F.file_sha(done.folder / "purified.safetensors") and {"torch", "open_clip", "threads"} <= card["versions"].keys()
-    assert set(card["parameters"]) == set(parameters("purify")) - set(around("purify")) and card["lam"] == 0.5 and card["rule"] == {}
-    assert [r["lam"] for r in card["path"]] == [i / 20 for i in range(21)] and card["cost"]["merged"]["changed"] == 0 and card["cost"]["purified"]["n"] == 20
+    assert (
+        card["parents"]["merged"]["sha256"] == F.file_sha(stranger / "merged.safetensors")
+        and card["parents"]["merged"]["format"] == "hf"
+    )
+    assert (
+        card["files"]["purified.safetensors"] == F.file_sha(done.folder / "purified.safetensors")
+        and {"torch", "open_clip", "threads"} <= card["versions"].keys()
+    )
+    assert (
+        set(card["parameters"]) == set(parameters("purify")) - set(around("purify"))
+        and card["lam"] == 0.5
+        and card["rule"] == {}
+    )
+    assert (
+        [r["lam"] for r in card["path"]] == [i / 20 for i in range(21)]
+        and card["cost"]["merged"]["changed"] == 0
+        and card["cost"]["purified"]["n"] == 20
+    )
     text = (done.folder / "card.md").read_text(encoding="utf-8")
-    assert card["parents"]["base"]["sha256"] in text and "agrees with label %" in text and "pseudo-labels" in text and "n = 20" in text
-    assert [p["semantic"] for p in card["prompts"]] == [2.0] and f"weights 2 (LFPM Eq 16); they move the merged model's unit features by {card['prompts'][0]['shift']:.2g} of" in text
-    assert str(stranger) not in text + (done.folder / "card.json").read_text(encoding="utf-8"), "a card travels: no path of this machine in it"
+    assert (
+        card["parents"]["base"]["sha256"] in text
+        and "agrees with label %" in text
+        and "pseudo-labels" in text
+        and "n = 20" in text
+    )
+    assert (
+        [p["semantic"] for p in card["prompts"]] == [2.0]
+        and f"weights 2 (LFPM Eq 16); they move the merged model's unit features by {card['prompts'][0]['shift']:.2g} of"
+        in text
+    )
+    assert str(stranger) not in text + (done.folder / "card.json").read_text(encoding="utf-8"), (
+        "a card travels: no path of this machine in it"
+    )
     page = (done.folder / "path.html").read_text(encoding="utf-8")
-    assert "agrees with label" in page and "under mined prompts" not in page and "by hand" in page, "a given λ was chosen on nothing"
-    assert sorted(p.name for p in done.folder.iterdir()) == sorted(("purified.safetensors", *BESIDE))
+    assert (
+        "agrees with label" in page and "under mined prompts" not in page and "by hand" in page
+    ), "a given λ was chosen on nothing"
+    assert sorted(p.name for p in done.folder.iterdir()) == sorted(
+        ("purified.safetensors", *BESIDE)
+    )
 
 
 def test_resumes_and_changes_nothing(stranger, done, monkeypatch):
     stages = Stages(stranger / "cache")
     monkeypatch.setattr("lfpm_nb.experiment.stage_one", lambda *a: pytest.fail("Stage I ran again"))
-    again = purify(stranger / "merged.safetensors", stranger / "pre.safetensors", "lfpm-lab", stranger / "shadow", out=stranger / "out" / "purified.safetensors", stages=stages, **QUICK)
-    assert all(reused for _, _, reused in stages.log) and len(stages.log) == 3 and all(torch.equal(v, done.theta[k]) for k, v in again.theta.items())
+    again = purify(
+        stranger / "merged.safetensors",
+        stranger / "pre.safetensors",
+        "lfpm-lab",
+        stranger / "shadow",
+        out=stranger / "out" / "purified.safetensors",
+        stages=stages,
+        **QUICK,
+    )
+    assert (
+        all(reused for _, _, reused in stages.log)
+        and len(stages.log) == 3
+        and all(torch.equal(v, done.theta[k]) for k, v in again.theta.items())
+    )
 
 
 @pytest.mark.parametrize("rule", ["knee", "level"])
 def test_the_rule_chooses_lam_when_asked(stranger, done, tmp_path, rule):
-    got, text = call(stranger, lam=rule, out=tmp_path / "p.safetensors"), (tmp_path / "card.md").read_text           # the training is reused
+    got, text = (
+        call(stranger, lam=rule, out=tmp_path / "p.safetensors"),
+        (tmp_path / "card.md").read_text,
+    )  # the training is reused
     c, level = got.card["rule"]["curve"], got.card["rule"]["pretrained"]
-    knee = next((a["lam"] for a, b in zip(c, c[1:]) if a["prompted"] - b["prompted"] < 0.5 * (b["lam"] - a["lam"])), 1.0)
+    knee = next(
+        (
+            a["lam"]
+            for a, b in zip(c, c[1:])
+            if a["prompted"] - b["prompted"] < 0.5 * (b["lam"] - a["lam"])
+        ),
+        1.0,
+    )
     healed = next((p["lam"] for p in c if all(s <= l for s, l in zip(p["shift"], level))), knee)
-    assert [p["lam"] for p in c] == [i / 20 for i in range(len(c))] and c[-1]["lam"] >= got.card["lam"], "the points that the rule read"
-    assert got.card["lam"] == dict(knee=knee, level=healed)[rule] and f"the rule `{rule}` (path.lam_rules), without knowledge of an attack" in text()
-    assert all(f"{s:.2g}" in text() for s in (*level, *next(p["shift"] for p in c if p["lam"] == got.card["lam"])))
+    assert [p["lam"] for p in c] == [i / 20 for i in range(len(c))] and c[-1]["lam"] >= got.card[
+        "lam"
+    ], "the points that the rule read"
+    assert (
+        got.card["lam"] == dict(knee=knee, level=healed)[rule]
+        and f"the rule `{rule}` (path.lam_rules), without knowledge of an attack" in text()
+    )
+    assert all(
+        f"{s:.2g}" in text()
+        for s in (*level, *next(p["shift"] for p in c if p["lam"] == got.card["lam"]))
+    )
     page = (tmp_path / "path.html").read_text(encoding="utf-8")
-    assert "prompt 1, pretrained model" in page and "under mined prompts" in page and f"by the rule {rule}" in page
+    assert (
+        "prompt 1, pretrained model" in page
+        and "under mined prompts" in page
+        and f"by the rule {rule}" in page
+    )
 
 
 def test_same_code_path_as_the_main_run(stranger, done, lab):
     "The same merge, pictures, labels and settings given to `defend` directly: the same weights."
     from lfpm_nb.antibackdoor import stage_one
     from lfpm_nb.defend import defend
-    files = dict(merged=stranger / "merged.safetensors", base=stranger / "pre.safetensors", shadow=stranger / "shadow")
+
+    files = dict(
+        merged=stranger / "merged.safetensors",
+        base=stranger / "pre.safetensors",
+        shadow=stranger / "shadow",
+    )
     P = settings_of("purify", "tiny", {k: v for k, v in QUICK.items() if k != "preset"} | files)
     case, _, _ = open_case(P)
     s = P.main.strengths
-    theta, d = defend("LFPM", case.theta, case.clip, case.shadow, 0, 0.5, s, stage_one(case.clip, case.theta, case.shadow, s, 0))
-    assert d.lam == done.card["lam"] and all(torch.equal(v, done.theta[k]) for k, v in theta.items())
+    theta, d = defend(
+        "LFPM",
+        case.theta,
+        case.clip,
+        case.shadow,
+        0,
+        0.5,
+        s,
+        stage_one(case.clip, case.theta, case.shadow, s, 0),
+    )
+    assert d.lam == done.card["lam"] and all(
+        torch.equal(v, done.theta[k]) for k, v in theta.items()
+    )
 
 
 # --- pictures and labels -----------------------------------------------------------------------------------------------
 
+
 def test_corrupt_pictures_are_skipped_counted_and_named(tmp_path, lab):
     paint(tmp_path)
-    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture"); (tmp_path / "empty.png").touch(); (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
+    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
     pics = read_pictures(tmp_path, 32)
-    assert len(pics.x) == 100 and pics.found == 102 and set(pics.skipped) == {"cut.jpg", "empty.png"} and all(pics.skipped.values())
-    assert torch.equal(read_pictures(tmp_path, 32, most=100, seed=0).x, pics.x) and read_pictures(tmp_path, 32, most=100, seed=1).names != pics.names
+    assert (
+        len(pics.x) == 100
+        and pics.found == 102
+        and set(pics.skipped) == {"cut.jpg", "empty.png"}
+        and all(pics.skipped.values())
+    )
+    assert (
+        torch.equal(read_pictures(tmp_path, 32, most=100, seed=0).x, pics.x)
+        and read_pictures(tmp_path, 32, most=100, seed=1).names != pics.names
+    )
 
 
 def test_few_pictures_are_refused(tmp_path):
     paint(tmp_path, 3)
     (tmp_path / "bad.png").touch()
-    with pytest.raises(ValueError, match=r"3 readable pictures, 1 cannot be read \(bad.png\); at least 100 are needed"): read_pictures(tmp_path, 32)
-    with pytest.raises(FileNotFoundError, match="no folder"): read_pictures(tmp_path / "none", 32)
+    with pytest.raises(
+        ValueError,
+        match=r"3 readable pictures, 1 cannot be read \(bad.png\); at least 100 are needed",
+    ):
+        read_pictures(tmp_path, 32)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        read_pictures(tmp_path / "none", 32)
 
 
 def test_class_folders_are_labels(tmp_path, lab):
@@ -173,160 +362,329 @@ def test_class_folders_are_labels(tmp_path, lab):
     pics, v = read_pictures(tmp_path, 32), Vocabulary.of(lab)
     y, W, how = label(lab, pics, tmp_path, "", v)
     classes = sorted(set(of.values()))
-    assert [classes[i] for i in y] == [of[n] for n in pics.names] and how["labels"] == "class sub-folders" and len(W) == how["classes"] == len(classes)
+    assert (
+        [classes[i] for i in y] == [of[n] for n in pics.names]
+        and how["labels"] == "class sub-folders"
+        and len(W) == how["classes"] == len(classes)
+    )
     y2, W2, how2 = label(lab, pics, tmp_path, "none", v)
     assert "pseudo-labels" in how2["labels"] and len(W2) == len(v.words)
     (tmp_path / "loose.png").write_bytes((tmp_path / pics.names[0]).read_bytes())
-    with pytest.raises(ValueError, match="loose.png lies outside a class folder"): label(lab, read_pictures(tmp_path, 32), tmp_path, "", v)
+    with pytest.raises(ValueError, match="loose.png lies outside a class folder"):
+        label(lab, read_pictures(tmp_path, 32), tmp_path, "", v)
 
 
 def test_label_tables(tmp_path, lab):
     of = paint(tmp_path / "p")
     pics, v, table = read_pictures(tmp_path / "p", 32), Vocabulary.of(lab), tmp_path / "labels.csv"
-    table.write_text("file,label\n" + "".join(f"{n},{c}\n" for n, c in of.items()), encoding="utf-8")
+    table.write_text(
+        "file,label\n" + "".join(f"{n},{c}\n" for n, c in of.items()), encoding="utf-8"
+    )
     y, _, how = label(lab, pics, tmp_path / "p", str(table), v)
-    assert [sorted(set(of.values()))[i] for i in y] == [of[n] for n in pics.names] and "labels.csv" in how["labels"]
+    assert [sorted(set(of.values()))[i] for i in y] == [
+        of[n] for n in pics.names
+    ] and "labels.csv" in how["labels"]
     table.write_text("".join(f"{n},{v.words.index(c)}\n" for n, c in of.items()), encoding="utf-8")
-    assert [v.words[i] for i in label(lab, pics, tmp_path / "p", str(table), v)[0]] == [of[n] for n in pics.names]
+    assert [v.words[i] for i in label(lab, pics, tmp_path / "p", str(table), v)[0]] == [
+        of[n] for n in pics.names
+    ]
     for bad in (len(v.words), -1):
-        table.write_text("".join(f"{n},{bad if n == '007.png' else 0}\n" for n in of), encoding="utf-8")
-        with pytest.raises(ValueError, match=rf"1 labels out of range \(007.png,{bad}\); expected numbers from 0 to {len(v.words) - 1}"): label(lab, pics, tmp_path / "p", str(table), v)
+        table.write_text(
+            "".join(f"{n},{bad if n == '007.png' else 0}\n" for n in of), encoding="utf-8"
+        )
+        with pytest.raises(
+            ValueError,
+            match=rf"1 labels out of range \(007.png,{bad}\); expected numbers from 0 to {len(v.words) - 1}",
+        ):
+            label(lab, pics, tmp_path / "p", str(table), v)
     table.write_text("000.png,1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="no label for 99 of 100 pictures"): label(lab, pics, tmp_path / "p", str(table), v)
-    with pytest.raises(FileNotFoundError, match="no labels at"): label(lab, pics, tmp_path / "p", str(tmp_path / "none.csv"), v)
+    with pytest.raises(ValueError, match="no label for 99 of 100 pictures"):
+        label(lab, pics, tmp_path / "p", str(table), v)
+    with pytest.raises(FileNotFoundError, match="no labels at"):
+        label(lab, pics, tmp_path / "p", str(tmp_path / "none.csv"), v)
 
 
 def test_vocabulary_files(tmp_path, lab):
     (tmp_path / "words.txt").write_text("red circle\n\nblue square\n", encoding="utf-8")
     v = Vocabulary.of(lab, str(tmp_path / "words.txt"))
-    assert v.words == ["red circle", "blue square"] and v.head(lab).shape == (2, 128) and v.source == "words.txt"
+    assert (
+        v.words == ["red circle", "blue square"]
+        and v.head(lab).shape == (2, 128)
+        and v.source == "words.txt"
+    )
     save_head(tmp_path / "head.safetensors", v.head(lab), v.words)
     h = Vocabulary.of(lab, str(tmp_path / "head.safetensors"))
-    assert torch.equal(h.head(lab), v.head(lab)) and torch.equal(h.head(lab, ["blue square"]), v.head(lab)[1:])
-    with pytest.raises(ValueError, match="did you mean 'red circle'"): h.head(lab, ["red circl"])
+    assert torch.equal(h.head(lab), v.head(lab)) and torch.equal(
+        h.head(lab, ["blue square"]), v.head(lab)[1:]
+    )
+    with pytest.raises(ValueError, match="did you mean 'red circle'"):
+        h.head(lab, ["red circl"])
     (tmp_path / "one.txt").write_text("same\nsame\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="2 words, 1 different"): Vocabulary.of(lab, str(tmp_path / "one.txt"))
-    with pytest.raises(FileNotFoundError, match="no vocabulary at"): Vocabulary.of(lab, str(tmp_path / "none.txt"))
-    with pytest.raises(ValueError, match="expected a head"): save_state(tmp_path / "x.safetensors", {"a": torch.ones(1)}) or Vocabulary.of(lab, str(tmp_path / "x.safetensors"))
+    with pytest.raises(ValueError, match="2 words, 1 different"):
+        Vocabulary.of(lab, str(tmp_path / "one.txt"))
+    with pytest.raises(FileNotFoundError, match="no vocabulary at"):
+        Vocabulary.of(lab, str(tmp_path / "none.txt"))
+    with pytest.raises(ValueError, match="expected a head"):
+        save_state(tmp_path / "x.safetensors", {"a": torch.ones(1)}) or Vocabulary.of(
+            lab, str(tmp_path / "x.safetensors")
+        )
 
 
 def test_tower_alone_says_what_is_needed(lab, monkeypatch):
     monkeypatch.setitem(lab.card, "text", False)
-    with pytest.raises(ValueError, match="vision tower alone.*--base a whole CLIP file.*--vocabulary a head"): Vocabulary.of(lab).head(lab)
+    with pytest.raises(
+        ValueError, match="vision tower alone.*--base a whole CLIP file.*--vocabulary a head"
+    ):
+        Vocabulary.of(lab).head(lab)
 
 
 # --- refused before any work, and failures that leave nothing ---------------------------------------------------------
 
+
 def test_merged_that_equals_its_base(stranger):
-    with pytest.raises(ValueError, match="equals its base"): call(stranger, merged="pre")
+    with pytest.raises(ValueError, match="equals its base"):
+        call(stranger, merged="pre")
     assert not (stranger / "no").exists()
 
 
 def test_outputs_never_overwrite_what_is_not_ours(stranger, done, tmp_path):
-    with pytest.raises(ValueError, match="is an input"): call(stranger, out=stranger / "merged.safetensors")
+    with pytest.raises(ValueError, match="is an input"):
+        call(stranger, out=stranger / "merged.safetensors")
     for name in ("x.pt", "anti-backdoor.safetensors"):
-        with pytest.raises(ValueError, match="expected a name ending in .safetensors"): call(stranger, out=tmp_path / name)
+        with pytest.raises(ValueError, match="expected a name ending in .safetensors"):
+            call(stranger, out=tmp_path / name)
     (tmp_path / "card.json").write_text('{"kind": "mine"}', encoding="utf-8")
-    with pytest.raises(ValueError, match="already holds card.json, not written by purify"): call(stranger, out=tmp_path / "purified.safetensors")
+    with pytest.raises(ValueError, match="already holds card.json, not written by purify"):
+        call(stranger, out=tmp_path / "purified.safetensors")
 
 
-@pytest.mark.parametrize("bad, why", [(dict(lam="2"), "lam"), (dict(strength=-1), "strength"), (dict(anti_batch=0), "anti_batch is 0"), (dict(lama=1), "did you mean 'lam'"), (dict(preset="labb"), "did you mean 'lab'")])
+@pytest.mark.parametrize(
+    "bad, why",
+    [
+        (dict(lam="2"), "lam"),
+        (dict(strength=-1), "strength"),
+        (dict(anti_batch=0), "anti_batch is 0"),
+        (dict(lama=1), "did you mean 'lam'"),
+        (dict(preset="labb"), "did you mean 'lab'"),
+    ],
+)
 def test_bad_settings(stranger, bad, why):
-    with pytest.raises(ValueError, match=why): call(stranger, **bad)
+    with pytest.raises(ValueError, match=why):
+        call(stranger, **bad)
 
 
 def test_diverging_keeps_the_last_good_state(stranger, lfpm):
-    with pytest.raises(Diverged, match="The last good weights are in .*diverged.safetensors") as e: call(stranger, anti_lr=1e20)
+    with pytest.raises(Diverged, match="The last good weights are in .*diverged.safetensors") as e:
+        call(stranger, anti_lr=1e20)
     state, _ = load_state(str(e.value).split("weights are in ")[1])
     assert all(v.isfinite().all() for v in state.values()) and not list((stranger / "no").glob("*"))
 
 
 def test_disk_full_leaves_nothing(stranger, done, monkeypatch, tmp_path):
-    def full(*a, **k): raise OSError(errno.ENOSPC, "No space left on device")
+    def full(*a, **k):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(F, "write_json", full)
-    with pytest.raises(OSError, match="No space left"): call(stranger, out=tmp_path / "d" / "purified.safetensors")
+    with pytest.raises(OSError, match="No space left"):
+        call(stranger, out=tmp_path / "d" / "purified.safetensors")
     assert not list((tmp_path / "d").iterdir())
     before = {p.name: p.read_bytes() for p in done.folder.iterdir()}
-    with pytest.raises(OSError): call(stranger, out=done.folder / "purified.safetensors")
-    assert {p.name: p.read_bytes() for p in done.folder.iterdir()} == before, "an earlier result stays whole"
+    with pytest.raises(OSError):
+        call(stranger, out=done.folder / "purified.safetensors")
+    assert {p.name: p.read_bytes() for p in done.folder.iterdir()} == before, (
+        "an earlier result stays whole"
+    )
 
 
 def test_gpu_out_of_memory_says_what_to_do(stranger, monkeypatch, tmp_path):
-    def oom(*a): raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    def oom(*a):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
     monkeypatch.setattr("lfpm_nb.experiment.stage_one", oom)
-    with pytest.raises(RuntimeError, match="memory is full with batches of 40 .*anti_batch=20.*LFPM_DEVICE=cpu"): call(stranger, out=tmp_path / "p.safetensors", stages=Stages(tmp_path / "c"))
+    with pytest.raises(
+        RuntimeError, match="memory is full with batches of 40 .*anti_batch=20.*LFPM_DEVICE=cpu"
+    ):
+        call(stranger, out=tmp_path / "p.safetensors", stages=Stages(tmp_path / "c"))
     assert not (tmp_path / "p.safetensors").exists()
 
 
 # --- settings, merge, path ----------------------------------------------------------------------------------------------
 
+
 def test_settings_are_the_main_runs(stranger):
     main, mine = parameters("main"), parameters("purify")
-    apart = ("semantic", "lam")                          # a stranger's model is no lab: as on real pictures
-    for k in apart: assert mine[k][0] == getattr(settings_of("main", "paper"), k) == getattr(settings_of("main", "small-real"), k) != main[k][0], k
+    apart = ("semantic", "lam")  # a stranger's model is no lab: as on real pictures
+    for k in apart:
+        assert (
+            mine[k][0]
+            == getattr(settings_of("main", "paper"), k)
+            == getattr(settings_of("main", "small-real"), k)
+            != main[k][0]
+        ), k
     shared = set(main) & set(mine) - {"seed", *around("purify"), *apart}
-    assert {k: mine[k][0] for k in shared} == {k: main[k][0] for k in shared} and {"rho", "strength", "anti_lr", "prompt_steps"} <= shared
-    assert set(presets(experiments()["purify"])) == {"lab", "tiny", "paper"} and settings_of("purify", "paper").shadow_n == 10_000
+    assert {k: mine[k][0] for k in shared} == {k: main[k][0] for k in shared} and {
+        "rho",
+        "strength",
+        "anti_lr",
+        "prompt_steps",
+    } <= shared
+    assert (
+        set(presets(experiments()["purify"])) == {"lab", "tiny", "paper"}
+        and settings_of("purify", "paper").shadow_n == 10_000
+    )
 
 
 def test_folded_lora_is_an_ordinary_tower(stranger, lab, tmp_path):
     from lfpm_nb.lora import add_lora, dense
+
     visual = lab.with_state(lab.state())
-    for p in add_lora(visual, 2): torch.nn.init.normal_(p, std=0.05)
+    for p in add_lora(visual, 2):
+        torch.nn.init.normal_(p, std=0.05)
     save_state(tmp_path / "adapters.safetensors", {k: v for k, v in visual.state_dict().items()})
-    with pytest.raises(ValueError, match="adapter tensors .* fold them"): read_tower(tmp_path / "adapters.safetensors")
+    with pytest.raises(ValueError, match="adapter tensors .* fold them"):
+        read_tower(tmp_path / "adapters.safetensors")
     write_tower(tmp_path / "merged.safetensors", Tower(dense(visual), {}, "visual"))
     save_state(tmp_path / "pre.safetensors", lab.state())
     got = call(tmp_path, shadow=stranger / "shadow", lora=2)
-    moved = {k for k, v in load_state(got.folder / "anti-backdoor.safetensors")[0].items() if v.abs().max() > 0}
-    assert moved and all(k.endswith("in_proj_weight") for k in moved) and read_tower(got.folder / "purified.safetensors").form == "visual"
+    moved = {
+        k
+        for k, v in load_state(got.folder / "anti-backdoor.safetensors")[0].items()
+        if v.abs().max() > 0
+    }
+    assert (
+        moved
+        and all(k.endswith("in_proj_weight") for k in moved)
+        and read_tower(got.folder / "purified.safetensors").form == "visual"
+    )
 
 
 def test_merge_command(stranger, lfpm, lab):
     files = [str(stranger / f"tower{i}.safetensors") for i in range(3)]
-    code, out, err = lfpm("merge", *files, "--base", str(stranger / "pre.safetensors"), "--method", "ta", "--out", str(stranger / "ours.safetensors"), "-p", "scale=0.3")
+    code, out, err = lfpm(
+        "merge",
+        *files,
+        "--base",
+        str(stranger / "pre.safetensors"),
+        "--method",
+        "ta",
+        "--out",
+        str(stranger / "ours.safetensors"),
+        "-p",
+        "scale=0.3",
+    )
     assert code == 0 and "tower2.safetensors" in out, err
     ours, theirs = (load_state(stranger / f"{n}.safetensors")[0] for n in ("ours", "merged"))
-    assert all(torch.allclose(v.float(), theirs[k].float(), atol=2e-3) and v.dtype == torch.float16 for k, v in ours.items()) and ours.keys() == theirs.keys()
-    for args, why in ((["--method", "RegMean"], "looks at pictures"), (["--method", "ties", "-p", "densty=1"], "did you mean 'density'"), (["--method", "ties", "-p", "density"], "not key=value"),
-                      (["--method", "ties", "-p", "density=3"], "density is 3.0"), (["--out", files[0]], "is an input")):
-        code, out, err = lfpm("merge", *files, "--base", str(stranger / "pre.safetensors"), "--out", str(stranger / "no.safetensors"), *args)
+    assert (
+        all(
+            torch.allclose(v.float(), theirs[k].float(), atol=2e-3) and v.dtype == torch.float16
+            for k, v in ours.items()
+        )
+        and ours.keys() == theirs.keys()
+    )
+    for args, why in (
+        (["--method", "RegMean"], "looks at pictures"),
+        (["--method", "ties", "-p", "densty=1"], "did you mean 'density'"),
+        (["--method", "ties", "-p", "density"], "not key=value"),
+        (["--method", "ties", "-p", "density=3"], "density is 3.0"),
+        (["--out", files[0]], "is an input"),
+    ):
+        code, out, err = lfpm(
+            "merge",
+            *files,
+            "--base",
+            str(stranger / "pre.safetensors"),
+            "--out",
+            str(stranger / "no.safetensors"),
+            *args,
+        )
         assert code == 2 and why in err and err.count("\n") == 1, err
     assert not (stranger / "no.safetensors").exists()
 
 
 def test_a_poisoned_parent_marks_the_merge(lab, tmp_path):
-    for i, name in enumerate(("a", "b")): write_tower(tmp_path / f"{name}.safetensors", Tower(near(lab, i), {}, "visual", dict(poisoned="True") if i else {}))
+    for i, name in enumerate(("a", "b")):
+        write_tower(
+            tmp_path / f"{name}.safetensors",
+            Tower(near(lab, i), {}, "visual", dict(poisoned="True") if i else {}),
+        )
     save_state(tmp_path / "pre.safetensors", lab.state())
-    merge_files("SA", [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "pre.safetensors", tmp_path / "m.safetensors")
+    merge_files(
+        "SA",
+        [tmp_path / "a.safetensors", tmp_path / "b.safetensors"],
+        tmp_path / "pre.safetensors",
+        tmp_path / "m.safetensors",
+    )
     assert load_state(tmp_path / "m.safetensors")[1]["poisoned"] == "True"
 
 
 def test_path_command(stranger, lfpm, tmp_path):
     page = str(tmp_path / "p.html")
-    code, out, err = lfpm("path", str(stranger / "pre.safetensors"), str(stranger / "merged.safetensors"), "--task", "signs", "--n", "3", "--n-test", "44", "--html", page)
+    code, out, err = lfpm(
+        "path",
+        str(stranger / "pre.safetensors"),
+        str(stranger / "merged.safetensors"),
+        "--task",
+        "signs",
+        "--n",
+        "3",
+        "--n-test",
+        "44",
+        "--html",
+        page,
+    )
     rows = [l for l in out.splitlines() if l.startswith("| 0") or l.startswith("| 1")]
-    assert code == 0 and [r.split("|")[1].strip() for r in rows] == ["0.00", "0.50", "1.00"] and "n = 44" in out and "plotly" in Path(page).read_text(encoding="utf-8"), err
-    code, _, err = lfpm("path", str(stranger / "pre.safetensors"), str(stranger / "merged.safetensors"), "--task", "sings")
+    assert (
+        code == 0
+        and [r.split("|")[1].strip() for r in rows] == ["0.00", "0.50", "1.00"]
+        and "n = 44" in out
+        and "plotly" in Path(page).read_text(encoding="utf-8")
+    ), err
+    code, _, err = lfpm(
+        "path",
+        str(stranger / "pre.safetensors"),
+        str(stranger / "merged.safetensors"),
+        "--task",
+        "sings",
+    )
     assert code == 2 and "did you mean 'signs'" in err
 
 
 def test_path_ends_are_the_models(stranger, lab):
     from lfpm_nb.clip import zero_shot_head
     from lfpm_nb.measure import predict
+
     task, b = load_task("signs", n_train=1, n_test=44), near(lab, 1)
     rows = walk(lab, lab.state(), b, task, n=2)
-    right = lambda state: 100 * (predict(lab, lab.with_state(state), task.test_x, zero_shot_head(lab, task.classes, task.templates)) == task.test_y).float().mean().item()
-    assert [r["value"] for r in rows] == pytest.approx([right(lab.state()), right(b)]) and all(r["n"] == 44 for r in rows)
+    right = lambda state: (
+        100
+        * (
+            predict(
+                lab,
+                lab.with_state(state),
+                task.test_x,
+                zero_shot_head(lab, task.classes, task.templates),
+            )
+            == task.test_y
+        )
+        .float()
+        .mean()
+        .item()
+    )
+    assert [r["value"] for r in rows] == pytest.approx([right(lab.state()), right(b)]) and all(
+        r["n"] == 44 for r in rows
+    )
 
 
 # an adapter is folded over the base, so the base is read first
-@pytest.mark.parametrize("args, missing", [
-    ("convert x.safetensors y.safetensors --to hf", "x.safetensors"),
-    ("merge x y --base z", "z"),
-    ("path x y --task signs", "x"),
-    ("purify x --base y --model lfpm-lab --shadow d", "y"),
-])
+@pytest.mark.parametrize(
+    "args, missing",
+    [
+        ("convert x.safetensors y.safetensors --to hf", "x.safetensors"),
+        ("merge x y --base z", "z"),
+        ("path x y --task signs", "x"),
+        ("purify x --base y --model lfpm-lab --shadow d", "y"),
+    ],
+)
 def test_missing_files_are_one_line(lfpm, dirs, monkeypatch, args, missing):
     monkeypatch.chdir(dirs)
     code, out, err = lfpm(*args.split())
@@ -339,8 +697,14 @@ def test_missing_files_are_one_line(lfpm, dirs, monkeypatch, args, missing):
 def test_as_a_notebook(stranger, done, dirs):
     "`lfpm run purify` gives the same weights and leaves its files in the results folder."
     from lfpm_nb.runs import run_notebook
-    given = {k: v for k, v in QUICK.items() if k != "preset"} | dict(merged=str(stranger / "merged.safetensors"), base=str(stranger / "pre.safetensors"), shadow=str(stranger / "shadow"))
-    with pytest.raises(ValueError, match="merged is not given"): run_notebook("purify", "tiny")
+
+    given = {k: v for k, v in QUICK.items() if k != "preset"} | dict(
+        merged=str(stranger / "merged.safetensors"),
+        base=str(stranger / "pre.safetensors"),
+        shadow=str(stranger / "shadow"),
+    )
+    with pytest.raises(ValueError, match="merged is not given"):
+        run_notebook("purify", "tiny")
     out = run_notebook("purify", "tiny", given)
     assert {"notebook.ipynb", "purified.safetensors", *BESIDE} <= {p.name for p in out.iterdir()}
     a, b = (load_state(f / "purified.safetensors")[0] for f in (out, done.folder))
@@ -350,58 +714,159 @@ def test_as_a_notebook(stranger, done, dirs):
 @pytest.mark.slow
 def test_two_processes_purify_together(stranger, done, tmp_path):
     "torchrun: one training shared by two processes, one of which writes and speaks; the same vector but for rounding (bf16, AdamW)."
-    out, given = tmp_path / "two" / "purified.safetensors", [x for k, v in QUICK.items() if k != "preset" for x in ("-p", f"{k}={v}")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", sys.executable, "-c", "from lfpm_nb.cli import main; main()", "purify",
-               stranger / "merged.safetensors", "--base", stranger / "pre.safetensors", "--model", "lfpm-lab", "--shadow", stranger / "shadow", "--preset", "tiny", "--out", out, *given]
-    r = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=tmp_path,
-                       env={**os.environ, "OMP_NUM_THREADS": "1", "LFPM_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
+    out, given = (
+        tmp_path / "two" / "purified.safetensors",
+        [x for k, v in QUICK.items() if k != "preset" for x in ("-p", f"{k}={v}")],
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--no-python",
+        sys.executable,
+        "-c",
+        "from lfpm_nb.cli import main; main()",
+        "purify",
+        stranger / "merged.safetensors",
+        "--base",
+        stranger / "pre.safetensors",
+        "--model",
+        "lfpm-lab",
+        "--shadow",
+        stranger / "shadow",
+        "--preset",
+        "tiny",
+        "--out",
+        out,
+        *given,
+    ]
+    r = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "LFPM_CACHE": str(tmp_path / "cache"),
+            "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+        },
+    )
     assert r.returncode == 0, r.stderr[-3000:]
     assert r.stdout.count("written: ") == 1 and "destroy_process_group" not in r.stderr
     assert {p.name for p in out.parent.iterdir()} == {out.name, *BESIDE}
-    a, b = (torch.cat([v.flatten() for _, v in sorted(load_state(f / "anti-backdoor.safetensors")[0].items())]) for f in (done.folder, out.parent))
-    assert (a - b).norm() < .3 * a.norm() and a.norm() > 0
+    a, b = (
+        torch.cat(
+            [v.flatten() for _, v in sorted(load_state(f / "anti-backdoor.safetensors")[0].items())]
+        )
+        for f in (done.folder, out.parent)
+    )
+    assert (a - b).norm() < 0.3 * a.norm() and a.norm() > 0
 
 
 def test_real_clip_is_not_trained_at_the_labs_rate(monkeypatch, lfpm):
     seen = []
-    def stop(name, preset, given): seen.append((preset, settings_of(name, preset).anti_lr)); raise ValueError("seen")
+
+    def stop(name, preset, given):
+        seen.append((preset, settings_of(name, preset).anti_lr))
+        raise ValueError("seen")
+
     monkeypatch.setattr(F, "settings_of", stop)
-    for model in ("lfpm-lab", "ViT-B-32-quickgelu"): assert lfpm("purify", "m", "--base", "b", "--model", model, "--shadow", "s")[0] == 2
+    for model in ("lfpm-lab", "ViT-B-32-quickgelu"):
+        assert lfpm("purify", "m", "--base", "b", "--model", model, "--shadow", "s")[0] == 2
     assert seen == [("lab", 5e-4), ("paper", 1e-5)]
 
 
 @pytest.mark.slow
 def test_lesson_runs_on_few_pictures(tmp_path, monkeypatch):
     import nbclient, nbformat
+
     root = Path(__file__).resolve().parent.parent
-    for k, v in dict(LFPM_LESSON="tiny", LFPM_CACHE=str(tmp_path / "cache"), PYTHONPATH=str(root)).items(): monkeypatch.setenv(k, v)
+    for k, v in dict(
+        LFPM_LESSON="tiny", LFPM_CACHE=str(tmp_path / "cache"), PYTHONPATH=str(root)
+    ).items():
+        monkeypatch.setenv(k, v)
     nb = nbformat.read(root / "nbs" / "lessons" / "purify_your_own.ipynb", 4)
-    nbclient.NotebookClient(nb, timeout=300, startup_timeout=120, kernel_name="python3", store_widget_state=False, resources=dict(metadata=dict(path=str(tmp_path)))).execute()
+    nbclient.NotebookClient(
+        nb,
+        timeout=300,
+        startup_timeout=120,
+        kernel_name="python3",
+        store_widget_state=False,
+        resources=dict(metadata=dict(path=str(tmp_path))),
+    ).execute()
 
 
-@pytest.mark.cuda                                 # on two CPU cores it takes longer than all other tests together
+@pytest.mark.cuda  # on two CPU cores it takes longer than all other tests together
 def test_one_step_at_vit_b32(tmp_path, monkeypatch):
     "A randomly initialised ViT-B/32 with 10 pictures: every stage once, at the smallest size; nothing is claimed beyond that."
     import open_clip
+
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-32-quickgelu")
     tower = take(model.state_dict())
     write_tower(tmp_path / "base.safetensors", tower)
-    write_tower(tmp_path / "merged.safetensors", tower, "hf", {k: v + 1e-3 * torch.randn(v.shape) for k, v in tower.visual.items()})
+    write_tower(
+        tmp_path / "merged.safetensors",
+        tower,
+        "hf",
+        {k: v + 1e-3 * torch.randn(v.shape) for k, v in tower.visual.items()},
+    )
     paint(tmp_path / "shadow", 10)
     monkeypatch.setattr(F, "read_pictures", partial(read_pictures, least=10))
     (tmp_path / "words.txt").write_text("cat\ndog\nplane\n", encoding="utf-8")
-    got = purify(tmp_path / "merged.safetensors", tmp_path / "base.safetensors", "ViT-B-32-quickgelu", tmp_path / "shadow", out=tmp_path / "out" / "p.safetensors", preset="tiny",
-                 vocabulary=str(tmp_path / "words.txt"), shadow_n=8, held=2, prompt_steps=1, anti_batch=8, rho=0.05, anti_lr=1e-5, lam=0.5, stages=Stages(tmp_path / "c"))
-    a, b = (load_state(f)[0] for f in (tmp_path / "merged.safetensors", tmp_path / "out" / "p.safetensors"))
-    assert {k: (v.shape, v.dtype) for k, v in a.items()} == {k: (v.shape, v.dtype) for k, v in b.items()} and got.card["quick_gelu"] and got.card["frozen"] == ["proj"]
+    got = purify(
+        tmp_path / "merged.safetensors",
+        tmp_path / "base.safetensors",
+        "ViT-B-32-quickgelu",
+        tmp_path / "shadow",
+        out=tmp_path / "out" / "p.safetensors",
+        preset="tiny",
+        vocabulary=str(tmp_path / "words.txt"),
+        shadow_n=8,
+        held=2,
+        prompt_steps=1,
+        anti_batch=8,
+        rho=0.05,
+        anti_lr=1e-5,
+        lam=0.5,
+        stages=Stages(tmp_path / "c"),
+    )
+    a, b = (
+        load_state(f)[0]
+        for f in (tmp_path / "merged.safetensors", tmp_path / "out" / "p.safetensors")
+    )
+    assert (
+        {k: (v.shape, v.dtype) for k, v in a.items()}
+        == {k: (v.shape, v.dtype) for k, v in b.items()}
+        and got.card["quick_gelu"]
+        and got.card["frozen"] == ["proj"]
+    )
     whole = Vocabulary.of(backbone("ViT-B-32-quickgelu", read_tower(tmp_path / "base.safetensors")))
-    assert len(whole.words) == 1000 and len(whole.templates) == 7 and whole.source == "ImageNet's class names"
+    assert (
+        len(whole.words) == 1000
+        and len(whole.templates) == 7
+        and whole.source == "ImageNet's class names"
+    )
 
 
 def test_other_files_are_another_configuration(tmp_path):
-    for k in ("m", "b"): (tmp_path / k).write_bytes(b"1")
-    s = settings_of("purify", "tiny", dict(merged=str(tmp_path / "m"), base=str(tmp_path / "b"), shadow=str(tmp_path), model="lfpm-lab"))
+    for k in ("m", "b"):
+        (tmp_path / k).write_bytes(b"1")
+    s = settings_of(
+        "purify",
+        "tiny",
+        dict(
+            merged=str(tmp_path / "m"),
+            base=str(tmp_path / "b"),
+            shadow=str(tmp_path),
+            model="lfpm-lab",
+        ),
+    )
     one = config_hash("purify", s)
     assert config_hash("purify", s) == one
     (tmp_path / "m").write_bytes(b"22")
@@ -409,6 +874,7 @@ def test_other_files_are_another_configuration(tmp_path):
 
 
 # --- never silently wrong: what merge refuses and says --------------------------------------------
+
 
 @pytest.fixture
 def family(lab, tmp_path):
@@ -506,9 +972,9 @@ def test_another_ancestor_is_refused_with_the_figures(family, lab, lfpm, tmp_pat
         ), err
         assert not out.parent.exists()
     code, printed, err = lfpm(*args, "--anyway")
-    assert (
-        code == 0 and out.exists() and err.count("\n") == 1 and all(f in err for f in figures)
-    ), err
+    assert code == 0 and out.exists() and err.count("\n") == 1 and all(f in err for f in figures), (
+        err
+    )
 
 
 def test_half_the_bases_length_is_the_limit(family, lab, lfpm, tmp_path):
@@ -634,9 +1100,9 @@ def test_a_text_tower_is_looked_at_too(family, lab, lfpm, tmp_path, value, kind)
             and f"first: token_embedding.weight, {kind}; float32" in err
             and not out.exists()
         ), err
-    assert (
-        lfpm("convert", str(bad), str(out), "--to", "visual")[0] == 0
-    ), "what is not written does no harm"
+    assert lfpm("convert", str(bad), str(out), "--to", "visual")[0] == 0, (
+        "what is not written does no harm"
+    )
 
 
 def test_a_bad_number_names_file_and_tensor(family, lab, lfpm, tmp_path):

@@ -122,9 +122,9 @@ def test_no_shipped_experiment_says_all():
         s["title"]: [r for r in s["runs"] if isinstance(r, dict)] for s in sweeps
     }
     for name, parts in named.items():
-        assert "all" not in words(
-            parts
-        ), f"{name} says `all`: name its methods, in the order of the registry"
+        assert "all" not in words(parts), (
+            f"{name} says `all`: name its methods, in the order of the registry"
+        )
 
 
 def words(x) -> list:
