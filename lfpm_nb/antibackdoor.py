@@ -8,16 +8,16 @@ __all__ = ['path_points', 'path_loss', 'uphill', 'worst_prompt', 'Strengths', 's
            'choose_rho', 'stage_one']
 
 # %% ../nbs/13_antibackdoor.ipynb #13fe4a99
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 import torch
 import torch.nn.functional as F
 from .core import amp, choose, device, everywhere, resident, rows
-from .clip import Clip, encode, features, logits
+from .clip import Clip, Windowed, encode, features, logits, numbered
 from .lora import dense, trainable
 from .tune import RECOMPUTE, batches, optimiser, train
 from .subspace import Shadow, learn_subspace, mine_prompt, p_adv, p_clean, plain_features
-from .subspace import shift
+from .subspace import KINDS, shift
 
 # %% ../nbs/13_antibackdoor.ipynb #d1626877
 def path_points(a: float, b: float, n: int) -> list[float]:
@@ -38,8 +38,14 @@ def uphill(p: torch.Tensor, g: torch.Tensor, rho: float) -> torch.Tensor:
     return (p + rho * p.norm() * g / (g.norm() + 1e-12)).detach()
 
 
-def worst_prompt(loss_of_prompt, p: torch.Tensor, rho: float, n: int = 1) -> torch.Tensor:
-    "`uphill` by the gradient of a scalar function of the prompt (LFPM Eq 20, one ascent step), a mean over this process's n images."
+def worst_prompt(loss_of_prompt, p: torch.Tensor | Windowed, rho: float, n: int = 1):
+    """`uphill` by the gradient of a scalar function of the prompt (LFPM Eq 20, one ascent step).
+
+    The loss is a mean over this process's n images. Of a `Windowed` prompt the picture moves, the
+    windows stay."""
+    if isinstance(p, Windowed):
+        through = lambda picture: replace(p, picture=picture)
+        return through(worst_prompt(lambda q: loss_of_prompt(through(q)), p.picture, rho, n))
     q = p.detach().requires_grad_(True)
     (g,) = everywhere(n, *torch.autograd.grad(loss_of_prompt(q), q))
     return uphill(p, g, rho)
@@ -51,11 +57,9 @@ class Strengths:
 
     rank: int | str = "rule"  # r, a number or choose_rank
     prompt_length: int = 10  # given
-    semantic: tuple = (
-        2.0,
-        2.0,
-        2.0,
-    )  # c0 of Eq 16: one prompt from its own random start is mined for each, Stage II takes them in turn
+    prompt_kind: str = "tokens"  # or "picture" (`mine_prompt`)
+    # c0 of Eq 16: for each one prompt is mined from its own start, Stage II takes them in turn
+    semantic: tuple = (2.0, 2.0, 2.0)
     prompt_steps: int = 60
     prompt_bound: float = 1.0  # in ordinary token norms
     rho: float | str = "rule"  # in prompt norms, a number or choose_rho
@@ -85,6 +89,7 @@ class Strengths:
             raise ValueError(f"interval is {self.interval}; expected 0 <= a <= b <= 1")
         if self.start not in ("merged", "pretrained"):
             raise ValueError(f"start is {self.start!r}; expected 'merged' or 'pretrained'")
+        self.prompt_kind = choose(self.prompt_kind, KINDS, "prompt_kind")
         self.recompute = choose(self.recompute, RECOMPUTE, "value of recompute")
 
 # %% ../nbs/13_antibackdoor.ipynb #04805f37
@@ -131,10 +136,17 @@ def shadow_loop(
     pull=lambda: None,
     others: tuple = (),
 ) -> dict:
-    "`tune.train` on the shadow set with its log; `loss(x, y, p)` gets uint8 images, labels and one prompt."
+    """`tune.train` on the shadow set with its log.
+
+    `loss(x, y, p)` gets uint8 images, labels and one prompt; of a picture each image sees another
+    window in each epoch."""
     x, y = resident(*shadow.train)
     steps = list(batches(len(y), s.batch, s.epochs, "anti", seed))
-    one = lambda k, i: loss(rows(x, i), rows(y, i), prompts[k % len(prompts)])
+
+    def one(k, i):
+        p = numbered(prompts[k % len(prompts)], i + k * len(y))
+        return loss(rows(x, i), rows(y, i), p)
+
     return train(visual, params, opt, steps, 10, name, one, pull, s.recompute, others)
 
 # %% ../nbs/13_antibackdoor.ipynb #0141ac9e
@@ -247,25 +259,25 @@ def choose_rank(
 
 # %% ../nbs/13_antibackdoor.ipynb #641ecce3
 def prompted_slope(clip: Clip, shadow: Shadow, p: torch.Tensor, batch: int = 64) -> torch.Tensor:
-    "Gradient at prompt p of theta_pre's mean cross-entropy on the held-out images, `batch` at a time."
+    """Gradient at prompt p of theta_pre's mean cross-entropy on the held-out images.
+
+    `batch` images at a time, each with the window that `features` gives it."""
     q, (x, y), total = p.detach().requires_grad_(True), shadow.check, 0
-    for xs, ys in zip(x.split(batch), y.split(batch)):
+    for i in torch.arange(len(y)).split(batch):
         with amp():
-            h = encode(clip.visual, clip.normalise(xs.to(device())), q)
-        total = (
-            total
-            + torch.autograd.grad(
-                F.cross_entropy(logits(h, shadow.W), ys.to(device()), reduction="sum"), q
-            )[0]
-        )
+            h = encode(clip.visual, clip.normalise(rows(x, i)), numbered(q, i))
+        loss = F.cross_entropy(logits(h, shadow.W), rows(y, i), reduction="sum")
+        total = total + torch.autograd.grad(loss, q)[0]
     return total / len(y)
 
 
 def choose_rho(
     clip: Clip, shadow: Shadow, prompts: torch.Tensor, steps=(0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 ) -> tuple[float, dict]:
-    """(rho, {rho: accuracy}): the largest step of the prompts (k, length, width) under which theta_pre keeps, on average over them, 90 % of
-    its prompted held-out accuracy; the smallest if none does."""
+    """(rho, {rho: accuracy}): how far the worst-case step may go, in prompt norms.
+
+    The largest of `steps` under which theta_pre keeps, on average over the prompts, 90 % of its
+    prompted held-out accuracy; the smallest if none does."""
     slopes = [prompted_slope(clip, shadow, p) for p in prompts]
     mean = lambda rho: (
         sum(accuracy(clip, clip.visual, shadow, uphill(p, g, rho)) for p, g in zip(prompts, slopes))
@@ -279,7 +291,10 @@ def choose_rho(
 def stage_one(
     clip: Clip, theta_mm: dict, shadow: Shadow, s: Strengths, seed: int
 ) -> tuple[dict, dict]:
-    "({'p': prompts (k, length, width), 'U': basis (absent with A off)}, log with the rank and rho in use) of Stage I on the merged model (LFPM Alg. B.2)."
+    """({'p': prompts, 'U': basis}, log) of Stage I on the merged model (LFPM Alg. B.2).
+
+    Prompts are (k, length, width), or pictures (k, 3, H, W); there is no basis with A off. The log
+    has the rank and rho in use."""
     visual, U, log = clip.with_state(theta_mm), None, dict(rank=s.rank, rho=s.rho)
     plain = plain_features(clip, visual, shadow)
     if s.A:
@@ -300,14 +315,15 @@ def stage_one(
         batch=s.batch,
         bound=s.prompt_bound,
         plain=plain,
+        kind=s.prompt_kind,
     )
     mined = [mine(c0, seed=(seed, k)) for k, c0 in enumerate(s.semantic)]
-    p, held = torch.stack([q for q, _ in mined]), features(clip, visual, shadow.check[0])
+    p, x = torch.stack([q for q, _ in mined]), shadow.check[0]
+    held = features(clip, visual, x)
+    turned = [shift(held, features(clip, visual, x, q)) for q in p]
     log["prompt"] = [
-        dict(
-            semantic=c0, shift=shift(held, features(clip, visual, shadow.check[0], q)), terms=terms
-        )
-        for c0, (q, terms) in zip(s.semantic, mined)
+        dict(semantic=c0, shift=far, terms=terms)
+        for c0, far, (_, terms) in zip(s.semantic, turned, mined)
     ]
     if s.rho == "rule":
         log["rho"], log["rhos_tried"] = choose_rho(clip, shadow, p)

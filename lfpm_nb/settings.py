@@ -514,6 +514,7 @@ class Defending(Run):
     )
     lora: Whole = option(0, "rank of LoRA adapters, of whoever trains; 0 trains every weight")
     rank: RuleOrRank = option("rule", "r, dimension of the adversarial subspace: rule, or a number")
+    prompt_kind: Text = option("tokens", "what is mined: tokens, or a picture seen through windows")
     prompt_steps: Count = option(60, "mining one prompt, in batches of anti_batch")
     semantic: Weights = option([2.0, 2.0, 2.0], "Eq 16's semantic term: a weight for each prompt")
     prompt_bound: Positive = option(1.0, "norm of a prompt token, in ordinary token norms")
@@ -576,6 +577,7 @@ def strengths(self) -> Strengths:
     P = self
     return Strengths(
         rank=P.rank,
+        prompt_kind=P.prompt_kind,
         prompt_steps=P.prompt_steps,
         semantic=tuple(P.semantic),
         prompt_bound=P.prompt_bound,
@@ -820,4 +822,4 @@ def parameter_cell(notebook: str) -> str:
         return f"{k}: {type(default).__name__} = {value}  # {text}"
 
     lines = [line(k, *about) for k, about in parameters(notebook).items()]
-    return "\n".join(["# fmt: off", *lines])         # papermill reads a setting a line
+    return "\n".join(["# fmt: off", *lines])  # papermill reads a setting a line
