@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEND', 'lam_rules', 'lerp_', 'lerp', 'Path', 'grid', 'integrate', 'curve', 'halves', 'Answers', 'measure_path',
-           'knee', 'level', 'turn', 'calm', 'Curve', 'Lookout', 'choose_lam']
+           'knee', 'level', 'calm', 'Curve', 'Lookout', 'choose_lam']
 
 # %% ../nbs/14_path.ipynb #e659abc1
 from collections.abc import Sequence
@@ -198,24 +198,12 @@ def level(curve: Sequence[dict], pretrained: list[float]) -> float:
             return point["lam"]
     return knee(curve, pretrained)
 
-# %% ../nbs/14_path.ipynb #41e97e17
-@lam_rules.register("turn", long="Turn of the prompted loss", needs=("shadow labels",))
-def turn(curve: Sequence[dict], pretrained: list[float], slack: float = 0.03) -> float:
-    """The last λ before the prompted loss rises more than `slack` (a share) above the least so far.
-    Early stopping on held-out pictures (Prechelt 1998), along λ."""
-    least, last = float("inf"), 0.0
-    for point in curve:
-        if point["prompted"] > (1 + slack) * least:
-            break
-        least, last = min(least, point["prompted"]), point["lam"]
-    return last
-
 # %% ../nbs/14_path.ipynb #8ef1da6d
-@lam_rules.register("calm", long="Calm, or the turn", needs=("shadow labels", "pretrained"))
+@lam_rules.register("calm", long="Calm, or the knee", needs=("shadow labels", "pretrained"))
 def calm(curve: Sequence[dict], pretrained: list[float], share: float = 0.75) -> float:
-    """`turn`'s λ, or the first one before it at which the mean `shift` of the prompts is at most
+    """`knee`'s λ, or the first one before it at which the mean `shift` of the prompts is at most
     `share` of their mean shift on the pretrained model."""
-    end, limit = turn(curve, pretrained), share * sum(pretrained)
+    end, limit = knee(curve, pretrained), share * sum(pretrained)
     for point in curve:
         if point["lam"] >= end or sum(point["shift"]) <= limit:
             return point["lam"]

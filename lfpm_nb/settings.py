@@ -507,7 +507,7 @@ class Defending(Run):
     shadow_n: Count = option(4000, "images the defender trains on, at most")
     held: Count = option(500, "more of them, only for choosing λ and for what it costs")
     lam: WordOrNumber = option(
-        "knee", "place on the path: a rule (knee, level, turn, calm), or in [0, 1]"
+        "knee", "place on the path: a rule (knee, level, calm), or in [0, 1]"
     )
     strength: WordOrNumber = option(
         "default", "of a defence: default, rule (tries three), or a number"
@@ -634,7 +634,7 @@ class PurifyParams(Defending):
     vocabulary: Text = option("", "words for pseudo-labels, one a line, or a head; empty: built in")
     out: Text = option("purified.safetensors", "where the weights go; other files lie beside it")
     lam: WordOrNumber = option(
-        "level", "place on the path: a rule (knee, level, turn, calm), or in [0, 1]"
+        "level", "place on the path: a rule (knee, level, calm), or in [0, 1]"
     )
     semantic: Weights = option([2.0, 1.0, 0.5], "Eq 16's semantic term: a weight for each prompt")
 
