@@ -28,7 +28,9 @@ def path_points(a: float, b: float, n: int) -> list[float]:
 def path_loss(
     h_mm: torch.Tensor, h_anti: torch.Tensor, y: torch.Tensor, W: torch.Tensor, points: list[float]
 ) -> torch.Tensor:
-    "Mean over s of CE(g((1-s) h_mm + s h_anti), y): the path integral on features (N, d), no backbone pass per point (LFPM Eq 26)."
+    """Mean over s of CE(g((1-s) h_mm + s h_anti), y): the path integral on features.
+
+    h_mm, h_anti: (N, d). No backbone pass per point (LFPM Eq 26)."""
     h = torch.cat([(1 - s) * h_mm + s * h_anti for s in points])
     return F.cross_entropy(logits(h, W), y.repeat(len(points)))
 
@@ -53,7 +55,9 @@ def worst_prompt(loss_of_prompt, p: torch.Tensor | Windowed, rho: float, n: int 
 # %% ../nbs/13_antibackdoor.ipynb #03493f54
 @dataclass
 class Strengths:
-    "Stage I and II settings (LFPM App. D; what the paper leaves open is listed under re-implementation choices)."
+    """Stage I and II settings (LFPM App. D).
+
+    What the paper leaves open is listed under re-implementation choices."""
 
     rank: int | str = "rule"  # r, a number or choose_rank
     prompt_length: int = 10  # given
@@ -94,8 +98,9 @@ class Strengths:
 
 # %% ../nbs/13_antibackdoor.ipynb #04805f37
 def step_loss(mm, anti, x, y, W, p, s: Strengths) -> torch.Tensor:
-    """Clean plus weighted adversarial path loss of a batch of normalised images (LFPM Eq 19, 20, 26).
-    With C off the merged model takes no part."""
+    """Clean plus weighted adversarial path loss of a batch (LFPM Eq 19, 20, 26).
+
+    x: normalised images. With C off the merged model takes no part."""
     points = path_points(*s.interval, s.points) if s.C else [1.0]
 
     def loss(q):
@@ -110,8 +115,10 @@ def step_loss(mm, anti, x, y, W, p, s: Strengths) -> torch.Tensor:
 
 # %% ../nbs/13_antibackdoor.ipynb #4cfbf3ad
 def accumulate(anti, mm, gamma: float) -> None:
-    """G_anti += gamma * G_mm; clears the merged model's gradients (LFPM Eq 24). Where anti's weight is W + s B A, the chain rule takes
-    G_mm to A and B; where it is frozen, nothing moves."""
+    """G_anti += gamma * G_mm; clears the merged model's gradients (LFPM Eq 24).
+
+    Where anti's weight is W + s B A, the chain rule takes G_mm to A and B; where it is
+    frozen, nothing moves."""
     for name, m in mm.named_parameters():
         owner, _, leaf = name.rpartition(".")
         a = getattr(anti.get_submodule(owner), leaf)
@@ -162,7 +169,9 @@ def train_on_shadow(
     pull=lambda visual: None,
     others: tuple = (),
 ) -> tuple[dict, dict]:
-    "(state dict, log) of a tower trained from `start` with AdamW on `loss(visual, x, y, p)`: all weights, or adapters of rank `s.lora`, folded."
+    """(state dict, log) of a tower trained from `start` with AdamW on `loss(visual, x, y, p)`.
+
+    All weights are trained, or adapters of rank `s.lora`, which are folded."""
     visual = clip.with_state(start)
     params = trainable(visual, s.lora, "anti", seed)
     opt = optimiser(params, s.lr, s.weight_decay)
@@ -185,7 +194,9 @@ def train_on_shadow(
 def classify(
     clip: Clip, run, W: torch.Tensor, x: torch.Tensor, p: torch.Tensor | None = None
 ) -> torch.Tensor:
-    "Logits (N, C) under W of `run(images, prompt)`, which gives features, on uint8 (or float in [0, 1]) images x."
+    """Logits (N, C) under W of the features that `run(images, prompt)` gives.
+
+    x: uint8 images, or float ones in [0, 1]."""
     with amp():
         h = run(clip.normalise(x), p)
     return logits(h, W)
@@ -245,8 +256,10 @@ def choose_rank(
     W: torch.Tensor,
     seed: int = 0,
 ) -> tuple[int, dict]:
-    """(r, {r: (accuracy of P_clean, of P_adv)}): the largest r whose P_clean alone keeps 98 % of the
-    held-out shadow accuracy, of d/32, d/16, ... d/2, 3/4 d and 7/8 d; the smallest if none does."""
+    """(r, {r: (accuracy of P_clean, of P_adv)}): the rank r by rule, and what was tried.
+
+    The largest r whose P_clean alone keeps 98 % of the held-out shadow accuracy, of d/32,
+    d/16, ... d/2, 3/4 d and 7/8 d; the smallest if none does."""
     d, tried = h.shape[1], {}
     right = lambda z: (logits(z, W).argmax(1).cpu() == held_y).float().mean().item()
     unit = F.normalize(held_h, dim=-1)

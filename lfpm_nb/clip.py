@@ -29,8 +29,10 @@ def _bpe():
 
 # %% ../nbs/03_clip.ipynb #686f27e2
 class Tokenizer:
-    """CLIP's BPE restricted to `ids` (original token numbers). Calling it gives int64 (N, context), zero-padded:
-    start, tokens, end; longer texts are cut. `unread(text)` lists the words pretraining never saw whole."""
+    """CLIP's BPE restricted to `ids` (original token numbers).
+
+    Calling it gives int64 (N, context), zero-padded: start, tokens, end; longer texts are
+    cut. `unread(text)` lists the words pretraining never saw whole."""
 
     def __init__(self, ids: list[int], context: int):
         bpe = _bpe()
@@ -73,7 +75,9 @@ def unread(self, text: str) -> list[str]:
 # %% ../nbs/03_clip.ipynb #06ea75ec
 @dataclass
 class Clip:
-    "An open_clip model with its preprocessing. `card` keeps name, quick_gelu, mean, std, vocabulary, training and sha256."
+    """An open_clip model with its preprocessing.
+
+    `card` keeps name, quick_gelu, mean, std, vocabulary, training and sha256."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -93,7 +97,9 @@ class Clip:
         return {k: v.detach().float().clone() for k, v in self.visual.state_dict().items()}
 
     def with_state(self, state: dict) -> torch.nn.Module:
-        "A visual tower of this architecture carrying `state`, in eval mode on `device()`; refuses other keys, shapes, NaN."
+        """A visual tower of this architecture carrying `state`, in eval mode on `device()`.
+
+        Refuses other keys, shapes, NaN."""
         check_same(self.visual.state_dict(), state, "this backbone and the given weights")
         v = copy.deepcopy(self.visual).float()
         v.load_state_dict(state)
@@ -118,14 +124,19 @@ def normalise(self, x: torch.Tensor) -> torch.Tensor:
 def qkv(
     W: torch.Tensor, b: torch.Tensor, z: torch.Tensor, heads: int, n: int = 3
 ) -> list[torch.Tensor]:
-    "Queries, keys and values (N, heads, L, d_h) of z (N, L, width) under an attention's in_proj, or n of them under a part of it: views of one product."
+    """Queries, keys and values (N, heads, L, d_h) of z (N, L, width) under an in_proj.
+
+    Or n of the three under a part of it. All are views of one product."""
     return [y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in F.linear(z, W, b).chunk(n, -1)]
 
 
 def attend(
     attn: torch.nn.MultiheadAttention, z: torch.Tensor, tokens: int | None = None
 ) -> torch.Tensor:
-    "Self-attention on z (N, L, width): what comes out at the first `tokens` places, or at all. On a CPU by plain matrix products (notebook core)."
+    """Self-attention on z (N, L, width).
+
+    What comes out at the first `tokens` places, or at all. On a CPU by plain matrix products
+    (notebook core)."""
     W, b, h, d = attn.in_proj_weight, attn.in_proj_bias, attn.num_heads, attn.embed_dim
     if tokens is None:
         q, k, v = qkv(W, b, z, h)
@@ -160,7 +171,9 @@ def _passes() -> list:
 
 # %% ../nbs/03_clip.ipynb #a2e34781
 def lighter(visual: torch.nn.Module) -> None:
-    "From here on the tower computes of its last block only the class token: the transformer gives (N, 1, width). Weights and their names stay."
+    """From here on the tower computes of its last block only the class token.
+
+    The transformer gives (N, 1, width). Weights and their names stay."""
     ours = dict(_passes())
     for m in visual.modules():
         m.__class__ = ours.get(type(m), type(m))
@@ -168,7 +181,10 @@ def lighter(visual: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def whole(visual: torch.nn.Module):
-    "Inside, the tower is open_clip's own again: every block gives all its tokens, and its attention is called as a module. Then it is what it was."
+    """Inside, the tower is open_clip's own again.
+
+    Every block gives all its tokens, and its attention is called as a module. Then it is
+    what it was."""
     theirs = {ours: own for own, ours in _passes()}
     changed = [(m, type(m)) for m in visual.modules() if type(m) in theirs]
     for m, kind in changed:
@@ -188,19 +204,25 @@ def data_cards() -> dict[str, Path]:
 
 
 def data_card(name: str) -> dict:
-    "The JSON card of a backbone in data/; ValueError naming the nearest one and how to make one for an unknown name."
+    """The JSON card of a backbone in data/.
+
+    ValueError naming the nearest one and how to make one for an unknown name."""
     try:
         name = choose(name, data_cards(), "backbone")
     except ValueError as e:
         raise ValueError(
-            f"{e} To make one: lfpm run pretrain (for lfpm-real: --preset small-real, with real pictures under $LFPM_DATA; see lfpm data list). "
-            "A published one: open_clip's name, such as ViT-B-32-quickgelu, or NAME:FILE with weights of your own"
+            f"{e} To make one: lfpm run pretrain (for lfpm-real: --preset small-real, with real "
+            "pictures under $LFPM_DATA; see lfpm data list). "
+            "A published one: open_clip's name, such as ViT-B-32-quickgelu, or NAME:FILE with "
+            "weights of your own"
         ) from None
     return json.loads(data_cards()[name].read_text(encoding="utf-8"))
 
 
 def build_clip(card: dict) -> Clip:
-    "An untrained `Clip` from a card (open_clip registers the config, so `open_clip.create_model(card['name'])` works too)."
+    """An untrained `Clip` from a card.
+
+    open_clip registers the config, so `open_clip.create_model(card['name'])` works too."""
     import open_clip
 
     with tempfile.TemporaryDirectory() as d:
@@ -228,7 +250,8 @@ def _shipped(name: str, path=None) -> Clip:
     state, meta = load_state(path)
     if meta.get("quick_gelu", str(card["quick_gelu"])) != str(card["quick_gelu"]):
         raise ValueError(
-            f"{path} was trained with quick_gelu={meta['quick_gelu']}, the card says {card['quick_gelu']}; features would be silently wrong"
+            f"{path} was trained with quick_gelu={meta['quick_gelu']}, the card says "
+            f"{card['quick_gelu']}; features would be silently wrong"
         )
     clip = build_clip(card)
     check_same(
@@ -239,7 +262,8 @@ def _shipped(name: str, path=None) -> Clip:
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
     if sha != card["sha256"]:
         raise ValueError(
-            f"{path} has sha256 {sha[:12]}…, its card says {card['sha256'][:12]}…; restore the file or its card"
+            f"{path} has sha256 {sha[:12]}…, its card says {card['sha256'][:12]}…; restore the "
+            "file or its card"
         )
     clip.model.load_state_dict({k: v.float() for k, v in state.items()})
     clip.model.to(device()).requires_grad_(False)
@@ -266,7 +290,9 @@ def plain_models() -> list[str]:
 
 
 def untrained(name: str) -> Clip:
-    "One of open_clip's models with its tokenizer and preprocessing, weights random; nothing is downloaded."
+    """One of open_clip's models with its tokenizer and preprocessing, weights random.
+
+    Nothing is downloaded."""
     import open_clip
 
     logging.disable(logging.WARNING)  # it would warn that no weights are loaded: they come later
@@ -295,7 +321,8 @@ def _openai(name: str, quick_gelu: bool) -> Path:
         raise ValueError(f"OpenAI published no weights of {name}; {own}")
     if not quick_gelu:
         raise ValueError(
-            f"OpenAI trained with QuickGELU and {name} computes GELU: features would be silently wrong; use {name}-quickgelu, or {own}"
+            f"OpenAI trained with QuickGELU and {name} computes GELU: features would be silently "
+            f"wrong; use {name}-quickgelu, or {own}"
         )
     try:
         return Path(open_clip.download_pretrained(cfg))
@@ -313,7 +340,8 @@ def _published(name: str, path=None) -> Clip:
     meta = ({"quick_gelu": "True"} if INTS[0] in w.state else {}) | w.meta  # OpenAI's own file
     if meta.get("quick_gelu", str(clip.card["quick_gelu"])) != str(clip.card["quick_gelu"]):
         raise ValueError(
-            f"{path} was trained with quick_gelu={meta['quick_gelu']}, {name} has {clip.card['quick_gelu']}; features would be silently wrong"
+            f"{path} was trained with quick_gelu={meta['quick_gelu']}, {name} has "
+            f"{clip.card['quick_gelu']}; features would be silently wrong"
         )
     try:
         check_same(
@@ -323,7 +351,8 @@ def _published(name: str, path=None) -> Clip:
         )
     except ValueError as e:
         raise ValueError(
-            f"{e} Expected open_clip's names, both towers; other files: lfpm convert {path} OUT.safetensors --to open_clip"
+            f"{e} Expected open_clip's names, both towers; other files: lfpm convert {path} "
+            "OUT.safetensors --to open_clip"
         ) from None
     clip.model.load_state_dict(state)
     clip.model.to(device()).requires_grad_(False)
@@ -337,8 +366,12 @@ def _published(name: str, path=None) -> Clip:
 
 # %% ../nbs/03_clip.ipynb #08799967
 def load_clip(name: str = "lfpm-lab", path=None) -> Clip:
-    """A backbone by name: a shipped one (weights from `path`, default `data/<name>.safetensors`; their sha256 must be the card's), or one of open_clip's with
-    OpenAI's weights or those in a file (`NAME:FILE`, or `path`). Missing, damaged, foreign files and the wrong activation are refused with the reason."""
+    """A backbone by name.
+
+    A shipped one (weights from `path`, default `data/<name>.safetensors`; their sha256 must
+    be the card's), or one of open_clip's with OpenAI's weights or those in a file
+    (`NAME:FILE`, or `path`). Missing, damaged, foreign files and the wrong activation are
+    refused with the reason."""
     name, _, file = str(name).partition(":")
     if name not in data_cards() and name in plain_models():
         return _published(name, path or file)
@@ -346,7 +379,9 @@ def load_clip(name: str = "lfpm-lab", path=None) -> Clip:
 
 
 def weights_id(name: str) -> str:
-    "What tells a backbone's weights from others: its card's sha256, its file's, or `openai`; nothing is loaded."
+    """What tells a backbone's weights from others: its card's sha256, its file's, or `openai`.
+
+    Nothing is loaded."""
     name, _, file = str(name).partition(":")
     if name in data_cards() or name not in plain_models():
         return data_card(name)["sha256"]
@@ -440,8 +475,11 @@ def features(
 
 # %% ../nbs/03_clip.ipynb #8f00d931
 def encode_text(model, t: torch.Tensor) -> torch.Tensor:
-    """open_clip's text features (N, d) of tokens (N, context). CLIP's 77 places are mostly padding: behind the longest text they are cut off, which no feature
-    notices, since under the causal mask nothing behind the end token is read. Our own backbones' 24 places stay as they are: cutting would change the last bits of every
+    """open_clip's text features (N, d) of tokens (N, context).
+
+    CLIP's 77 places are mostly padding: behind the longest text they are cut off, which no
+    feature notices, since under the causal mask nothing behind the end token is read. Our
+    own backbones' 24 places stay as they are: cutting would change the last bits of every
     recorded result and save nothing."""
     if t.shape[1] <= 32:
         return model.encode_text(t)
@@ -453,7 +491,9 @@ def encode_text(model, t: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def zero_shot_head(clip: Clip, classes: list[str], templates: list[str]) -> torch.Tensor:
-    "W (C, d) = exp(logit_scale) x unit class embeddings, float32 (Radford et al. 2021; LFPM's frozen head g_t)."
+    """W (C, d) = exp(logit_scale) x unit class embeddings, float32.
+
+    Radford et al. 2021; LFPM's frozen head g_t."""
     dev = next(clip.model.parameters()).device
     texts = [t.format(c) for c in classes for t in templates]
     with torch.autocast(dev.type, enabled=False):
@@ -468,8 +508,10 @@ def zero_shot_head(clip: Clip, classes: list[str], templates: list[str]) -> torc
 
 
 def logits(h: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """W h/||h||: (N, C) logits for features (N, d) under a head (C, d). In float32 also inside `amp`:
-    in bfloat16 the first two of many pictures are equal, and argmax takes the lower class."""
+    """W h/||h||: (N, C) logits for features (N, d) under a head (C, d).
+
+    In float32 also inside `amp`: in bfloat16 the first two of many pictures are equal, and
+    argmax takes the lower class."""
     with torch.autocast(h.device.type, enabled=False):
         return F.normalize(h.float(), dim=-1) @ W.t()
 
@@ -477,7 +519,9 @@ def logits(h: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
 def clip_loss(
     img: torch.Tensor, txt: torch.Tensor, scale: torch.Tensor, group: torch.Tensor
 ) -> torch.Tensor:
-    "Symmetric cross-entropy of unit features (N, d); rows with equal `group` (N,) are positives of one another."
+    """Symmetric cross-entropy of unit features (N, d).
+
+    Rows with equal `group` (N,) are positives of one another."""
     sim = scale * img @ txt.t()
     same = (group[:, None] == group[None]).float()
     target = same / same.sum(1, keepdim=True)
@@ -499,7 +543,9 @@ class PretrainConfig:
 
 
 def lr_at(step: int, total: int, lr: float, warmup: int) -> float:
-    "Linear warm-up, then cosine to 0 (the schedule of task_vectors and BadMerging); `warmup` is cut to a tenth of short runs."
+    """Linear warm-up, then cosine to 0 (the schedule of task_vectors and BadMerging).
+
+    `warmup` is cut to a tenth of short runs."""
     w = min(warmup, max(1, total // 10))
     return (
         lr * (step + 1) / w
@@ -519,7 +565,9 @@ def lab_config(
     text_layers: int = 2,
     context: int = 24,
 ) -> dict:
-    "open_clip config of the lab CLIP (vocab_size is filled in with the vocabulary). Heads are 64 wide: the fast size for bf16 attention."
+    """open_clip config of the lab CLIP (vocab_size is filled in with the vocabulary).
+
+    Heads are 64 wide: the fast size for bf16 attention."""
     return dict(
         embed_dim=embed,
         vision_cfg=dict(
@@ -557,7 +605,9 @@ def new_card(name: str, config: dict, captions: list[str], **extra) -> dict:
 
 # %% ../nbs/03_clip.ipynb #3e10ea84
 class _Resume:
-    "Model, optimiser, step and losses in one tensors-only file, written by rename; loading it runs no code."
+    """Model, optimiser, step and losses in one tensors-only file, written by rename.
+
+    Loading it runs no code."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -571,7 +621,8 @@ class _Resume:
             opt.load_state_dict(s["opt"])
         except Exception as e:
             raise ValueError(
-                f"{self.path} is damaged or of another model ({type(e).__name__}); delete it to start again"
+                f"{self.path} is damaged or of another model ({type(e).__name__}); delete it to "
+                "start again"
             ) from None
         return s["step"], s["losses"]
 
@@ -583,7 +634,9 @@ class _Resume:
 
 # %% ../nbs/03_clip.ipynb #f3e67fce
 def _pools(draw, tok, cfg: PretrainConfig, start: int):
-    "Batches (step, images, tokens) from step `start` on: pool r is drawn from seed (cfg.seed, r) and passed `reuse` times."
+    """Batches (step, images, tokens) from step `start` on.
+
+    Pool r is drawn from seed (cfg.seed, r) and passed `reuse` times."""
     per = cfg.pool // cfg.batch
     for step in range(start, cfg.steps):
         r, i = divmod(step, per * cfg.reuse)
@@ -600,8 +653,10 @@ def _pools(draw, tok, cfg: PretrainConfig, start: int):
 
 # %% ../nbs/03_clip.ipynb #d500e199
 def pretrain(clip: Clip, draw, cfg: PretrainConfig, checkpoint, every: int = 250) -> list:
-    """Train both towers contrastively; `draw(n, seed) -> (uint8 images, captions)`. Continues from `checkpoint` when it exists and
-    saves there every `every` steps. Returns the losses; `clip.model` is trained in place."""
+    """Train both towers contrastively; `draw(n, seed) -> (uint8 images, captions)`.
+
+    Continues from `checkpoint` when it exists and saves there every `every` steps. Returns
+    the losses; `clip.model` is trained in place."""
     model, dev = clip.model.to(device()).train().requires_grad_(True), device()
     opt = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True
@@ -639,7 +694,9 @@ def pretrain(clip: Clip, draw, cfg: PretrainConfig, checkpoint, every: int = 250
 
 # %% ../nbs/03_clip.ipynb #883c9448
 def ship_clip(clip: Clip, folder=None, **training) -> Path:
-    "Write `<name>.safetensors` (fp16, both towers) and `<name>.card.json` (config, vocabulary, training, sha256) to `folder` (default data/)."
+    """Write `<name>.safetensors` and `<name>.card.json` to `folder` (default data/).
+
+    fp16, both towers; the card holds config, vocabulary, training, sha256."""
     folder = Path(folder or proj_path("data"))
     path = folder / f"{clip.card['name']}.safetensors"
     state = {k: v.half() for k, v in clip.model.state_dict().items()}

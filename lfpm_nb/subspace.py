@@ -21,7 +21,9 @@ from .tune import batches, optimiser
 # %% ../nbs/12_subspace.ipynb #5b0a0c0a
 @dataclass
 class Shadow:
-    "Shadow images, uint8 (N, 3, H, W), labels (N,), frozen head W (C, d); `held` images at the end are never trained on."
+    """Shadow images, uint8 (N, 3, H, W), labels (N,), frozen head W (C, d).
+
+    `held` images at the end are never trained on."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -30,7 +32,9 @@ class Shadow:
 
     @classmethod
     def of(cls, clip: Clip, n: int, held: int, seed: int) -> "Shadow":
-        "n training and `held` held-out open-domain pictures and their head: scenes, or for a backbone of real pictures (`open_domain` in its card) real ones."
+        """n training and `held` held-out open-domain pictures and their head.
+
+        Scenes, or for a backbone of real pictures (`open_domain` in its card) real ones."""
         if "open_domain" in clip.card:
             x, y, classes, templates = real_shadow(n + held, seed, clip.size)
         else:
@@ -68,7 +72,9 @@ def learn_subspace(
     weight_decay: float = 0.001,
     seed: int = 0,
 ) -> tuple[torch.Tensor, list]:
-    "U (d, r) and the log of (clean loss, KL) per epoch, from cached features h (N, d) of theta_mm (LFPM Eq 15)."
+    """U (d, r) and the log of (clean loss, KL) per epoch (LFPM Eq 15).
+
+    h: cached features (N, d) of theta_mm."""
     h, y = F.normalize(h, dim=-1), y.to(h.device)
     U = (
         torch.linalg.qr(torch.randn(h.shape[1], r, generator=generator("U", seed)))[0]
@@ -99,15 +105,16 @@ def mining_loss(
     h_p: torch.Tensor,
     c0: float = 1.0,
 ) -> tuple:
-    """c0 semantic - separation + compactness, and the three terms (LFPM Eq 16). `ref`, `ref_p`: theta_pre's features without and with the
-    prompt, `h`, `h_p`: theta_mm's; all (N, d). U = None: no partition, both projections are the identity."""
+    """c0 semantic - separation + compactness, and the three terms (LFPM Eq 16).
+
+    `ref`, `ref_p`: theta_pre's features without and with the prompt, `h`, `h_p`: theta_mm's;
+    all (N, d). U = None: no partition, both projections are the identity."""
     ref, ref_p, h, h_p = (F.normalize(v.float(), dim=-1) for v in (ref, ref_p, h, h_p))
     semantic = p_clean(U, ref_p - ref).square().sum(-1).mean()
     separation = p_adv(U, h_p - h).square().sum(-1).mean()
     a_p = p_adv(U, h_p)
-    (centre,) = everywhere(
-        len(a_p), a_p.mean(0)
-    )  # of the whole batch; that it is a constant where several processes share one changes no gradient
+    # of the whole batch; where several processes share one it is a constant: no gradient changes
+    (centre,) = everywhere(len(a_p), a_p.mean(0))
     compact = (a_p - centre).square().sum(-1).mean()
     return c0 * semantic - separation + compact, (semantic, separation, compact)
 
@@ -142,7 +149,9 @@ def start_of(clip: Clip, kind: str, x: torch.Tensor, length: int, bound: float, 
 
 # %% ../nbs/12_subspace.ipynb #5790a10f
 def plain_features(clip: Clip, visual, shadow: Shadow) -> tuple[torch.Tensor, torch.Tensor]:
-    "(theta_pre's, those of `visual`): features (N, d) of the shadow set's training pictures without a prompt."
+    """(theta_pre's, those of `visual`): features (N, d) without a prompt.
+
+    Of the shadow set's training pictures."""
     return tuple(features(clip, v, shadow.train[0]) for v in (clip.visual, visual))
 
 # %% ../nbs/12_subspace.ipynb #5fae0c70
@@ -193,7 +202,9 @@ def mine_prompt(
 
 # %% ../nbs/12_subspace.ipynb #caecf681
 def shift(h: torch.Tensor, h_p: torch.Tensor) -> float:
-    "Mean distance, in [0, 2], between the directions of rows h (N, d) and h_p: features of the same pictures without and with a prompt."
+    """Mean distance, in [0, 2], between the directions of rows h (N, d) and h_p.
+
+    Features of the same pictures without and with a prompt."""
     return (
         (F.normalize(h_p.float(), dim=-1) - F.normalize(h.float(), dim=-1))
         .norm(dim=-1)
