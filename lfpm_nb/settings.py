@@ -820,4 +820,4 @@ def parameter_cell(notebook: str) -> str:
         return f"{k}: {type(default).__name__} = {value}  # {text}"
 
     lines = [line(k, *about) for k, about in parameters(notebook).items()]
-    return "\n".join(["# fmt: off", *lines])         # papermill reads a setting a line
+    return "\n".join(["# fmt: off", *lines])  # papermill reads a setting a line
