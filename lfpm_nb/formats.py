@@ -357,7 +357,7 @@ _MEASURED = (
 
 
 def misshapen(visual: dict) -> str:
-    "'' if a vision tower has all its tensors in shapes that fit one another; else what is wrong."
+    "'' if a vision tower has all its tensors in shapes that fit one another; else why not."
     if bad := key_errors(visual.keys() & set(_MEASURED), _MEASURED):
         return bad
     must, may = tower_shapes(visual)
@@ -381,7 +381,8 @@ SAYS = {"quick_gelu": _yes, "heads": int, "text_heads": int}  # what a file may 
 def agreed(towers: list[Tower]) -> dict:
     """What towers say of their activation (`quick_gelu`) and heads, as one dict.
 
-    And `poisoned` if one is marked. Of what none says there is no key. ValueError naming the two files that differ."""
+    And `poisoned` if one is marked. Of what none says there is no key. ValueError naming the two
+    files that differ."""
     out, who = {}, {}
     for t in towers:
         for key in SAYS.keys() & t.meta.keys():
@@ -685,7 +686,7 @@ def _without(n: int, name: str) -> str:
 
 
 def _spellings(adapter, base: Tower) -> tuple[list, str]:
-    """([(form, spelling of the adapter's names, base's weights)] that fit, why not the base's own).
+    """([(form, spelling of the adapter's names, base's weights)] that fit, why not the base's).
 
     As little as possible is taken off the names: `visual.` before `transformer` is no stranger's
     word."""

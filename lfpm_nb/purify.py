@@ -270,7 +270,7 @@ def _label_column(path: Path, rows: list[list[str]], files: int, at: list) -> in
 
 # %% ../nbs/21a_purify.ipynb #2bd20005
 def _few(said: dict, keep) -> str:
-    "How many of a table's {name: label} `keep(label)` keeps, and the first of them; '' if none."
+    "How many of a table's {name: label} `keep(label)` keeps, and the first three; '' if none."
     some = [f"{n},{v}" for n, v in said.items() if keep(v)]
     return f"{len(some)} {{}} ({'; '.join(some[:3])})" if some else ""
 
@@ -416,7 +416,7 @@ def freeze_projection(clip: Clip) -> None:
 
 
 class Case(Lab):
-    "A merged tower `theta` (state dict) to purify with the pictures of `shadow`; else like `Lab`."
+    "A merged tower `theta` (state dict) to purify with the pictures of `shadow`: a `Lab`."
 
     def __init__(
         self, P: MainParams, clip: Clip, theta: dict, shadow: Shadow, stages: Stages | None = None
@@ -942,7 +942,9 @@ def together(folder: Path):
 
 # %% ../nbs/21a_purify.ipynb #6dbf808f
 def path_page(name: str, d: Defended, card: dict) -> str:
-    "path.html: the figure under the card's title and notes. Names are text, whatever they hold."
+    """path.html: the figure under the card's title and notes.
+
+    Names are text, whatever they hold."""
     fig = path_figure(d, card["path"], "held-out shadow pictures along λ")
     page, e = fig.to_html(include_plotlyjs=True), html.escape
     notes = "".join(f"<li>{e(t)}</li>" for t in card["outcome"]["notes"])
