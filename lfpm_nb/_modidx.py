@@ -230,6 +230,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'lfpm_nb.cli': { 'lfpm_nb.cli._explored': ('cli.html#_explored', 'lfpm_nb/cli.py'),
                              'lfpm_nb.cli._guard': ('cli.html#_guard', 'lfpm_nb/cli.py'),
                              'lfpm_nb.cli._hang': ('cli.html#_hang', 'lfpm_nb/cli.py'),
+                             'lfpm_nb.cli._list_experiments': ('cli.html#_list_experiments', 'lfpm_nb/cli.py'),
                              'lfpm_nb.cli._not_purified': ('cli.html#_not_purified', 'lfpm_nb/cli.py'),
                              'lfpm_nb.cli._options': ('cli.html#_options', 'lfpm_nb/cli.py'),
                              'lfpm_nb.cli._print_utf8': ('cli.html#_print_utf8', 'lfpm_nb/cli.py'),
