@@ -15,17 +15,17 @@ import torch
 
 # %% ../nbs/24_checks.ipynb #7fa0b4ab
 def same(a, b, tol: float = 1e-5) -> bool:
-    "Is `a` what `b` is: same structure, same shapes, numbers within `tol` (absolute, and relative to b; NaN is NaN)? Dicts are compared by key."
+    """Is `a` what `b` is: same structure, same shapes, numbers within `tol`?
+
+    `tol` is absolute, and relative to b; NaN is NaN. Dicts are compared by key."""
     if isinstance(b, dict):
-        return (
-            isinstance(a, dict) and a.keys() == b.keys() and all(same(a[k], b[k], tol) for k in b)
-        )
+        if not isinstance(a, dict) or a.keys() != b.keys():
+            return False
+        return all(same(a[k], b[k], tol) for k in b)
     if isinstance(b, (tuple, list)):
-        return (
-            isinstance(a, (tuple, list))
-            and len(a) == len(b)
-            and all(same(x, y, tol) for x, y in zip(a, b))
-        )
+        if not isinstance(a, (tuple, list)) or len(a) != len(b):
+            return False
+        return all(same(x, y, tol) for x, y in zip(a, b))
     if isinstance(b, str) or b is None:
         return type(a) is type(b) and a == b
     try:
@@ -41,7 +41,10 @@ class Hint(AssertionError):
 
 @dataclass
 class Case:
-    "One call f(*args) with its `right` result, and {hint: the result that this mistake gives}. `by_hand` says how to see the right one."
+    """One call f(*args) with its `right` result, and what known mistakes give instead.
+
+    `wrong`: {hint: the result that this mistake gives}; `by_hand` says how to see the right one;
+    `tol`: as in `same`. ValueError if a mistake gives the right result."""
 
     args: tuple
     right: object
@@ -53,7 +56,8 @@ class Case:
         for hint, value in self.wrong.items():
             if same(value, self.right, self.tol):
                 raise ValueError(
-                    f"the mistake {hint!r} gives the right result here; choose inputs that tell them apart"
+                    f"the mistake {hint!r} gives the right result here; "
+                    "choose inputs that tell them apart"
                 )
 
 # %% ../nbs/24_checks.ipynb #d6dd4529
@@ -76,17 +80,15 @@ def _layout(v):
         return {k: _layout(x) for k, x in v.items()}
     if isinstance(v, (list, tuple)):
         return [_layout(x) for x in v]
-    return (
-        tuple(v.shape)
-        if hasattr(v, "shape")
-        else ()
-        if isinstance(v, (int, float))
-        else type(v).__name__
-    )
+    if hasattr(v, "shape"):
+        return tuple(v.shape)
+    return () if isinstance(v, (int, float)) else type(v).__name__
 
 # %% ../nbs/24_checks.ipynb #304963a7
 def judge(f, case: Case) -> None:
-    "`Hint` unless f gives the right result on copies of the case's arguments and leaves them as they were."
+    """`Hint` unless f gives the right result on copies of the case's arguments.
+
+    And unless it leaves them as they were."""
     args = copy.deepcopy(case.args)
     call = f"on {', '.join(map(show, case.args))}"
     try:
@@ -97,7 +99,8 @@ def judge(f, case: Case) -> None:
         raise Hint("your function returns nothing: replace the `...` and end with `return`")
     if not all(same(a, b, 0) for a, b in zip(args, case.args) if not callable(b)):
         raise Hint(
-            "your function changes its inputs in place; make new tensors instead (a += b writes into a, a = a + b does not)"
+            "your function changes its inputs in place; make new tensors instead "
+            "(a += b writes into a, a = a + b does not)"
         )
     if same(got, case.right, case.tol):
         return
@@ -106,17 +109,17 @@ def judge(f, case: Case) -> None:
             raise Hint(hint)
     if _layout(got) != _layout(case.right):
         raise Hint(f"{call} expected the shape {_layout(case.right)}, got {_layout(got)}")
-    raise Hint(
-        f"{call} expected {show(case.right)}, got {show(got)}"
-        + (f"; by hand: {case.by_hand}" if case.by_hand else "")
-    )
+    how = f"; by hand: {case.by_hand}" if case.by_hand else ""
+    raise Hint(f"{call} expected {show(case.right)}, got {show(got)}{how}")
 
 # %% ../nbs/24_checks.ipynb #a82a22fd
 CHECKS = {}
 
 
 def exercise(shows: str):
-    "Decorator of a generator of `Case`s: the result is `check(f)`, which prints `passed: <shows>` or raises a `Hint`; it is listed in `CHECKS`."
+    """Decorator of a generator of `Case`s: the result is `check(f)`, listed in `CHECKS`.
+
+    `check` prints `passed: <shows>` or raises a `Hint`."""
 
     def of(cases):
         @wraps(cases)
@@ -135,14 +138,12 @@ def exercise(shows: str):
 def _two() -> tuple:
     "A base and two models of a weight and a bias."
     t = torch.tensor
-    return (
-        {"w": t([1.0, 2.0]), "b": t([0.0])},
-        {"w": t([3.0, 2.0]), "b": t([1.0])},
-        {"w": t([2.0, 6.0]), "b": t([-1.0])},
-    )
+    base = {"w": t([1.0, 2.0]), "b": t([0.0])}
+    return base, {"w": t([3.0, 2.0]), "b": t([1.0])}, {"w": t([2.0, 6.0]), "b": t([-1.0])}
 
 
 def _map(f, *states):
+    "f of the states' tensors, key by key."
     return {k: f(*(s[k] for s in states)) for k in states[0]}
 
 
@@ -151,32 +152,32 @@ def merge():
     "f(base, models, scale) -> theta_pre + scale * sum of task vectors, tensor by tensor."
     base, m1, m2 = _two()
     for s in (0.4, 0.3):  # at 1/n the sum and Simple Average would be the same
-        yield Case(
-            (base, [m1, m2], s),
-            _map(lambda b, x, y: b + s * (x - b + y - b), base, m1, m2),
-            {
-                "you added the scaled models to the base: take theta_t - theta_pre first, or the base is counted three times": _map(
-                    lambda b, x, y: b + s * (x + y), base, m1, m2
-                ),
-                "you summed the scaled models: start from the base and add the scaled differences to it": _map(
-                    lambda b, x, y: s * (x + y), base, m1, m2
-                ),
-                "you forgot the base: this is the merged task vector, not the merged model": _map(
-                    lambda b, x, y: s * (x - b + y - b), base, m1, m2
-                ),
-                "you scaled the mean of the task vectors: Task Arithmetic scales their sum": _map(
-                    lambda b, x, y: b + s * (x - b + y - b) / 2, base, m1, m2
-                ),
-                "you forgot the scale": _map(lambda b, x, y: x + y - b, base, m1, m2),
-                "you averaged the models: that is Simple Average, Task Arithmetic at scale 1/n": _map(
-                    lambda x, y: (x + y) / 2, m1, m2
-                ),
-            },
-            by_hand="w[0]: 1 + scale * ((3 - 1) + (2 - 1))",
-        )
+        right = _map(lambda b, x, y: b + s * (x - b + y - b), base, m1, m2)
+        models_added = _map(lambda b, x, y: b + s * (x + y), base, m1, m2)
+        models_alone = _map(lambda b, x, y: s * (x + y), base, m1, m2)
+        vector_alone = _map(lambda b, x, y: s * (x - b + y - b), base, m1, m2)
+        mean_vector = _map(lambda b, x, y: b + s * (x - b + y - b) / 2, base, m1, m2)
+        unscaled = _map(lambda b, x, y: x + y - b, base, m1, m2)
+        average = _map(lambda x, y: (x + y) / 2, m1, m2)
+        wrong = {
+            "you added the scaled models to the base: take theta_t - theta_pre first, or the base "
+            "is counted three times": models_added,
+            "you summed the scaled models: start from the base and add the scaled differences to "
+            "it": models_alone,
+            "you forgot the base: this is the merged task vector, not the merged "
+            "model": vector_alone,
+            "you scaled the mean of the task vectors: Task Arithmetic scales their "
+            "sum": mean_vector,
+            "you forgot the scale": unscaled,
+            "you averaged the models: that is Simple Average, Task Arithmetic at scale "
+            "1/n": average,
+        }
+        by_hand = "w[0]: 1 + scale * ((3 - 1) + (2 - 1))"
+        yield Case((base, [m1, m2], s), right, wrong, by_hand)
 
 # %% ../nbs/24_checks.ipynb #acb16419
 def _flat(s):
+    "A state dict as one long vector."
     return torch.cat([v.flatten() for v in s.values()])
 
 
@@ -185,94 +186,85 @@ def _cos(u, v):
 
 
 @exercise(
-    "cosine compares two task vectors as one long vector each: 0 means that neither knows of the other"
+    "cosine compares two task vectors as one long vector each: "
+    "0 means that neither knows of the other"
 )
 def cosine():
     "f(base, model_1, model_2) -> cosine of the two task vectors over all tensors."
     base, m1, m2 = _two()
     v1, v2 = (_map(lambda b, x: x - b, base, m) for m in (m1, m2))
-    yield Case(
-        (base, m1, m2),
-        _cos(_flat(v1), _flat(v2)),
-        {
-            "you compared the models, not the task vectors: the shared base makes any two models look alike": _cos(
-                _flat(m1), _flat(m2)
-            ),
-            "you averaged one cosine per tensor: a bias of one number then counts as much as a matrix; flatten and concatenate first": sum(
-                _cos(v1[k], v2[k]) for k in v1
-            )
-            / 2,
-            "this is the dot product: divide by both lengths": (_flat(v1) @ _flat(v2)).item(),
-            "you divided by the squared lengths: norm() is already the length": (
-                _flat(v1) @ _flat(v2) / (_flat(v1) @ _flat(v1) * (_flat(v2) @ _flat(v2)))
-            ).item(),
-        },
-        by_hand="vectors (2, 0, 1) and (1, 4, -1): (2 + 0 - 1) / (sqrt 5 * sqrt 18)",
-    )
+    a, b = _flat(v1), _flat(v2)
+    per_tensor = sum(_cos(v1[k], v2[k]) for k in v1) / 2
+    wrong = {
+        "you compared the models, not the task vectors: the shared base makes any two models look "
+        "alike": _cos(_flat(m1), _flat(m2)),
+        "you averaged one cosine per tensor: a bias of one number then counts as much as a "
+        "matrix; flatten and concatenate first": per_tensor,
+        "this is the dot product: divide by both lengths": (a @ b).item(),
+        "you divided by the squared lengths: norm() is already the length": (
+            a @ b / (a @ a * (b @ b))
+        ).item(),
+    }
+    by_hand = "vectors (2, 0, 1) and (1, 4, -1): (2 + 0 - 1) / (sqrt 5 * sqrt 18)"
+    yield Case((base, m1, m2), _cos(a, b), wrong, by_hand)
 
 # %% ../nbs/24_checks.ipynb #187deeee
 @exercise(
     "ASR(T) is counted on images of other classes only, whatever was predicted before the trigger"
 )
 def asr():
-    "f(plain, triggered, labels, target) -> percent of images not of the target class that are predicted as it under the trigger; int64 (N,) each."
-    plain, triggered, y = (
-        torch.tensor(v)
-        for v in ([2, 0, 0, 1, 1, 0, 1, 0], [2, 2, 2, 1, 2, 1, 0, 0], [2, 2, 0, 1, 0, 0, 1, 0])
+    """f(plain, triggered, labels, target) -> percent of other classes' images turned into it.
+
+    That is, of the images not of the target class those that are predicted as it under the
+    trigger; int64 (N,) each."""
+    plain = torch.tensor([2, 0, 0, 1, 1, 0, 1, 0])
+    triggered = torch.tensor([2, 2, 2, 1, 2, 1, 0, 0])
+    y = torch.tensor([2, 2, 0, 1, 0, 0, 1, 0])
+    wrong = {
+        "you counted images that show the target class: they are predicted as it without any "
+        "attack": 100 * 4 / 8,
+        "you counted only other classes, but divided by all images": 100 * 2 / 8,
+        "this is ASR(N), the share of changed predictions: ASR(T) asks whether the target comes "
+        "out": 100 * 4 / 6,
+        "this is the share of changed predictions over all images: ASR(T) asks whether the target "
+        "comes out, where it should not": 100 * 5 / 8,
+        "you kept only images that were right without the trigger; ASR(T) takes every image of "
+        "another class": 100 * 1 / 5,
+        "you left out what was *predicted* as the target; leave out what *shows* the target, by "
+        "its label": 100 * 3 / 7,
+        "you return a fraction; percent is asked": 2 / 6,
+    }
+    by_hand = (
+        "labels 0, 1, 0, 0, 1, 0 are left; under the trigger they are predicted as 2, 1, 2, 1, 0, 0"
     )
-    yield Case(
-        (plain, triggered, y, 2),
-        100 * 2 / 6,
-        {
-            "you counted images that show the target class: they are predicted as it without any attack": 100
-            * 4
-            / 8,
-            "you counted only other classes, but divided by all images": 100 * 2 / 8,
-            "this is ASR(N), the share of changed predictions: ASR(T) asks whether the target comes out": 100
-            * 4
-            / 6,
-            "this is the share of changed predictions over all images: ASR(T) asks whether the target comes out, where it should not": 100
-            * 5
-            / 8,
-            "you kept only images that were right without the trigger; ASR(T) takes every image of another class": 100
-            * 1
-            / 5,
-            "you left out what was *predicted* as the target; leave out what *shows* the target, by its label": 100
-            * 3
-            / 7,
-            "you return a fraction; percent is asked": 2 / 6,
-        },
-        by_hand="labels 0, 1, 0, 0, 1, 0 are left; under the trigger they are predicted as 2, 1, 2, 1, 0, 0",
-    )
+    yield Case((plain, triggered, y, 2), 100 * 2 / 6, wrong, by_hand)
 
 # %% ../nbs/24_checks.ipynb #b4725a85
 @exercise(
-    "r = 1 is the attacker's own model, r = 0 the pretrained one: a backdoor that works for all r survives an unknown dilution"
+    "r = 1 is the attacker's own model, r = 0 the pretrained one: "
+    "a backdoor that works for all r survives an unknown dilution"
 )
 def interpolate():
     "f(h, h_pre, r) -> r h + (1-r) h_pre, un-normalised features (N, d)."
     h, pre = torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 1.0], [3.0, 0.0]])
     unit = lambda v: v / v.norm(dim=-1, keepdim=True)
     for r in (0.25, 0.9):
-        yield Case(
-            (h, pre, r),
-            r * h + (1 - r) * pre,
-            {
-                "r belongs to the fine-tuned features, you gave it to the pretrained ones": (1 - r)
-                * h
-                + r * pre,
-                "you normalised the features first: the attack mixes them as they come, as weights mix them in a merge": r
-                * unit(h)
-                + (1 - r) * unit(pre),
-                "you normalised the mixture; that is the head's work": unit(r * h + (1 - r) * pre),
-                "you added all of h_pre: the two weights must add up to 1": r * h + pre,
-            },
-            by_hand="first number: 2 r + 0 (1 - r)",
-        )
+        right = r * h + (1 - r) * pre
+        other_way = (1 - r) * h + r * pre
+        of_units = r * unit(h) + (1 - r) * unit(pre)
+        wrong = {
+            "r belongs to the fine-tuned features, you gave it to the pretrained ones": other_way,
+            "you normalised the features first: the attack mixes them as they come, as weights "
+            "mix them in a merge": of_units,
+            "you normalised the mixture; that is the head's work": unit(right),
+            "you added all of h_pre: the two weights must add up to 1": r * h + pre,
+        }
+        yield Case((h, pre, r), right, wrong, by_hand="first number: 2 r + 0 (1 - r)")
 
 # %% ../nbs/24_checks.ipynb #c0d3d968
 @exercise(
-    "the gap is what interpolating parameters gives beyond interpolating features; it is zero for every linear f and at both ends"
+    "the gap is what interpolating parameters gives beyond interpolating features; "
+    "it is zero for every linear f and at both ends"
 )
 def ctl_gap():
     "f(encode, theta_1, theta_2, lam) -> encode(mixed parameters) - mixed features."
@@ -286,56 +278,42 @@ def ctl_gap():
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([3.0, 2.0])
     for lam in (0.25, 0.6):
         mix, feats = cube((1 - lam) * a + lam * b), (1 - lam) * cube(a) + lam * cube(b)
-        yield Case(
-            (cube, a, b, lam),
-            mix - feats,
-            {
-                "the sign: parameters first, minus the mixture of features": feats - mix,
-                "you gave lam to theta_1 in both mixtures: lam = 0 is theta_1": (
-                    turned := cube(lam * a + (1 - lam) * b)
-                )
-                - lam * cube(a)
-                - (1 - lam) * cube(b),
-                "your two mixtures run in opposite directions: lam belongs to theta_2 in both": turned
-                - feats,
-                "you return the mixture of features; subtract it from encode(mixed parameters)": feats,
-                "you return encode(mixed parameters); subtract the mixture of features": mix,
-            },
-            by_hand="at lam = 1/4 the first number is 1.5 ** 3 - (0.75 * 1 + 0.25 * 27)",
-        )
-    yield Case(
-        (line, a, b, 0.3),
-        torch.zeros(2),
-        by_hand="a straight line does not care where the mixing happens",
-    )
+        turned = cube(lam * a + (1 - lam) * b)
+        both_turned = turned - lam * cube(a) - (1 - lam) * cube(b)
+        wrong = {
+            "the sign: parameters first, minus the mixture of features": feats - mix,
+            "you gave lam to theta_1 in both mixtures: lam = 0 is theta_1": both_turned,
+            "your two mixtures run in opposite directions: lam belongs to theta_2 in both": turned
+            - feats,
+            "you return the mixture of features; subtract it from encode(mixed parameters)": feats,
+            "you return encode(mixed parameters); subtract the mixture of features": mix,
+        }
+        by_hand = "at lam = 1/4 the first number is 1.5 ** 3 - (0.75 * 1 + 0.25 * 27)"
+        yield Case((cube, a, b, lam), mix - feats, wrong, by_hand)
+    by_hand = "a straight line does not care where the mixing happens"
+    yield Case((line, a, b, 0.3), torch.zeros(2), by_hand=by_hand)
 
 # %% ../nbs/24_checks.ipynb #08acdc84
 @exercise(
-    "the coefficient is 1 when A is B, and tells a longer feature from a shorter one, which the cosine does not"
+    "the coefficient is 1 when A is B, "
+    "and tells a longer feature from a shorter one, which the cosine does not"
 )
 def coefficient():
     "f(A, B) -> <A, B> / <B, B> of two arrays (N, d), flattened."
     A, B = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[2.0, 2.0], [1.0, 3.0]])
     ab, aa, bb = (A * B).sum().item(), (A * A).sum().item(), (B * B).sum().item()
-    yield Case(
-        (A, B),
-        ab / bb,
-        {
-            "you divided by <A, A>: the mixture of features B is the measure": ab / aa,
-            "this is the cosine: it divides by |A| |B| and cannot see that A is shorter": ab
-            / (aa * bb) ** 0.5,
-            "you divided by |B|, not by its square": ab / bb**0.5,
-            "you took one coefficient per sample and averaged; flatten first, then one quotient": (
-                (A * B).sum(1) / (B * B).sum(1)
-            )
-            .mean()
-            .item(),
-            "you divided number by number: a quotient of two dot products is asked": (A / B)
-            .mean()
-            .item(),
-        },
-        by_hand="(2 + 4 + 0 + 3) / (4 + 4 + 1 + 9)",
-    )
+    cosine = ab / (aa * bb) ** 0.5
+    per_sample = ((A * B).sum(1) / (B * B).sum(1)).mean().item()
+    per_number = (A / B).mean().item()
+    wrong = {
+        "you divided by <A, A>: the mixture of features B is the measure": ab / aa,
+        "this is the cosine: it divides by |A| |B| and cannot see that A is shorter": cosine,
+        "you divided by |B|, not by its square": ab / bb**0.5,
+        "you took one coefficient per sample and averaged; flatten first, then one "
+        "quotient": per_sample,
+        "you divided number by number: a quotient of two dot products is asked": per_number,
+    }
+    yield Case((A, B), ab / bb, wrong, by_hand="(2 + 4 + 0 + 3) / (4 + 4 + 1 + 9)")
 
 # %% ../nbs/24_checks.ipynb #eb946e14
 @exercise("what U sees and what is left add up to h, and the rest is at right angles to U")
@@ -344,361 +322,329 @@ def p_clean():
     h = torch.tensor([[3.0, 4.0, 1.0], [1.0, 0.0, 2.0]])
     for U in (torch.eye(3)[:, :1], torch.tensor([[0.6], [0.8], [0.0]])):
         part = h @ U @ U.t()
-        yield Case(
-            (U, h),
-            h - part,
-            {
-                "this is P_adv h, what U sees: subtract it from h": part,
-                "these are the coordinates along U: multiply by U^T to return to the feature space": h
-                @ U,
-                "you subtracted the coordinates, which are not a vector of the feature space: project back with U^T": h
-                - (h @ U).sum(1, keepdim=True),
-                "you subtracted twice the part: that is the mirror image": h - 2 * part,
-            },
-            by_hand="with U = e_1 the first number becomes 0 and the others stay",
-        )
+        less_coords = h - (h @ U).sum(1, keepdim=True)
+        wrong = {
+            "this is P_adv h, what U sees: subtract it from h": part,
+            "these are the coordinates along U: multiply by U^T to return to the feature space": h
+            @ U,
+            "you subtracted the coordinates, which are not a vector of the feature space: project "
+            "back with U^T": less_coords,
+            "you subtracted twice the part: that is the mirror image": h - 2 * part,
+        }
+        by_hand = "with U = e_1 the first number becomes 0 and the others stay"
+        yield Case((U, h), h - part, wrong, by_hand)
 
 # %% ../nbs/24_checks.ipynb #81cc8364
 @exercise(
-    "lengths add up as squares, so the share inside U and the share outside add up to 1; r directions out of d hold r/d of a random vector"
+    "lengths add up as squares, so the share inside U and the share outside add up to 1; "
+    "r directions out of d hold r/d of a random vector"
 )
 def inside():
-    "f(U, v) -> share (N,) of |v|^2 in the span of U's orthonormal columns, one for each row; U (d, r), v (N, d)."
+    """f(U, v) -> share (N,) of |v|^2 in the span of U's orthonormal columns.
+
+    One for each row; U (d, r), v (N, d)."""
     v = torch.tensor([[3.0, 4.0, 0.0], [2.0, 3.0, 6.0]])
     for U in (torch.eye(3)[:, :2], torch.tensor([[0.6], [0.8], [0.0]])):
         coords, size = v @ U, v.square().sum(1)
-        right = coords.square().sum(1) / size
-        yield Case(
-            (U, v),
-            right,
-            {
-                "this is the share of the length; squares are what adds up to 1 over directions at right angles": right.sqrt(),
-                "this is what lies outside: 1 minus the share": 1 - right,
-                "this is the squared length inside, not a share: divide by |v|^2": coords.square().sum(
-                    1
-                ),
-                "you divided by |v|, not by its square": coords.square().sum(1) / size.sqrt(),
-                "you summed over all rows first, so long vectors count for more; one share for each row is asked": coords.square().sum()
-                / size.sum(),
-                "you averaged the rows; one share for each row is asked": right.mean(),
-            },
-            by_hand="with U = (e_1, e_2) the second vector has (2^2 + 3^2) / (2^2 + 3^2 + 6^2)",
-        )
+        within = coords.square().sum(1)
+        right = within / size
+        wrong = {
+            "this is the share of the length; squares are what adds up to 1 over directions at "
+            "right angles": right.sqrt(),
+            "this is what lies outside: 1 minus the share": 1 - right,
+            "this is the squared length inside, not a share: divide by |v|^2": within,
+            "you divided by |v|, not by its square": within / size.sqrt(),
+            "you summed over all rows first, so long vectors count for more; one share for each "
+            "row is asked": coords.square().sum() / size.sum(),
+            "you averaged the rows; one share for each row is asked": right.mean(),
+        }
+        by_hand = "with U = (e_1, e_2) the second vector has (2^2 + 3^2) / (2^2 + 3^2 + 6^2)"
+        yield Case((U, v), right, wrong, by_hand)
 
 # %% ../nbs/24_checks.ipynb #94d88357
 def _mining(ref, ref_p, h, h_p, c0: float, unit: bool = True) -> tuple:
-    "c0 semantic - separation + compact of features (N, d) without a partition, and the terms, step by step."
-    n = (lambda v: v / v.norm(dim=-1, keepdim=True)) if unit else (lambda v: v)
-    ref, ref_p, h, h_p = map(n, (ref, ref_p, h, h_p))
-    terms = [
-        (u - v).square().sum(-1).mean().item()
-        for u, v in ((ref_p, ref), (h_p, h), (h_p, h_p.mean(0)))
-    ]
+    """c0 semantic - separation + compact of features (N, d), and the three terms.
+
+    Without a partition, step by step."""
+    if unit:
+        ref, ref_p, h, h_p = (v / v.norm(dim=-1, keepdim=True) for v in (ref, ref_p, h, h_p))
+    pairs = ((ref_p, ref), (h_p, h), (h_p, h_p.mean(0)))
+    terms = [(u - v).square().sum(-1).mean().item() for u, v in pairs]
     return c0 * terms[0] - terms[1] + terms[2], terms
 
 
 @exercise(
-    "the loss rewards what moves the merged model, to one place, and leaves the pretrained model where it was"
+    "the loss rewards what moves the merged model, to one place, "
+    "and leaves the pretrained model where it was"
 )
 def mining_loss():
-    "f(ref, ref_p, h, h_p, c0) -> c0 semantic - separation + compact; features (N, d) of the pretrained and the merged model, without and with prompt."
+    """f(ref, ref_p, h, h_p, c0) -> c0 semantic - separation + compact.
+
+    Features (N, d) of the pretrained and the merged model, without and with prompt."""
     t = torch.tensor
     ref, ref_p = t([[1.0, 0.0], [0.0, 2.0]]), t([[2.0, 1.0], [0.0, 1.0]])
     h, h_p = t([[3.0, 0.0], [1.0, 1.0]]), t([[0.0, 1.0], [1.0, 2.0]])
     right, (sem, sep, comp) = _mining(ref, ref_p, h, h_p, 3.0)
-    yield Case(
-        (ref, ref_p, h, h_p, 3.0),
-        right,
-        {
-            "the separation has the wrong sign: the loss is minimised, and the merged model shall move": 3
-            * sem
-            + sep
-            + comp,
-            "you did not normalise the features: a head sees directions only, and lengths would win every term": _mining(
-                ref, ref_p, h, h_p, 3.0, False
-            )[0],
-            "c0 belongs to the semantic term, what happens to the *pretrained* model": sem
-            - 3 * sep
-            + comp,
-            "you forgot c0": sem - sep + comp,
-            "the compactness is missing: without it a prompt may scatter the features": 3 * sem
-            - sep,
-            "you swapped the two models: the pretrained one shall stay, the merged one shall move": 3
-            * sep
-            - sem
-            + comp,
-            "you rewarded scattered features: compactness is a distance from the mean, so it is added": 3
-            * sem
-            - sep
-            - comp,
-        },
-        by_hand="distances are squared ones between unit features, averaged over images",
-    )
+    with_lengths, _ = _mining(ref, ref_p, h, h_p, 3.0, False)
+    wrong = {
+        "the separation has the wrong sign: the loss is minimised, and the merged model shall "
+        "move": 3 * sem + sep + comp,
+        "you did not normalise the features: a head sees directions only, and lengths would win "
+        "every term": with_lengths,
+        "c0 belongs to the semantic term, what happens to the *pretrained* model": sem
+        - 3 * sep
+        + comp,
+        "you forgot c0": sem - sep + comp,
+        "the compactness is missing: without it a prompt may scatter the features": 3 * sem - sep,
+        "you swapped the two models: the pretrained one shall stay, the merged one shall move": 3
+        * sep
+        - sem
+        + comp,
+        "you rewarded scattered features: compactness is a distance from the mean, so it is "
+        "added": 3 * sem - sep - comp,
+    }
+    by_hand = "distances are squared ones between unit features, averaged over images"
+    yield Case((ref, ref_p, h, h_p, 3.0), right, wrong, by_hand)
 
 # %% ../nbs/24_checks.ipynb #50512d15
 @exercise(
-    "the gradient says where the loss rises fastest, its length is divided out, and the step is as long as rho allows"
+    "the gradient says where the loss rises fastest, its length is divided out, "
+    "and the step is as long as rho allows"
 )
 def worst_step():
-    "f(p, g, rho) -> p + rho |p| g / |g|, the prompt after one worst-case step; p and its gradient g (k, width), norms over all numbers."
+    """f(p, g, rho) -> p + rho |p| g / |g|, the prompt after one worst-case step.
+
+    p and its gradient g (k, width), norms over all numbers."""
     p, g = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 2.0], [-1.0, 2.0]])
     size, up = p.norm(), g / g.norm()
     for rho in (0.1, 0.5):
-        yield Case(
-            (p, g, rho),
-            p + rho * size * up,
-            {
-                "you went down: the worst prompt is where the loss is *higher*, so the step is added": p
-                - rho * size * up,
-                "you did not divide by the gradient's length: the step would grow with the gradient": p
-                + rho * size * g,
-                "rho is in units of the prompt's length: multiply by |p|": p + rho * up,
-                "you return the step; add it to the prompt": rho * size * up,
-                "you normalised every token on its own: one length over the whole gradient, or unimportant tokens move as far as the others": p
-                + rho * size * g / g.norm(dim=-1, keepdim=True),
-                "you took the sign of the gradient: that bounds every number, rho bounds the length": p
-                + rho * size * g.sign(),
-            },
-            by_hand="|p| = 5 and |g| = 3: at rho = 0.1 the first row becomes (3, 0) + 0.1 * 5 / 3 * (0, 2)",
+        per_token = p + rho * size * g / g.norm(dim=-1, keepdim=True)
+        wrong = {
+            "you went down: the worst prompt is where the loss is *higher*, so the step is added": p
+            - rho * size * up,
+            "you did not divide by the gradient's length: the step would grow with the gradient": p
+            + rho * size * g,
+            "rho is in units of the prompt's length: multiply by |p|": p + rho * up,
+            "you return the step; add it to the prompt": rho * size * up,
+            "you normalised every token on its own: one length over the whole gradient, or "
+            "unimportant tokens move as far as the others": per_token,
+            "you took the sign of the gradient: that bounds every number, rho bounds the length": p
+            + rho * size * g.sign(),
+        }
+        by_hand = (
+            "|p| = 5 and |g| = 3: at rho = 0.1 the first row becomes (3, 0) + 0.1 * 5 / 3 * (0, 2)"
         )
+        yield Case((p, g, rho), p + rho * size * up, wrong, by_hand)
 
 # %% ../nbs/24_checks.ipynb #6a1f0c22
 @exercise(
-    "SAM looks at the highest point within rho, one ball over all weights, and takes its gradient there"
+    "SAM looks at the highest point within rho, one ball over all weights, "
+    "and takes its gradient there"
 )
 def sam_point():
     "f(w, g, rho) -> w + rho g / ||g||, dicts of tensors, one length over all of them."
-    w, g, rho = (
-        {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([0.0])},
-        {"w": torch.tensor([2.0, 1.0]), "b": torch.tensor([2.0])},
-        0.5,
-    )
-    n = _flat(g).norm()
-    yield Case(
-        (w, g, rho),
-        _map(lambda a, b: a + rho * b / n, w, g),
-        {
-            "you divided each tensor by its own length: the ball is one, over all tensors": _map(
-                lambda a, b: a + rho * b / b.norm(), w, g
-            ),
-            "you went down: SAM first climbs to the worst point nearby; the step down comes after, with the gradient found there": _map(
-                lambda a, b: a - rho * b / n, w, g
-            ),
-            "you did not divide by the length: rho would be a learning rate, and no radius": _map(
-                lambda a, b: a + rho * b, w, g
-            ),
-            "you divided by the squared length: norm() is already the length": _map(
-                lambda a, b: a + rho * b / n**2, w, g
-            ),
-            "you took the sign: that is the corner of a box; SAM's ball is round": _map(
-                lambda a, b: a + rho * b.sign(), w, g
-            ),
-            "this is the offset; add it to the weights": _map(lambda b: rho * b / n, g),
-        },
-        by_hand="the length over both tensors is 3: w[0] = 1 + 0.5 * 2 / 3",
-    )
+    w = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([0.0])}
+    g = {"w": torch.tensor([2.0, 1.0]), "b": torch.tensor([2.0])}
+    n, rho = _flat(g).norm(), 0.5
+    right = _map(lambda a, b: a + rho * b / n, w, g)
+    per_tensor = _map(lambda a, b: a + rho * b / b.norm(), w, g)
+    down = _map(lambda a, b: a - rho * b / n, w, g)
+    undivided = _map(lambda a, b: a + rho * b, w, g)
+    squared = _map(lambda a, b: a + rho * b / n**2, w, g)
+    box = _map(lambda a, b: a + rho * b.sign(), w, g)
+    offset = _map(lambda b: rho * b / n, g)
+    wrong = {
+        "you divided each tensor by its own length: the ball is one, over all tensors": per_tensor,
+        "you went down: SAM first climbs to the worst point nearby; the step down comes after, "
+        "with the gradient found there": down,
+        "you did not divide by the length: rho would be a learning rate, and no radius": undivided,
+        "you divided by the squared length: norm() is already the length": squared,
+        "you took the sign: that is the corner of a box; SAM's ball is round": box,
+        "this is the offset; add it to the weights": offset,
+    }
+    by_hand = "the length over both tensors is 3: w[0] = 1 + 0.5 * 2 / 3"
+    yield Case((w, g, rho), right, wrong, by_hand)
 
 # %% ../nbs/24_checks.ipynb #6a1f0c24
 @exercise(
-    "every model on the path is asked, and each counts the same: two feature passes are enough for all of them"
+    "every model on the path is asked, and each counts the same: "
+    "two feature passes are enough for all of them"
 )
 def path_loss():
-    "f(h_mm, h_anti, y, W, points) -> mean over s of CE(W (h_s / ||h_s||), y), h_s = (1-s) h_mm + s h_anti; features (N, d), W (C, d)."
-    F, h0, h1 = (
-        torch.nn.functional,
-        torch.tensor([[2.0, 0.0], [1.0, 1.0]]),
-        torch.tensor([[0.0, 1.0], [-1.0, 2.0]]),
-    )
-    y, W, points = (
-        torch.tensor([1, 1]),
-        torch.tensor([[2.0, 0.0], [0.0, 2.0], [-1.0, 0.0]]),
-        [0.5, 0.7, 1.0],
-    )
+    """f(h_mm, h_anti, y, W, points) -> mean over s of CE(W (h_s / ||h_s||), y).
+
+    h_s = (1-s) h_mm + s h_anti; features (N, d), W (C, d)."""
+    F, t = torch.nn.functional, torch.tensor
+    h0, h1 = t([[2.0, 0.0], [1.0, 1.0]]), t([[0.0, 1.0], [-1.0, 2.0]])
+    y, W, points = t([1, 1]), t([[2.0, 0.0], [0.0, 2.0], [-1.0, 0.0]]), [0.5, 0.7, 1.0]
     out = lambda h: F.normalize(h, dim=-1) @ W.t()
-    ce, mean = (lambda h: F.cross_entropy(out(h), y).item()), lambda v: sum(v) / len(v)
+    ce = lambda h: F.cross_entropy(out(h), y).item()
+    mean = lambda v: sum(v) / len(v)
     mix = lambda a, b: [(1 - s) * a + s * b for s in points]
-    yield Case(
-        (h0, h1, y, W, points),
-        mean([ce(h) for h in mix(h0, h1)]),
-        {
-            "s belongs to the anti-backdoor features, you gave it to the merged ones": mean(
-                [ce(h) for h in mix(h1, h0)]
-            ),
-            "you summed over the points: the loss would grow with their number; take the mean": sum(
-                ce(h) for h in mix(h0, h1)
-            ),
-            "you averaged the features and asked one model, the one in the middle: first the losses, then the mean": ce(
-                mean(mix(h0, h1))
-            ),
-            "you mixed logits: the head normalises what it gets, so features are mixed first": mean(
-                [F.cross_entropy(z, y).item() for z in mix(out(h0), out(h1))]
-            ),
-            "you mixed the losses of the two ends: no model between them was asked": mean(
-                mix(ce(h0), ce(h1))
-            ),
-            "you forgot that the head divides by the feature's length": mean(
-                [F.cross_entropy(h @ W.t(), y).item() for h in mix(h0, h1)]
-            ),
-            "you asked the two ends of the interval only": mean(
-                [ce(h) for h in (mix(h0, h1)[0], mix(h0, h1)[-1])]
-            ),
-        },
-        by_hand="for s = 0.5 the first feature is (1, 0.5); divide it by its length, then W",
-    )
+    on_path = [ce(h) for h in mix(h0, h1)]
+    right = mean(on_path)
+    turned = mean([ce(h) for h in mix(h1, h0)])
+    of_logits = mean([F.cross_entropy(z, y).item() for z in mix(out(h0), out(h1))])
+    of_losses = mean(mix(ce(h0), ce(h1)))
+    with_lengths = mean([F.cross_entropy(h @ W.t(), y).item() for h in mix(h0, h1)])
+    wrong = {
+        "s belongs to the anti-backdoor features, you gave it to the merged ones": turned,
+        "you summed over the points: the loss would grow with their number; take the mean": sum(
+            on_path
+        ),
+        "you averaged the features and asked one model, the one in the middle: first the losses, "
+        "then the mean": ce(mean(mix(h0, h1))),
+        "you mixed logits: the head normalises what it gets, so features are mixed "
+        "first": of_logits,
+        "you mixed the losses of the two ends: no model between them was asked": of_losses,
+        "you forgot that the head divides by the feature's length": with_lengths,
+        "you asked the two ends of the interval only": mean([on_path[0], on_path[-1]]),
+    }
+    by_hand = "for s = 0.5 the first feature is (1, 0.5); divide it by its length, then W"
+    yield Case((h0, h1, y, W, points), right, wrong, by_hand)
 
 # %% ../nbs/24_checks.ipynb #6a1f0c26
 @exercise(
-    "Path-ASR is the mean over the path, by trapezoids: a point counts as much as the path around it, an end half"
+    "Path-ASR is the mean over the path, by trapezoids: "
+    "a point counts as much as the path around it, an end half"
 )
 def path_asr():
-    "f(lams, asr) -> trapezoid integral of asr over lams, divided by the length of lams; lists of equal length, lams rising from 0."
+    """f(lams, asr) -> trapezoid integral of asr over lams, divided by the length of lams.
+
+    Lists of equal length, lams rising from 0."""
     for lams, asr in (([0.0, 0.5, 1.0], [90.0, 10.0, 0.0]), ([0.0, 0.1, 0.5], [80.0, 40.0, 8.0])):
-        steps = list(zip(lams, lams[1:], asr, asr[1:]))
-        area = sum((m - l) * (a + b) / 2 for l, m, a, b in steps)
-        left, right = (
-            sum((m - l) * v for (l, m, *_), v in zip(steps, vs)) for vs in (asr, asr[1:])
-        )
-        yield Case(
-            (lams, asr),
-            area / lams[-1],
-            {
-                "this is the mean of the points: the ends have a path on one side only, so they count half, and wide steps count more": sum(
-                    asr
-                )
-                / len(asr),
-                "you took each step at its left end: that overstates a curve that falls": left
-                / lams[-1],
-                "you took each step at its right end: that flatters a curve that falls": right
-                / lams[-1],
-                "you forgot the half of (a + b) / 2": 2 * area / lams[-1],
-                **(
-                    {}
-                    if lams[-1] == 1
-                    else {
-                        "you forgot to divide by the length of the path: up to λ = 0.5 the mean is asked, in percent": area
-                    }
-                ),
-            },
-            by_hand="step by step (width times the mean of both ends), then divided by the last λ",
-        )
+        widths = [m - l for l, m in zip(lams, lams[1:])]
+        area = sum(w * (a + b) / 2 for w, a, b in zip(widths, asr, asr[1:]))
+        left, right = (sum(w * v for w, v in zip(widths, vs)) for vs in (asr, asr[1:]))
+        wrong = {
+            "this is the mean of the points: the ends have a path on one side only, so they count "
+            "half, and wide steps count more": sum(asr) / len(asr),
+            "you took each step at its left end: that overstates a curve that falls": left
+            / lams[-1],
+            "you took each step at its right end: that flatters a curve that falls": right
+            / lams[-1],
+            "you forgot the half of (a + b) / 2": 2 * area / lams[-1],
+        }
+        if lams[-1] != 1:
+            undivided = (
+                "you forgot to divide by the length of the path: "
+                "up to λ = 0.5 the mean is asked, in percent"
+            )
+            wrong[undivided] = area
+        by_hand = "step by step (width times the mean of both ends), then divided by the last λ"
+        yield Case((lams, asr), area / lams[-1], wrong, by_hand)
 
 # %% ../nbs/24_checks.ipynb #6a1f0c28
 @exercise(
-    "the rule stops at the first λ from which the next step buys less than `least` nats per unit of λ"
+    "the rule stops at the first λ from which the next step buys less than `least` nats "
+    "per unit of λ"
 )
 def lam_rule():
-    "f(lams, loss, least) -> the first lam whose next step lowers the loss by less than least * (step), the last lam if there is none."
+    """f(lams, loss, least) -> the first lam whose next step lowers the loss too little.
+
+    By less than least * (step); the last lam if there is none."""
     lams = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
-    lowest, next_one = (
-        "you took the lowest loss: it keeps falling a little for a long way, and every further step costs accuracy",
-        "one step too far: stop where the next step no longer pays, before taking it",
+    lowest = (
+        "you took the lowest loss: it keeps falling a little for a long way, "
+        "and every further step costs accuracy"
     )
-    yield Case(
-        (lams, [5.0, 3.0, 2.97, 2.5, 2.49, 2.48], 0.5),
-        0.1,
-        {
-            lowest: 0.5,
-            next_one: 0.2,
-            "you took the last such λ: the rule stops at the first": 0.4,
-            "you looked for the steepest fall: that is where to go on": 0.0,
-        },
-        by_hand="falls of 2, 0.03, 0.47, ...; a step of 0.1 must buy 0.5 * 0.1 = 0.05",
-    )
-    yield Case(
-        (lams, [5.0, 3.0, 2.7, 2.66, 2.65, 2.66], 0.5),
-        0.2,
-        {
-            lowest: 0.4,
-            next_one: 0.3,
-            "you compared the fall of one step with `least`: it is meant per unit of λ, so multiply it by the step": 0.1,
-        },
-        by_hand="falls of 2, 0.3, 0.04, ...; a step of 0.1 must buy 0.5 * 0.1 = 0.05",
-    )
-    yield Case(
-        (lams, [5.0, 4.0, 3.0, 2.0, 1.0, 0.5], 0.5),
-        0.5,
-        {
-            "every step pays, so the rule goes to the last λ; you stopped one before it": 0.4,
-            "every step pays, so the rule goes to the last λ; you stayed at the first": 0.0,
-        },
-        by_hand="all falls are above 0.05",
-    )
+    next_one = "one step too far: stop where the next step no longer pays, before taking it"
+    wrong = {
+        lowest: 0.5,
+        next_one: 0.2,
+        "you took the last such λ: the rule stops at the first": 0.4,
+        "you looked for the steepest fall: that is where to go on": 0.0,
+    }
+    by_hand = "falls of 2, 0.03, 0.47, ...; a step of 0.1 must buy 0.5 * 0.1 = 0.05"
+    yield Case((lams, [5.0, 3.0, 2.97, 2.5, 2.49, 2.48], 0.5), 0.1, wrong, by_hand)
+    wrong = {
+        lowest: 0.4,
+        next_one: 0.3,
+        "you compared the fall of one step with `least`: it is meant per unit of λ, so multiply "
+        "it by the step": 0.1,
+    }
+    by_hand = "falls of 2, 0.3, 0.04, ...; a step of 0.1 must buy 0.5 * 0.1 = 0.05"
+    yield Case((lams, [5.0, 3.0, 2.7, 2.66, 2.65, 2.66], 0.5), 0.2, wrong, by_hand)
+    wrong = {
+        "every step pays, so the rule goes to the last λ; you stopped one before it": 0.4,
+        "every step pays, so the rule goes to the last λ; you stayed at the first": 0.0,
+    }
+    by_hand = "all falls are above 0.05"
+    yield Case((lams, [5.0, 4.0, 3.0, 2.0, 1.0, 0.5], 0.5), 0.5, wrong, by_hand)
 
 # %% ../nbs/24_checks.ipynb #6a1f0c2a
 @exercise(
-    "the adaptive attacker pays for every degree between triggered pictures and the class they shall look like"
+    "the adaptive attacker pays for every degree between triggered pictures "
+    "and the class they shall look like"
 )
 def coupling():
-    "f(h_b, refs) -> 1 - mean cosine of triggered features h_b (N, d) to the mean of the references refs (M, d)."
+    """f(h_b, refs) -> 1 - mean cosine of triggered features to the references' mean.
+
+    h_b (N, d), refs (M, d)."""
     t, cos = torch.tensor, lambda a, b: torch.nn.functional.cosine_similarity(a, b, dim=-1)
     h, refs = t([[3.0, 0.0], [1.0, 2.0]]), t([[2.0, 0.0], [0.0, 2.0], [0.0, 1.0]])
     mu, unit = refs.mean(0, keepdim=True), lambda v: v / v.norm(dim=-1, keepdim=True)
-    yield Case(
-        (h, refs),
-        1 - cos(h, mu).mean().item(),
-        {
-            "this is the cosine: the loss is minimised, so the attacker pays 1 - cos": cos(h, mu)
-            .mean()
-            .item(),
-            "this is a dot product: the cosine divides by both lengths, as a head does": (
-                1 - (h @ mu.t()).mean()
-            ).item(),
-            "you averaged the triggered features first: each picture has its own angle": 1
-            - cos(h.mean(0), mu[0]).item(),
-            "you compared with every reference and averaged: the anchor is their mean feature": 1
-            - torch.stack([cos(h, r[None]) for r in refs]).mean().item(),
-            "you made the references unit vectors before taking their mean: Eq 27 takes the features as they come": 1
-            - cos(h, unit(refs).mean(0, keepdim=True)).mean().item(),
-        },
-        by_hand="the mean reference is (2/3, 1); one cosine for each row of h_b",
-    )
+    mean_cos = cos(h, mu).mean().item()
+    each_reference = torch.stack([cos(h, r[None]) for r in refs]).mean().item()
+    of_units = cos(h, unit(refs).mean(0, keepdim=True)).mean().item()
+    wrong = {
+        "this is the cosine: the loss is minimised, so the attacker pays 1 - cos": mean_cos,
+        "this is a dot product: the cosine divides by both lengths, as a head does": (
+            1 - (h @ mu.t()).mean()
+        ).item(),
+        "you averaged the triggered features first: each picture has its own angle": 1
+        - cos(h.mean(0), mu[0]).item(),
+        "you compared with every reference and averaged: the anchor is their mean feature": 1
+        - each_reference,
+        "you made the references unit vectors before taking their mean: Eq 27 takes the features "
+        "as they come": 1 - of_units,
+    }
+    by_hand = "the mean reference is (2/3, 1); one cosine for each row of h_b"
+    yield Case((h, refs), 1 - mean_cos, wrong, by_hand)
 
 # %% ../nbs/24_checks.ipynb #6a1f0c2b
 @exercise(
-    "a defence returns a whole, finite model, leaves integer buffers alone and does not touch what it was given"
+    "a defence returns a whole, finite model, leaves integer buffers alone "
+    "and does not touch what it was given"
 )
 def defence_contract():
-    "f(before, after, end) -> does `end`, a defence's model, keep the contract? before, after: the merged model before and after the call."
+    """f(before, after, end) -> does `end`, a defence's model, keep the contract?
+
+    before, after: the merged model before and after the call."""
     t, merged = torch.tensor, {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
+    by_hand = "same keys, same shapes, finite, integers unchanged, inputs unchanged"
 
     def case(hint, kept=False, after=merged, **end):
-        return Case(
-            (
-                merged,
-                after,
-                {k: v for k, v in (merged | {"w": t([1.0, 1.0])} | end).items() if v is not None},
-            ),
-            kept,
-            {hint: not kept},
-            by_hand="same keys, same shapes, finite, integers unchanged, inputs unchanged",
-        )
+        given = merged | {"w": t([1.0, 1.0])} | end
+        given = {k: v for k, v in given.items() if v is not None}
+        return Case((merged, after, given), kept, {hint: not kept}, by_hand)
 
+    unseen = "and you did not see it:"
     yield case(
         "you refuse a model that keeps the contract: weights may change, all of them", kept=True
     )
-    yield case("a tensor is missing from `end` and you did not see it: compare the keys", w=None)
+    yield case(f"a tensor is missing from `end` {unseen} compare the keys", w=None)
     yield case(
-        "`end` has a tensor too many and you did not see it: compare the keys in both directions",
-        extra=t([1.0]),
+        f"`end` has a tensor too many {unseen} compare the keys in both directions", extra=t([1.0])
     )
     yield case(
-        "a tensor changed its shape and you did not see it: (1,) broadcasts with (2,), so compare shapes",
+        f"a tensor changed its shape {unseen} (1,) broadcasts with (2,), so compare shapes",
         w=t([1.0]),
     )
     yield case(
-        "`end` holds NaN and you did not see it: ask isfinite() of every floating-point tensor",
+        f"`end` holds NaN {unseen} ask isfinite() of every floating-point tensor",
         w=t([1.0, float("nan")]),
     )
     yield case(
-        "`end` holds infinity and you did not see it: isnan() is not enough, ask isfinite()",
+        f"`end` holds infinity {unseen} isnan() is not enough, ask isfinite()",
         w=t([1.0, float("inf")]),
     )
     yield case(
-        "an integer buffer changed and you did not see it: such tensors count or index, nobody trains them",
+        f"an integer buffer changed {unseen} such tensors count or index, nobody trains them",
         n=t(4),
     )
     yield case(
-        "the defence wrote into the merged model and you did not see it: compare before and after",
+        f"the defence wrote into the merged model {unseen} compare before and after",
         after=merged | {"w": t([1.0, 1.0])},
     )
 
@@ -710,41 +656,36 @@ def _dropped(merged: dict, pre: dict, size: dict, n: int) -> dict:
 
 
 @exercise(
-    "what was moved furthest goes back to the pretrained value; everything else stays as it was merged"
+    "what was moved furthest goes back to the pretrained value; "
+    "everything else stays as it was merged"
 )
 def drop_largest():
-    "f(merged, pre, share) -> merged, with the `share` of entries of largest |merged - pre| over all tensors back at pre."
+    """f(merged, pre, share) -> merged, with the largest changes back at pre.
+
+    The `share` of entries of largest |merged - pre| over all tensors."""
     t = torch.tensor
-    pre, merged = (
-        {"w": t([1.0, 2.0]), "b": t([0.5, 0.0, -1.0, -7.0])},
-        {"w": t([5.0, -1.0]), "b": t([1.5, -2.0, -0.5, -7.0])},
-    )
+    pre = {"w": t([1.0, 2.0]), "b": t([0.5, 0.0, -1.0, -7.0])}
+    merged = {"w": t([5.0, -1.0]), "b": t([1.5, -2.0, -0.5, -7.0])}
     tau = _map(lambda m, p: m - p, merged, pre)
     size = _map(torch.abs, tau)
-    yield Case(
-        (merged, pre, 1 / 3),
-        _dropped(merged, pre, size, 2),
-        {
-            "you set them to zero: they go back to the *pretrained* value": _dropped(
-                merged, _map(torch.zeros_like, pre), size, 2
-            ),
-            "you dropped the smallest": _dropped(merged, pre, _map(torch.neg, size), 2),
-            "you dropped the largest weights, whoever put them there: compare with pre first": _dropped(
-                merged, pre, _map(torch.abs, merged), 2
-            ),
-            "you forgot the absolute value: a large step down is as large as one up": _dropped(
-                merged, pre, tau, 2
-            ),
-            "you dropped the share of each tensor: a tensor that hardly moved loses as much as one that moved far; one ranking for all": {
-                k: _dropped({k: merged[k]}, {k: pre[k]}, {k: size[k]}, round(len(size[k]) / 3))[k]
-                for k in merged
-            },
-            "this is the task vector; add it to pre": _map(
-                lambda d, p: d - p, _dropped(merged, pre, size, 2), pre
-            ),
-            "you kept only the largest and dropped the rest": _dropped(
-                merged, pre, _map(torch.neg, size), 4
-            ),
-        },
-        by_hand="task vectors (4, -3) and (1, -2, 0.5, 0): a third of six entries are two, 4 and -3",
-    )
+    small = _map(torch.neg, size)
+    right = _dropped(merged, pre, size, 2)
+    zeroed = _dropped(merged, _map(torch.zeros_like, pre), size, 2)
+    of_weights = _dropped(merged, pre, _map(torch.abs, merged), 2)
+    signed = _dropped(merged, pre, tau, 2)
+    per_tensor = {}
+    for k, v in size.items():
+        per_tensor |= _dropped({k: merged[k]}, {k: pre[k]}, {k: v}, round(len(v) / 3))
+    wrong = {
+        "you set them to zero: they go back to the *pretrained* value": zeroed,
+        "you dropped the smallest": _dropped(merged, pre, small, 2),
+        "you dropped the largest weights, whoever put them there: compare with pre "
+        "first": of_weights,
+        "you forgot the absolute value: a large step down is as large as one up": signed,
+        "you dropped the share of each tensor: a tensor that hardly moved loses as much as one "
+        "that moved far; one ranking for all": per_tensor,
+        "this is the task vector; add it to pre": _map(lambda d, p: d - p, right, pre),
+        "you kept only the largest and dropped the rest": _dropped(merged, pre, small, 4),
+    }
+    by_hand = "task vectors (4, -3) and (1, -2, 0.5, 0): a third of six entries are two, 4 and -3"
+    yield Case((merged, pre, 1 / 3), right, wrong, by_hand)

@@ -41,7 +41,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Backdoors in CLIP model merging, and LFPM against them.\n\nStart with:  lfpm run main --preset tiny",
+    help=(
+        "Backdoors in CLIP model merging, and LFPM against them.\n\n"
+        "Start with:  lfpm run main --preset tiny"
+    ),
     epilog="Exit codes: " + "; ".join(f"{k} {v}" for k, v in EXITS.items()) + ".",
 )
 data = typer.Typer(
@@ -51,7 +54,7 @@ data = typer.Typer(
 )
 app.add_typer(data, name="data")
 
-
+# %% ../nbs/25_cli.ipynb #315fc043
 def main() -> None:
     "Entry point: turns known errors into one line and an exit code."
     _print_utf8()
@@ -75,41 +78,46 @@ def main() -> None:
 
 
 def _print_utf8() -> None:
-    "From here on this process prints UTF-8, whatever the locale: λ and ± stand in many lines. A file name keeps its bytes."
+    """From here on this process prints UTF-8, whatever the locale.
+
+    λ and ± stand in many lines. A file name keeps its bytes."""
     for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors=errors)
 
 
-def alone(command: str) -> None:
-    "ValueError in one of several processes that torchrun started: only purify shares its work among them."
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
-            f"lfpm {command} was started in {os.environ['WORLD_SIZE']} processes (WORLD_SIZE); start it once. lfpm sweep "
-            "does several runs at a time; of torchrun's processes only lfpm purify makes one training"
-        )
-
-
 def _say(e, code: int) -> int:
+    "Print an error on stderr; its code."
     # a fault may tell a story of several lines; what a file holds may not
     lines = str(e).split("\n") if code == 1 else [e]
     print("lfpm: " + "\n".join(map(printable, lines)), file=sys.stderr)
     return code
 
+# %% ../nbs/25_cli.ipynb #fb9a595f
+def alone(command: str) -> None:
+    "ValueError in one of several processes that torchrun started."
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"lfpm {command} was started in {os.environ['WORLD_SIZE']} processes (WORLD_SIZE); "
+            "start it once. lfpm sweep does several runs at a time; of torchrun's processes only "
+            "lfpm purify makes one training"
+        )
+
 # %% ../nbs/25_cli.ipynb #0ad60b5d
 @app.command()
 def doctor():
     "Say what this machine has, and how to get what is missing."
-    for k, v in versions().items():
+    no_data = "LFPM_DATA is not set; only real pictures need it (lfpm data list)"
+    no_backbone = "none: data/ is empty; make one with  lfpm run pretrain"
+    has = versions() | {
+        "backbones": ", ".join(data_cards()) or no_backbone,
+        "notebooks": f"run in {sys.executable}",
+        "runs": runs_dir().resolve(),
+        "cache": cache_dir().resolve(),
+        "pictures": os.environ.get("LFPM_DATA") or no_data,
+    }
+    for k, v in has.items():
         print(f"{k:12s} {v}")
-    print(
-        f"{'backbones':12s} {', '.join(data_cards()) or 'none: data/ is empty; make one with  lfpm run pretrain'}"
-    )
-    print(f"{'notebooks':12s} run in {sys.executable}")
-    print(f"{'runs':12s} {runs_dir().resolve()}\n{'cache':12s} {cache_dir().resolve()}")
-    print(
-        f"{'pictures':12s} {os.environ.get('LFPM_DATA') or 'LFPM_DATA is not set; only real pictures need it (lfpm data list)'}"
-    )
     missing = []
     for module, why in (
         ("jupyterlab", "notebooks"),
@@ -125,44 +133,47 @@ def doctor():
 
 # %% ../nbs/25_cli.ipynb #cb743350
 def _hang(left: str, text: str, at: int) -> str:
-    "`left`, then `text` from column `at` on, wrapped to the terminal; it starts on a line of its own where `left` is too long. One line where there is no terminal."
+    """`left`, then `text` from column `at` on, wrapped to the terminal.
+
+    It starts on a line of its own where `left` is too long. One line where there is no terminal."""
     width = max(30, shutil.get_terminal_size((10_000, 24)).columns - at)
-    first, *rest = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [
-        ""
-    ]
-    lines = (
-        [f"{left} ".ljust(at) + first]
-        if len(left) < at or width > 1000
-        else [left, " " * at + first]
-    )
-    return "\n".join(l.rstrip() for l in (*lines, *(" " * at + r for r in rest)))
+    wrapped = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    first, *rest = wrapped or [""]
+    if len(left) < at or width > 1000:
+        lines = [f"{left} ".ljust(at) + first]
+    else:
+        lines = [left, " " * at + first]
+    lines += [" " * at + r for r in rest]
+    return "\n".join(l.rstrip() for l in lines)
 
 # %% ../nbs/25_cli.ipynb #d0a7a5e7
 @data.command("list")
 def data_list():
     "List every known set: its size, its source, whether it is here."
-    print(
-        f"LFPM_DATA {os.environ.get('LFPM_DATA') or 'is not set: make a folder for real pictures and set it'}\n"
-    )
+    no_data = "is not set: make a folder for real pictures and set it"
+    print(f"LFPM_DATA {os.environ.get('LFPM_DATA') or no_data}\n")
     print(f"{'name':13s} {'px':>3s} {'class':>5s} {'train':>5s} {'test':>5s} {'GB':>4s} here from")
     for r in inventory():
-        counts = f"{r['name']:13s} {r['px']:3d} {r['classes']:5d} {r['train']:5d} {r['test']:5d} {r['gb']:4.3g} {'yes' if r['here'] else '-'}"
-        print(_hang(counts, r["source"] + (f" ({r['note']})" if r["note"] else ""), 46))
+        sizes = f"{r['px']:3d} {r['classes']:5d} {r['train']:5d} {r['test']:5d} {r['gb']:4.3g}"
+        left = f"{r['name']:13s} {sizes} {'yes' if r['here'] else '-'}"
+        print(_hang(left, f"{r['source']} ({r['note']})" if r["note"] else r["source"], 46))
 
 
 @data.command("check")
 def data_check(
     names: list[str] = typer.Argument(None, help="sets to check (default: all that are here)"),
 ):
-    "Check the sets that are here; exit code 1 when one is wrong. Counts, label range, class order and some pictures are looked at."
-    wrong, sets = 0, [(n, px) for n, px in every_set() if (n in names if names else present(n, px))]
+    """Check the sets that are here; exit code 1 when one is wrong.
+
+    Counts, label range, class order and some pictures are looked at."""
     for n in names or []:
         find_set(n)
+    asked = lambda n, px: n in names if names else present(n, px)
+    wrong, sets = 0, [(n, px) for n, px in every_set() if asked(n, px)]
     for name, px in sets:
         try:
-            print(
-                f"{name} ({px} px): right, {', '.join(f'{n:,} {half}' for half, n in check_set(name, px).items())}"
-            )
+            counts = ", ".join(f"{n:,} {half}" for half, n in check_set(name, px).items())
+            print(f"{name} ({px} px): right, {counts}")
         except (ValueError, FileNotFoundError) as e:
             wrong += 1
             print(f"{name} ({px} px): WRONG, {e}")
@@ -180,34 +191,20 @@ def data_get(name: str = typer.Argument(..., help="a set of `lfpm data list`")):
 # %% ../nbs/25_cli.ipynb #37a19f08
 @app.command()
 def methods():
-    "List every merge, attack, defence and rule for λ. Its source, what it needs, and a defence's strength with the values that its rule tries."
+    """List every merge, attack, defence and rule for λ.
+
+    Its source, what it needs, and a defence's strength with the values that its rule tries."""
     for reg in (merges, attacks, defences, lam_rules):
         print(f"{reg.kind}s")
         for name, m in reg.items():
-            print(
-                _hang(
-                    f"  {name}",
-                    " · ".join(
-                        filter(
-                            None,
-                            (
-                                m["long"],
-                                m["source"],
-                                f"needs {', '.join(m['needs']) or 'weights only'}",
-                            ),
-                        )
-                    ),
-                    20,
-                )
-            )
-            if name in knobs:
-                print(
-                    _hang(
-                        "",
-                        f"strength: {knobs[name].name}, {', '.join(f'{v:g}' for v in knobs[name].grid)} (default {knobs[name].default:g})",
-                        20,
-                    )
-                )
+            needs = f"needs {', '.join(m['needs']) or 'weights only'}"
+            words = [w for w in (m["long"], m["source"], needs) if w]
+            print(_hang(f"  {name}", " · ".join(words), 20))
+            if name not in knobs:
+                continue
+            knob = knobs[name]
+            grid = ", ".join(f"{v:g}" for v in knob.grid)
+            print(_hang("", f"strength: {knob.name}, {grid} (default {knob.default:g})", 20))
 
 # %% ../nbs/25_cli.ipynb #6ebcbf94
 from .core import Diverged, writing
@@ -231,33 +228,32 @@ def _options(p: list[str]) -> dict:
 def convert_(
     file: str = typer.Argument(
         ...,
-        help="checkpoint to read, of any kind that README lists: its format is seen from its bytes and names",
+        help="checkpoint to read, of any kind that README lists: "
+        "its format is seen from its bytes and names",
     ),
     out: str = typer.Argument(..., help="safetensors file to write"),
     to: str = typer.Option(..., help=f"format to write: {', '.join(FORMS)}"),
     base: str = typer.Option(
         None,
-        help="lends what the file lacks: Hugging Face's CLIPVisionModel has no projection, a tower no text, an adapter no weights",
+        help="lends what the file lacks: Hugging Face's CLIPVisionModel has no projection, "
+        "a tower no text, an adapter no weights",
     ),
     model: str = typer.Option(
         "",
-        help="a shipped backbone or open_clip's name: says heads and activation for config.json where the files do not",
+        help="a shipped backbone or open_clip's name: "
+        "says heads and activation for config.json where the files do not",
     ),
 ):
     "Rewrite a CLIP vision tower under another library's names. No bit of its weights changes."
-    left = convert(file, out, to, base, model)
-    print(
-        f"written: {out}"
-        + (
-            f" ({len(left)} tensors have no place in {to}: {printable(', '.join(left[:3]))}{', …' if len(left) > 3 else ''})"
-            if left
-            else ""
-        )
-    )
+    left, lost = convert(file, out, to, base, model), ""
+    if left:
+        some = printable(", ".join(left[:3])) + (", …" if len(left) > 3 else "")
+        lost = f" ({len(left)} tensors have no place in {to}: {some})"
+    print(f"written: {out}{lost}")
 
 # %% ../nbs/25_cli.ipynb #2bd30002
 def _try_page(page: str, *inputs) -> None:
-    "ValueError or OSError unless a page can be written to `page`, and it is none of the inputs."
+    "ValueError or OSError unless a page can be written to `page`, which is none of the inputs."
     path = Path(page)
     if path.is_dir():
         raise ValueError(f"{page} is a folder; give --html the name of a file")
@@ -294,9 +290,8 @@ def merge_(
     ),
 ):
     "Merge checkpoints by a method that looks at weights only."
-    print(
-        f"written: {out} (from {', '.join(merge_files(method, files, base, out, _options(p), anyway, model))})"
-    )
+    parents = merge_files(method, files, base, out, _options(p), anyway, model)
+    print(f"written: {out} (from {', '.join(parents)})")
 
 # %% ../nbs/25_cli.ipynb #d782cb40
 @app.command("path")
@@ -322,16 +317,12 @@ def path_(
     start, end, clip, data = open_walk(a, b, model, base, task, n_test, anyway)
     _try_page(html, a, b, base)
     rows = walk(clip, start, end, data, n)
-    print(
-        "| λ | CA % | 95 % interval |\n|---|---|---|\n"
-        + "\n".join(
-            f"| {r['lam']:.2f} | {r['value']:.1f} | {r['lo']:.1f} to {r['hi']:.1f} |" for r in rows
-        )
-    )
+    print("| λ | CA % | 95 % interval |\n|---|---|---|")
+    for r in rows:
+        print(f"| {r['lam']:.2f} | {r['value']:.1f} | {r['lo']:.1f} to {r['hi']:.1f} |")
+    title = f"{data.name}: {os.path.basename(a)} to {os.path.basename(b)}"
     with writing(html) as tmp:
-        walk_figure(
-            rows, f"{data.name}: {os.path.basename(a)} to {os.path.basename(b)}"
-        ).write_html(tmp, include_plotlyjs=True)
+        walk_figure(rows, title).write_html(tmp, include_plotlyjs=True)
     print(f"\nn = {rows[0]['n']} test pictures of {data.name}; figure: {html}")
 
 # %% ../nbs/25_cli.ipynb #8d81ac8d
@@ -355,7 +346,8 @@ def purify_(
     ),
     vocabulary: str = typer.Option(
         "",
-        help="its words, one a line, or a head file (default: LabWorld's scenes, ImageNet's classes)",
+        help="its words, one a line, or a head file "
+        "(default: LabWorld's scenes, ImageNet's classes)",
     ),
     out: str = typer.Option(
         "purified.safetensors",
@@ -363,7 +355,8 @@ def purify_(
     ),
     preset: str = typer.Option(
         "",
-        help="settings: tiny (a look), lab (default of shipped backbones), paper (default of open_clip's models)",
+        help="settings: tiny (a look), lab (default of shipped backbones), "
+        "paper (default of open_clip's models)",
     ),
     seed: int = typer.Option(
         0, help="which pictures are held out, prompts' starts, order of training"
@@ -375,28 +368,30 @@ def purify_(
         [], "-p", help="key=value, repeatable; lfpm run purify --dry-run lists all keys"
     ),
 ):
-    "Train the backdoor out of a merged model of yours, by LFPM. Which it is, and whether there is one, nobody needs to know."
+    """Train the backdoor out of a merged model of yours, by LFPM.
+
+    Which it is, and whether there is one, nobody needs to know."""
     if not first():
         warnings.simplefilter("ignore")  # of several processes one speaks
     files = dict(merged=merged, base=base, model=model, shadow=shadow, labels=labels, out=out)
+    more = dict(preset=preset, vocabulary=vocabulary, seed=seed, anyway=anyway)
     given = _options(p)
-    if both := sorted(given.keys() & {*files, "preset", "vocabulary", "seed", "anyway"}):
+    if both := sorted(given.keys() & {*files, *more}):
         raise ValueError(f"-p {both[0]} has an option of its own here: --{both[0]}")
     try:
-        got = purify(
-            **files, preset=preset, vocabulary=vocabulary, seed=seed, anyway=anyway, **given
-        )
+        got = purify(**files, **more, **given)
     except KeyboardInterrupt:
-        raise typer.Exit(
-            _say("stopped; finished stages are kept, so the same command continues", 130)
-        ) from None
+        stopped = "stopped; finished stages are kept, so the same command continues"
+        raise typer.Exit(_say(stopped, 130)) from None
     except Diverged as e:
         raise RuntimeError(str(e)) from None
     c, end = got.card["cost"], got.card["outcome"]
     if first():
+        print(f"written: {out}, and beside it {', '.join(BESIDE)}")
         print(
-            f"written: {out}, and beside it {', '.join(BESIDE)}\nλ = {got.card['lam']:g}; of {c['merged']['n']} held-out pictures agree with their label: "
-            f"{c['merged']['accuracy']:.1f} % merged, {c['purified']['accuracy']:.1f} % {end['state']}"
+            f"λ = {got.card['lam']:g}; of {c['merged']['n']} held-out pictures agree with their "
+            f"label: {c['merged']['accuracy']:.1f} % merged, "
+            f"{c['purified']['accuracy']:.1f} % {end['state']}"
         )
         for sentence in end["notes"]:
             note(sentence)
@@ -413,6 +408,14 @@ def _not_purified(folder) -> str:
     return card["outcome"]["state"] if card.get("kind") == KINDS[0] else ""
 
 
+def _list_experiments(preset: str) -> None:
+    "Print every experiment with its minutes and what it reproduces."
+    for e in experiments().values():
+        also = f"also called {', '.join(e.also)}" if e.also else ""
+        words = " · ".join(w for w in (e.title, e.reproduces, also) if w)
+        print(_hang(f"{e.name:17s}{e.minutes.get(preset, '?'):>3} min", words, 26))
+
+# %% ../nbs/25_cli.ipynb #11f2d46a
 @app.command()
 def run(
     name: str = typer.Argument(None, help="an experiment, e.g. main; see --list"),
@@ -431,17 +434,11 @@ def run(
     ),
     force: bool = typer.Option(False, "--force", help="compute everything again"),
 ):
-    "Run an experiment: a notebook with parameters. What has not changed is reused; an interrupted run continues."
+    """Run an experiment: a notebook with parameters.
+
+    What has not changed is reused; an interrupted run continues."""
     if every or name is None:
-        for e in experiments().values():
-            also = f"also called {', '.join(e.also)}" if e.also else ""
-            print(
-                _hang(
-                    f"{e.name:17s}{e.minutes.get(preset, '?'):>3} min",
-                    " · ".join(filter(None, (e.title, e.reproduces, also))),
-                    26,
-                )
-            )
+        _list_experiments(preset)
         return
     given = _options(p)
     if dry_run:
@@ -453,9 +450,8 @@ def run(
     try:
         out = run_notebook(name, preset, given, seed, force)
     except KeyboardInterrupt:
-        raise typer.Exit(
-            _say("stopped; finished stages are kept, so the same command continues", 130)
-        ) from None
+        stopped = "stopped; finished stages are kept, so the same command continues"
+        raise typer.Exit(_say(stopped, 130)) from None
     print(f"results in {out}")
     if state := _not_purified(out):
         raise typer.Exit(_say(f"nothing was purified ({state}); card.md there says why", 3))
@@ -470,34 +466,35 @@ def table_(
     ),
     against: str = typer.Option(
         None,
-        help="compare whole paths with this method, e.g. LFPM: at equal clean accuracy, and at equal attack success",
+        help="compare whole paths with this method, e.g. LFPM: "
+        "at equal clean accuracy, and at equal attack success",
     ),
     as_json: bool = typer.Option(
         False, "--json", help="nothing but JSON on stdout, rates in percent"
     ),
 ):
-    "Print mean ± std of a run over its seeds. The newest configuration is taken; others are never mixed in."
+    """Print mean ± std of a run over its seeds.
+
+    The newest configuration is taken; others are never mixed in."""
     df, info = load_runs(name, preset, config)
-    t = (
-        table(df)
-        if against is None
-        else versus(
-            df, choose(against, df[df.kind == "path"].method.unique(), "method with a path")
-        )
-    )
+    if against is None:
+        t, columns = table(df), COLUMNS
+    else:
+        with_path = df[df.kind == "path"].method.unique()
+        t, columns = versus(df, choose(against, with_path, "method with a path")), VERSUS
     if as_json:
         print(t.to_json(orient="records", double_precision=4))
     else:
-        print(to_markdown(t, COLUMNS if against is None else VERSUS))
+        print(to_markdown(t, columns))
         made = "".join(f" (made as {was}: {how})" for was, how in info["made"].items())
-        print(
-            f"\nconfiguration {info['config']}{made}, figure: {info['folders'][-1] / 'path.html'}"
-        )
+        page = info["folders"][-1] / "path.html"
+        print(f"\nconfiguration {info['config']}{made}, figure: {page}")
     for folder, why in info["left"].items():
         print(f"(left out: {folder}: {why})", file=sys.stderr)
     if info["others"]:
         print(
-            f"({info['others']} finished runs of other configurations are not in this table: {', '.join(info['known'])})",
+            f"({info['others']} finished runs of other configurations are not in this table: "
+            f"{', '.join(info['known'])})",
             file=sys.stderr,
         )
 
@@ -512,10 +509,13 @@ def report_(
     gallery: bool = typer.Option(
         False,
         "--gallery",
-        help="also write data/gallery (data/gallery-PRESET but for lab), the small pictures and tables that the kit shows on GitHub",
+        help="also write data/gallery (data/gallery-PRESET but for lab), "
+        "the small pictures and tables that the kit shows on GitHub",
     ),
 ):
-    "Judge the claims of both papers by the results there are. Every table and figure stands beside the printed one, in one HTML file that needs no network."
+    """Judge the claims of both papers by the results there are.
+
+    Every table and figure stands beside the printed one, in one HTML file that needs no network."""
     r = Report.of(preset)
     shown = proj_path("data", "gallery" if r.preset == "lab" else f"gallery-{r.preset}")
     page = r.write(out or runs_dir() / "report", shown if gallery else None)
@@ -534,35 +534,26 @@ def sweep_(
     force: bool = typer.Option(False, "--force", help="compute everything again"),
     dry_run: bool = typer.Option(False, "--dry-run", help="list the runs, do nothing"),
 ):
-    "Run many experiments from one file, several at a time. One that fails is recorded and the rest go on."
+    """Run many experiments from one file, several at a time.
+
+    One that fails is recorded and the rest go on."""
     if dry_run:
-        t = overview(file, threads)
-        for r in t.itertuples():
-            print(
-                f"{r.run:40s} {r.preset:6s} {f'{r.minutes:g} min' if r.minutes else '':8s} {r.folder or 'to do'}"
-            )
+        for r in overview(file, threads).itertuples():
+            minutes = f"{r.minutes:g} min" if r.minutes else ""
+            print(f"{r.run:40s} {r.preset:6s} {minutes:8s} {r.folder or 'to do'}")
         return
     alone("sweep")
     try:
         t = sweep(file, workers, scheduler, resume, force, threads)
     except KeyboardInterrupt:
-        raise typer.Exit(
-            _say("stopped; finished runs and stages are kept, --resume continues", 130)
-        ) from None
-    print(
-        t.to_string(
-            index=False,
-            columns=[c for c in ("run", "state", "seconds", "folder", "error") if c in t],
-            na_rep="-",
-        )
-    )
-    if (t.state == "failed").any():
-        raise typer.Exit(
-            _say(
-                f"{(t.state == 'failed').sum()} of {len(t)} runs failed; --resume tries them again",
-                1,
-            )
-        )
+        stopped = "stopped; finished runs and stages are kept, --resume continues"
+        raise typer.Exit(_say(stopped, 130)) from None
+    columns = [c for c in ("run", "state", "seconds", "folder", "error") if c in t]
+    print(t.to_string(index=False, columns=columns, na_rep="-"))
+    failed = (t.state == "failed").sum()
+    if failed:
+        why = f"{failed} of {len(t)} runs failed; --resume tries them again"
+        raise typer.Exit(_say(why, 1))
 
 # %% ../nbs/25_cli.ipynb #fcc2aa9d
 @app.command("record")
@@ -572,7 +563,9 @@ def record_(
         None, help="where to (default: data/recorded/lab, what the lessons open)"
     ),
 ):
-    "Write the recorded lab that lessons and explorers open (minutes). Preset lab is trained once more where needed."
+    """Write the recorded lab that lessons and explorers open (minutes).
+
+    Preset lab is trained once more where needed."""
     names = ["LFPM", "fine-tuning", "SAM", "PAM"]  # what the lessons compare
     lab = Lab(settings_of("main", "lab", dict(defences=names), seed))
     print(f"recorded in {record(lab, folder or proj_path('data', 'recorded', 'lab'))}")
@@ -593,17 +586,16 @@ def _explored(run: str | None, models: tuple | None):
         return None, None, None
     files, lab = [str(Path(m).resolve()) for m in models], load_recorded()
     name = Path(models[1]).name
-    return (
-        between(lab, *(fitted(read_tower(f), lab.clip) for f in files), name),
-        TWO.format(files=files, name=name),
-        f"From {Path(models[0]).name} to {name}",
-    )
+    ends = [fitted(read_tower(f), lab.clip) for f in files]
+    words = f"From {Path(models[0]).name} to {name}"
+    return between(lab, *ends, name), TWO.format(files=files, name=name), words
 
 # %% ../nbs/25_cli.ipynb #2bd30004
 def _guard(folder: str, port: int, token: str) -> dict:
-    """Write Voilà's settings under `folder`: who may come in, and when a kernel ends. The environment
-    that makes Voilà read them. ValueError if the port is taken: Voilà would take another one, and the
-    token would be told to whoever has this one."""
+    """The environment that makes Voilà read its settings, which are written under `folder`.
+
+    They say who may come in, and when a kernel ends. ValueError if the port is taken: Voilà would
+    take another one, and the token would be told to whoever has this one."""
     with socket.socket() as s:
         try:
             s.bind(("127.0.0.1", port))
@@ -623,12 +615,14 @@ def explore(
     port: int = typer.Option(8866, help="port on this machine"),
     run: str = typer.Option(
         None,
-        help="folder of a finished main run instead of the recorded lab, e.g. runs/main/tiny-s0-1a2b3c4d; its models come from $LFPM_CACHE",
+        help="folder of a finished main run instead of the recorded lab, "
+        "e.g. runs/main/tiny-s0-1a2b3c4d; its models come from $LFPM_CACHE",
     ),
     models: tuple[str, str] = typer.Option(
         None,
         metavar="A B",
-        help="two safetensors files of one pretrained origin (the lab's CLIP), start and end; pictures and trigger are the recorded lab's",
+        help="two safetensors files of one pretrained origin (the lab's CLIP), start and end; "
+        "pictures and trigger are the recorded lab's",
     ),
     html: str = typer.Option(
         None, help="write a page with a slider to this file instead, which works without Python"
@@ -637,33 +631,22 @@ def explore(
         False, help="with --html: a small page that fetches plotly.js when it is opened"
     ),
 ):
-    "Slide λ in a browser (Voilà, on this machine only). Ctrl-C ends it; without options it shows the recorded lab."
+    """Slide λ in a browser (Voilà, on this machine only).
+
+    Ctrl-C ends it; without options it shows the recorded lab."""
     if html:
         _try_page(html, *(models or ()))
-    core, made, words = _explored(
-        run and str(Path(run).resolve()), models
-    )  # bad input is refused here, not on the page
+    # bad input is refused here, not on the page
+    core, made, words = _explored(run and str(Path(run).resolve()), models)
     if html:
         print(f"written: {PathExplorer(core or load_recorded()).save_html(html, cdn)}")
         return
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # as an exit, so that Voilà ends with it
+    # as an exit, so that Voilà ends with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as d, contextlib.suppress(KeyboardInterrupt):
         page = str(page_of(made, words, d) if core else proj_path("nbs", "explore", "path.ipynb"))
         token = secrets.token_urlsafe(16)
         env = os.environ | voila_template(d) | _guard(d, port, token)
         print(f"http://127.0.0.1:{port}/?token={token}  (Ctrl-C ends it)", flush=True)
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "voila",
-                page,
-                "--no-browser",
-                f"--port={port}",
-                "--Voila.ip=127.0.0.1",
-                "--template=lfpm",
-            ],
-            env=env,
-        )
+        server = [sys.executable, "-m", "voila", page, "--no-browser", f"--port={port}"]
+        subprocess.run([*server, "--Voila.ip=127.0.0.1", "--template=lfpm"], env=env)

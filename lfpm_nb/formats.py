@@ -25,13 +25,15 @@ HF = "embeddings.patch_embedding.weight"
 
 
 def detect(keys) -> str:
-    "The format of a state dict with these keys; ValueError with the first three keys if it is none of FORMS, or holds adapters."
+    """The format of a state dict with these keys, one of FORMS.
+
+    ValueError with the first three keys if it is none of them, or holds adapters."""
     keys = set(keys)
-    if lora := sorted(
-        k for k in keys if re.search(r"lora_|\.parametrizations\.|\.base_layer\.", k)
-    ):
+    lora = sorted(k for k in keys if re.search(r"lora_|\.parametrizations\.|\.base_layer\.", k))
+    if lora:
         raise ValueError(
-            f"{len(lora)} adapter tensors ({', '.join(lora[:3])}); fold them into the weights first: lora.dense(visual), or merge_and_unload() in peft"
+            f"{len(lora)} adapter tensors ({', '.join(lora[:3])}); fold them into the weights "
+            "first: lora.dense(visual), or merge_and_unload() in peft"
         )
     if f"vision_model.{HF}" in keys:
         return "hf_clip" if "visual_projection.weight" in keys else "hf"
@@ -43,7 +45,8 @@ def detect(keys) -> str:
         if mark in keys:
             return form
     raise ValueError(
-        f"no CLIP vision tower: {len(keys)} keys, first {', '.join(sorted(keys)[:3])}; expected the names of {', '.join(FORMS)} (a ViT)"
+        f"no CLIP vision tower: {len(keys)} keys, first {', '.join(sorted(keys)[:3])}; "
+        f"expected the names of {', '.join(FORMS)} (a ViT)"
     )
 
 # %% ../nbs/21_formats.ipynb #e1fa5009
@@ -72,7 +75,9 @@ def spell(key: str, hf: bool = False) -> str:
 
 # %% ../nbs/21_formats.ipynb #191254b1
 def join_qkv(part: dict) -> dict:
-    "A Hugging Face transformer's tensors under open_clip's names, q, k, v joined to in_proj; an incomplete three keeps its names."
+    """A Hugging Face transformer's tensors under open_clip's names.
+
+    q, k, v are joined to in_proj; an incomplete three keeps its names."""
     out = {}
     for k, v in part.items():
         m = re.fullmatch(r"(.*\.)self_attn\.([qkv])_proj\.(weight|bias)", k)
@@ -88,22 +93,23 @@ def split_qkv(part: dict) -> dict:
     "The inverse of `join_qkv`."
     out = {}
     for k, v in part.items():
-        name, three = spell(k, hf=True), "attn.in_proj_" in k
-        out |= (
-            {
-                name.replace("attn.in_proj_", f"self_attn.{x}_proj."): w
-                for x, w in zip("qkv", v.chunk(3))
-            }
-            if three
-            else {name: v}
-        )
+        name = spell(k, hf=True)
+        if "attn.in_proj_" not in k:
+            out[name] = v
+            continue
+        for x, w in zip("qkv", v.chunk(3)):
+            out[name.replace("attn.in_proj_", f"self_attn.{x}_proj.")] = w
     return out
 
 # %% ../nbs/21_formats.ipynb #9576bd7c
 @dataclass
 class Tower:
-    """A file's weights under open_clip's names: `visual`, a state dict (without `proj` where the format has none), and `rest`, the other tensors of a whole
-    model. `form`: one of FORMS; `meta`: what the file or a config.json beside it says (strings; `quick_gelu`, `heads`); `path` and `sha256` of the file; `how` it was read, if in another way than as plain tensors."""
+    """A file's weights under open_clip's names.
+
+    `visual`: a state dict, without `proj` where the format has none; `rest`: the other tensors of
+    a whole model. `form`: one of FORMS; `meta`: what the file or a config.json beside it says
+    (strings; `quick_gelu`, `heads`); `path` and `sha256` of the file; `how` it was read, if in
+    another way than as plain tensors."""
 
     visual: dict
     rest: dict
@@ -114,24 +120,22 @@ class Tower:
     how: str = ""
 
 # %% ../nbs/21_formats.ipynb #d1a7c002
-WEIGHTS = tuple(
-    getattr(torch, name)
-    for name in (
-        "float16",
-        "bfloat16",
-        "float32",
-        "float64",
-        "float8_e4m3fn",
-        "float8_e5m2",
-        "float8_e4m3fnuz",
-        "float8_e5m2fnuz",
-    )
+WEIGHTS = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
 )
 BUFFERS = (*INTS, "position_ids")
 SCALARS = ("logit_scale", "logit_bias")
+# of what `sizes` reads
 DIMENSIONS = {
     "conv1.weight": 4,
-    "patch_embedding.weight": 4,  # of what `sizes` reads
+    "patch_embedding.weight": 4,
     "positional_embedding": 2,
     "position_embedding.weight": 2,
     "proj": 2,
@@ -167,112 +171,117 @@ def check_weights(state: dict) -> None:
 
 # %% ../nbs/21_formats.ipynb #c30710e8
 def _pick(state: dict, prefix: str) -> dict:
+    "What begins with `prefix`, without it."
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _ids(v: torch.Tensor) -> torch.Tensor:
-    "Numbers of positions. They follow from the shape; a file that was saved in half precision has rounded them."
+    """Numbers of positions, which follow from the shape.
+
+    A file that was saved in half precision has rounded them."""
     right = torch.arange(v.numel()).reshape(v.shape)
     return v if not v.is_floating_point() and torch.equal(v.long(), right) else right
 
 
-PROJECTIONS = {
-    "visual_projection.weight": "proj",
-    "text_projection.weight": "text_projection",
-}  # Linear layers: transposed
+# Linear layers: transposed
+PROJECTIONS = {"visual_projection.weight": "proj", "text_projection.weight": "text_projection"}
 
 
+def _from_hf(state: dict, form: str) -> Tower:
+    "The Tower in a state dict of one of Hugging Face's three spellings."
+    if form == "hf5":
+        state = {f"vision_model.{k}": v for k, v in state.items()}
+    rest = {k: v for k, v in state.items() if k.endswith("position_ids") or k == "logit_scale"}
+    weights = {k: v for k, v in state.items() if k not in rest}
+    rest = {k: _ids(v) if k.endswith("position_ids") else v for k, v in rest.items()}
+    visual = join_qkv(_pick(weights, "vision_model."))
+    text = join_qkv(_pick(weights, "text_model."))
+    for k, v in weights.items():
+        if k in PROJECTIONS:
+            (visual if k.startswith("visual") else text)[PROJECTIONS[k]] = v.t()
+        elif not k.startswith(("vision_model.", "text_model.")):
+            visual[k] = v  # a stranger: `fitted` will name it
+    return Tower(visual, rest | text, form)
+
+# %% ../nbs/21_formats.ipynb #58135ba9
 def take(state: dict) -> Tower:
     "The Tower in a state dict of any of FORMS."
     form = detect(state)
     check_weights(state)
     if form == "visual":
         return Tower(dict(state), {}, form)
-    if not form.startswith("hf"):
-        state = _pick(state, "model.") if form == "task_vectors" else state
-        return Tower(
-            _pick(state, "visual."),
-            {k: v for k, v in state.items() if not k.startswith("visual.") and k not in INTS},
-            form,
-        )
-    if form == "hf5":
-        state = {f"vision_model.{k}": v for k, v in state.items()}
-    rest = {
-        k: _ids(v) if k.endswith("position_ids") else v
-        for k, v in state.items()
-        if k.endswith("position_ids") or k == "logit_scale"
-    }
-    visual, text = (
-        join_qkv(_pick({k: v for k, v in state.items() if k not in rest}, f"{t}_model."))
-        for t in ("vision", "text")
-    )
-    for k, v in state.items():
-        if k in PROJECTIONS:
-            (visual if k.startswith("visual") else text)[PROJECTIONS[k]] = v.t()
-        elif k not in rest and not k.startswith(("vision_model.", "text_model.")):
-            visual[k] = v  # a stranger: `fitted` will name it
-    return Tower(visual, rest | text, form)
+    if form.startswith("hf"):
+        return _from_hf(state, form)
+    state = _pick(state, "model.") if form == "task_vectors" else state
+    rest = {k: v for k, v in state.items() if not k.startswith("visual.") and k not in INTS}
+    return Tower(_pick(state, "visual."), rest, form)
 
 # %% ../nbs/21_formats.ipynb #f787fc18
 def _ints(visual: dict, rest: dict) -> dict:
     "OpenAI's three whole numbers, as far as they can be known."
-    s = sizes(visual)
-    text = (
-        {
-            "context_length": rest["positional_embedding"].shape[0],
-            "vocab_size": rest["token_embedding.weight"].shape[0],
-        }
-        if "token_embedding.weight" in rest
-        else {}
-    )
-    return {k: torch.tensor(n) for k, n in ({"input_resolution": s["pixels"]} | text).items()}
+    known = {"input_resolution": sizes(visual)["pixels"]}
+    if "token_embedding.weight" in rest:
+        known["context_length"] = rest["positional_embedding"].shape[0]
+        known["vocab_size"] = rest["token_embedding.weight"].shape[0]
+    return {k: torch.tensor(n) for k, n in known.items()}
+
+
+def _put(prefix: str, part: dict) -> dict:
+    "The inverse of `_pick`."
+    return {prefix + k: v for k, v in part.items()}
+
+
+def _to_hf(visual: dict, text: dict, ids: dict, form: str) -> tuple[dict, list[str]]:
+    "`layout` in one of Hugging Face's three spellings; `ids`: numbers of positions."
+    inside = {k: v for k, v in visual.items() if k != "proj"}
+    tower = _put("vision_model.", split_qkv(inside))
+    tower |= {k: v for k, v in ids.items() if k.startswith("vision_model.")}
+    if form != "hf_clip":
+        left = ["proj"] * ("proj" in visual) + sorted((text.keys() | ids.keys()) - tower.keys())
+        return _pick(tower, "vision_model.") if form == "hf5" else tower, left
+    words = {k: v for k, v in text.items() if k not in ("logit_scale", "text_projection")}
+    tower |= ids | _put("text_model.", split_qkv(words))
+    both = visual | text
+    tower |= {k: both[ours].t() for k, ours in PROJECTIONS.items() if ours in both}
+    if "logit_scale" in text:
+        tower["logit_scale"] = text["logit_scale"]
+    return tower, []
 
 # %% ../nbs/21_formats.ipynb #9d623bb3
 def layout(visual: dict, rest: dict, form: str) -> tuple[dict, list[str]]:
-    "(state dict in format `form`, open_clip's names of the tensors that it has no place for); ValueError if it needs a projection and there is none."
+    """(state dict in format `form`, names of the tensors that it has no place for).
+
+    The names are open_clip's. ValueError if the format needs a projection and there is none."""
     if form not in ("hf", "hf5") and "proj" not in visual:
         raise ValueError(
-            f"format {form} has a projection (visual.proj) and these weights have none; give a base that has it, with --base"
+            f"format {form} has a projection (visual.proj) and these weights have none; "
+            "give a base that has it, with --base"
         )
     ids = {k: v for k, v in rest.items() if k.endswith("position_ids")}
     text = {k: v for k, v in rest.items() if k not in ids}
-    add = lambda prefix, part: {prefix + k: v for k, v in part.items()}
     if form == "visual":
         return dict(visual), sorted(rest)
     if form == "open_clip":
-        return add("visual.", visual) | text, sorted(ids)
+        return _put("visual.", visual) | text, sorted(ids)
     if form == "openai":
-        return add("visual.", visual) | text | _ints(visual, rest), sorted(ids)
+        return _put("visual.", visual) | text | _ints(visual, rest), sorted(ids)
     if form == "task_vectors":
         keep = {k: v for k, v in text.items() if not k.startswith("transformer.")}
-        return add("model.visual.", visual) | add("model.", keep), sorted(rest.keys() - keep.keys())
-    tower = add("vision_model.", split_qkv({k: v for k, v in visual.items() if k != "proj"})) | {
-        k: v for k, v in ids.items() if k.startswith("vision_model.")
-    }
-    if form in ("hf", "hf5"):
-        left = ["proj"] * ("proj" in visual) + sorted(rest.keys() - tower.keys())
-        return {
-            k.removeprefix("vision_model.") if form == "hf5" else k: v for k, v in tower.items()
-        }, left
-    both = visual | text
-    tower |= ids | add(
-        "text_model.",
-        split_qkv({k: v for k, v in text.items() if k not in ("logit_scale", "text_projection")}),
-    )
-    return tower | {k: both[o].t() for k, o in PROJECTIONS.items() if o in both} | {
-        k: v for k, v in text.items() if k == "logit_scale"
-    }, []
+        tower = _put("model.visual.", visual) | _put("model.", keep)
+        return tower, sorted(rest.keys() - keep.keys())
+    return _to_hf(visual, text, ids, form)
 
 # %% ../nbs/21_formats.ipynb #6696fddd
 def sizes(visual: dict) -> dict:
-    "Width, layers, patch, image side (pixels), MLP width and output width (None without a projection) of a vision tower's state dict."
+    """Width, layers, patch, pixels, mlp and output of a vision tower's state dict.
+
+    `patch` and `pixels`, the image's side, in pixels; `mlp`: the MLP's width; `output`: the
+    features' width, None without a projection."""
     width, _, patch, _ = visual["conv1.weight"].shape
     blocks = {int(m[1]) for k in visual if (m := re.match(r"transformer\.resblocks\.(\d+)\.", k))}
-    side = (
-        math.isqrt(max(0, visual["positional_embedding"].shape[0] - 1))
-        if "positional_embedding" in visual
-        else 0
-    )
+    side = 0
+    if "positional_embedding" in visual:
+        side = math.isqrt(max(0, visual["positional_embedding"].shape[0] - 1))
     mlp = visual.get("transformer.resblocks.0.mlp.c_fc.weight")
     return dict(
         width=width,
@@ -284,23 +293,27 @@ def sizes(visual: dict) -> dict:
     )
 
 
+def _counted(what: str, keys: set) -> str:
+    "How many keys there are, and the first three; '' if none."
+    if not keys:
+        return ""
+    more = ", …" if len(keys) > 3 else ""
+    return f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{more})"
+
+
 def key_errors(have, need) -> str:
-    "'' if the keys agree, else how many are missing and unexpected, with the first three of each."
-    say = lambda what, ks: (
-        f"{len(ks)} {what} ({', '.join(sorted(ks)[:3])}{', …' if len(ks) > 3 else ''})"
-        if ks
-        else ""
-    )
-    return "; ".join(
-        filter(
-            None, (say("missing", set(need) - set(have)), say("unexpected", set(have) - set(need)))
-        )
-    )
+    """'' if the keys agree, else how many are missing and unexpected.
+
+    With the first three of each."""
+    missing = _counted("missing", set(need) - set(have))
+    unexpected = _counted("unexpected", set(have) - set(need))
+    return "; ".join(filter(None, (missing, unexpected)))
 
 # %% ../nbs/21_formats.ipynb #ac710008
 def tower_shapes(visual: dict) -> tuple[dict, dict]:
-    """{name: shape} of what a vision tower as wide and deep as this one must have, and of what only some
-    models have (ln_pre, layer scale, proj)."""
+    """{name: shape} of what a vision tower of these sizes must have, and of what it may have.
+
+    Only some models have the second: ln_pre, layer scale, proj."""
     w, _, patch, _ = visual["conv1.weight"].shape
     m = len(visual["transformer.resblocks.0.mlp.c_fc.weight"])
     side = math.isqrt(max(len(visual["positional_embedding"]) - 1, 1))
@@ -334,16 +347,18 @@ def tower_shapes(visual: dict) -> tuple[dict, dict]:
         may |= {f"{at}.ls_1.gamma": (w,), f"{at}.ls_2.gamma": (w,)}
     return must, may
 
+# %% ../nbs/21_formats.ipynb #6bc891b7
+_MEASURED = (
+    "conv1.weight",
+    "class_embedding",
+    "positional_embedding",
+    "transformer.resblocks.0.mlp.c_fc.weight",
+)
+
 
 def misshapen(visual: dict) -> str:
-    "'' if a vision tower has all its tensors in shapes that fit one another; else what is wrong."
-    need = {
-        "conv1.weight",
-        "class_embedding",
-        "positional_embedding",
-        "transformer.resblocks.0.mlp.c_fc.weight",
-    }
-    if bad := key_errors(visual.keys() & need, need):
+    "'' if a vision tower has all its tensors in shapes that fit one another; else why not."
+    if bad := key_errors(visual.keys() & set(_MEASURED), _MEASURED):
         return bad
     must, may = tower_shapes(visual)
     if bad := key_errors(visual.keys() - may.keys(), must):
@@ -364,8 +379,10 @@ SAYS = {"quick_gelu": _yes, "heads": int, "text_heads": int}  # what a file may 
 
 
 def agreed(towers: list[Tower]) -> dict:
-    """What towers say of their activation (`quick_gelu`) and heads, and `poisoned` if one is marked.
-    Of what none says there is no key. ValueError naming the two files that differ."""
+    """What towers say of their activation (`quick_gelu`) and heads, as one dict.
+
+    And `poisoned` if one is marked. Of what none says there is no key. ValueError naming the two
+    files that differ."""
     out, who = {}, {}
     for t in towers:
         for key in SAYS.keys() & t.meta.keys():
@@ -390,18 +407,22 @@ def agreed(towers: list[Tower]) -> dict:
 
 # %% ../nbs/21_formats.ipynb #50f6675d
 def fitted(tower: Tower, clip: Clip) -> dict:
-    """`tower`'s float32 state dict for clip's visual tower, with the proj that `clip` has where the format has none. ValueError on another size, other
+    """`tower`'s float32 state dict for clip's visual tower.
+
+    With the proj that `clip` has where the format has none. ValueError on another size, other
     keys, another number of heads or another activation."""
     own, name, visual = clip.visual.state_dict(), clip.card["name"], tower.visual
     visual = visual if "proj" in visual else visual | {"proj": own["proj"]}
     a, b = sizes(visual), sizes(own)
     if diff := [k for k in a if a[k] != b[k]]:
+        has, needs = (", ".join(f"{k} {some[k]}" for k in diff) for some in (a, b))
         raise ValueError(
-            f"{tower.path} has {', '.join(f'{k} {a[k]}' for k in diff)}; {name} has {', '.join(f'{k} {b[k]}' for k in diff)}: name the model it was made from"
+            f"{tower.path} has {has}; {name} has {needs}: name the model it was made from"
         )
     if bad := key_errors(visual, own):
         raise ValueError(
-            f"{tower.path} ({tower.form}) does not fit {name}: {bad} of {len(own)} keys (open_clip's names)"
+            f"{tower.path} ({tower.form}) does not fit {name}: "
+            f"{bad} of {len(own)} keys (open_clip's names)"
         )
     _check_meta(tower, clip)
     visual = {k: v.float().cpu() for k, v in visual.items()}
@@ -420,7 +441,8 @@ def _check_meta(tower: Tower, clip: Clip) -> None:
     n, quick = said.get("heads"), said.get("quick_gelu")
     if n is not None and n != heads(clip):
         raise ValueError(
-            f"{tower.path} says {n} attention heads, {name} has {heads(clip)}; features would be silently wrong"
+            f"{tower.path} says {n} attention heads, {name} has {heads(clip)}; "
+            "features would be silently wrong"
         )
     if quick is None or quick == clip.card["quick_gelu"]:
         return
@@ -428,7 +450,8 @@ def _check_meta(tower: Tower, clip: Clip) -> None:
     other = f"{name}-quickgelu" if says == "QuickGELU" else name.removesuffix("-quickgelu")
     hint = f", for example {other}" if other in plain_models() else ""
     raise ValueError(
-        f"{tower.path} was trained with {says}, {name} computes {has}: features would be silently wrong; name the model that matches{hint}"
+        f"{tower.path} was trained with {says}, {name} computes {has}: "
+        f"features would be silently wrong; name the model that matches{hint}"
     )
 
 # %% ../nbs/21_formats.ipynb #8fb32279
@@ -445,25 +468,26 @@ def _read_json(path: Path) -> dict:
     for k in ("vision_config", "text_config", "model_cfg"):
         if not isinstance(c.get(k) or {}, dict):
             raise ValueError(
-                f"{path} says {k} is a {type(c[k]).__name__}; expected a JSON object. Restore or remove it"
+                f"{path} says {k} is a {type(c[k]).__name__}; expected a JSON object. "
+                "Restore or remove it"
             )
     if not isinstance(c.get("lfpm_files", []), list):
         raise ValueError(
-            f"{path} says lfpm_files is a {type(c['lfpm_files']).__name__}; expected a list. Restore or remove it"
+            f"{path} says lfpm_files is a {type(c['lfpm_files']).__name__}; expected a list. "
+            "Restore or remove it"
         )
     return c
 
-
+# %% ../nbs/21_formats.ipynb #b820894c
 def _config(path: Path) -> dict:
-    "Heads and activation from a Hugging Face config.json beside a checkpoint; {} without one of its own."
+    """Heads and activation from a Hugging Face config.json beside a checkpoint.
+
+    {} without one of its own."""
     if not (path.parent / "config.json").is_file():
         return {}
     c = _read_json(path.parent / "config.json")
-    if path.name not in (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        *c.get("lfpm_files", [path.name]),
-    ):
+    usual = ("model.safetensors", "model.safetensors.index.json")
+    if path.name not in (*usual, *c.get("lfpm_files", [path.name])):
         return {}  # another's
     text, c = c.get("text_config") or {}, c.get("vision_config") or c
     said = dict(heads=c.get("num_attention_heads"), text_heads=text.get("num_attention_heads"))
@@ -478,7 +502,8 @@ def _open_clip_config(path: Path) -> dict:
     if not path.name.startswith("open_clip_") or not there.is_file():
         return {}
     try:
-        return _described(c := _read_json(there)["model_cfg"], bool(c.get("quick_gelu")))[1]
+        c = _read_json(there)["model_cfg"]
+        return _described(c, bool(c.get("quick_gelu")))[1]
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         raise ValueError(
             f"{there} is no open_clip config ({type(e).__name__}: {e}); restore or remove it"
@@ -516,7 +541,7 @@ def of_model(name: str) -> tuple[dict, dict]:
 def _published() -> list:
     return [of_model(n) for n in plain_models()]
 
-
+# %% ../nbs/21_formats.ipynb #6a825d61
 def _like(visual: dict, models: list) -> list:
     "What those of `models` say that have the sizes of this tower."
     mine = {k: v for k, v in sizes(visual).items() if v is not None}
@@ -540,21 +565,31 @@ def in_common(visual: dict) -> dict:
     return {k: v for k, v in found[0].items() if all(f[k] == v for f in found)}
 
 # %% ../nbs/21_formats.ipynb #d1a7c045
-# what transformers takes where a vision config says nothing
-HF_DEFAULTS = dict(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    patch_size=32,
-    image_size=224,
-    hidden_act="quick_gelu",
-)
+def _hf_text(text: dict, heads: int) -> dict:
+    """Sizes of a text tower in Hugging Face's words.
+
+    The last word ends a sentence, as open_clip has it."""
+    words, width = text["token_embedding.weight"].shape
+    blocks = {k.split(".")[2] for k in text if k.startswith("transformer.resblocks.")}
+    mlp = text["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
+    return dict(
+        model_type="clip_text_model",
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=heads,
+        vocab_size=words,
+        pad_token_id=0,
+        bos_token_id=words - 2,
+        eos_token_id=words - 1,
+        max_position_embeddings=text["positional_embedding"].shape[0],
+    )
 
 
 def hf_config(tower: Tower, form: str) -> tuple[dict, list[str]]:
-    """(config.json of `tower` written in format `form`, what nobody says of it); the config is {} where
-    something is missing."""
+    """(config.json of `tower` written in format `form`, what nobody says of it).
+
+    The config is {} where something is missing."""
     said, text = in_common(tower.visual) | agreed([tower]), tower.rest
     whole = form == "hf_clip" and "token_embedding.weight" in text
     need = ["heads", "quick_gelu"] + (["text_heads"] if whole else [])
@@ -579,37 +614,28 @@ def hf_config(tower: Tower, form: str) -> tuple[dict, list[str]]:
     if not whole:
         name = "CLIPVisionModelWithProjection" if form == "hf_clip" else "CLIPVisionModel"
         return dict(architectures=[name], **vision), []
-    return dict(
-        architectures=["CLIPModel"],
-        model_type="clip",
-        projection_dim=s["output"],
-        vision_config=vision,
-        text_config=_hf_text(text, said["text_heads"]) | both,
-    ), []
+    config = dict(architectures=["CLIPModel"], model_type="clip", projection_dim=s["output"])
+    words = _hf_text(text, said["text_heads"]) | both
+    return config | dict(vision_config=vision, text_config=words), []
 
-
-def _hf_text(text: dict, heads: int) -> dict:
-    "Sizes of a text tower in Hugging Face's words. The last word ends a sentence, as open_clip has it."
-    words, width = text["token_embedding.weight"].shape
-    blocks = {k.split(".")[2] for k in text if k.startswith("transformer.resblocks.")}
-    mlp = text["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
-    return dict(
-        model_type="clip_text_model",
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=len(blocks),
-        num_attention_heads=heads,
-        vocab_size=words,
-        pad_token_id=0,
-        bos_token_id=words - 2,
-        eos_token_id=words - 1,
-        max_position_embeddings=text["positional_embedding"].shape[0],
-    )
+# %% ../nbs/21_formats.ipynb #653e53b1
+# what transformers takes where a vision config says nothing
+HF_DEFAULTS = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    patch_size=32,
+    image_size=224,
+    hidden_act="quick_gelu",
+)
 
 
 def config_for(path: Path, tower: Tower, form: str) -> dict:
-    """The config.json to write beside `path`; {} where one lies there that says the same, or (a line on
-    stderr) something is not known. ValueError if the one that lies there is another model's."""
+    """The config.json to write beside `path`; {} where one lies there that says the same.
+
+    {} too, and a line on stderr, where something is not known. ValueError if the one that lies
+    there is another model's."""
     there = path.parent / "config.json"
     config, lost = hf_config(tower, form)
     if not config:
@@ -654,11 +680,35 @@ def check_finite(path, state: dict) -> None:
     )
 
 # %% ../nbs/21_formats.ipynb #d1a7c026
+def _without(n: int, name: str) -> str:
+    "A dotted name without its first `n` parts."
+    return ".".join(name.split(".")[n:])
+
+
+def _spellings(adapter, base: Tower) -> tuple[list, str]:
+    """([(form, spelling of the adapter's names, base's weights)] that fit, why not the base's).
+
+    As little as possible is taken off the names: `visual.` before `transformer` is no stranger's
+    word."""
+    laid = {}
+    for form in FORMS:
+        try:
+            laid[form], _ = layout(base.visual, base.rest, form)
+        except ValueError:
+            pass  # no projection
+    for n in range(4):  # what the model was called, in front
+        names = functools.partial(_without, n)
+        fit = [(form, names, w) for form, w in laid.items() if not misfit(adapter, w, names)]
+        if fit:
+            return fit, ""
+    return [], misfit(adapter, laid.get(base.form, base.visual))
+
+# %% ../nbs/21_formats.ipynb #4a1c2de3
 def _sees(name: str, form: str) -> bool:
     "Whether a tensor of this name belongs to the vision side."
-    return form in ("visual", "hf5") or name.removeprefix("model.").startswith(
-        ("visual", "vision_model.")
-    )
+    if form in ("visual", "hf5"):
+        return True
+    return name.removeprefix("model.").startswith(("visual", "vision_model."))
 
 
 def folded(path, state: dict, base: Tower | None) -> Tower:
@@ -672,62 +722,32 @@ def folded(path, state: dict, base: Tower | None) -> Tower:
         spelt, why = _spellings(adapter, base)
         if not spelt:
             raise ValueError(f"it does not fit the base {base.path}: {why}")
-        sides = {
-            frozenset(_sees(names(m), form) for m in [*adapter.pairs, *adapter.whole])
-            for form, names, _ in spelt
-        }
-        if len(sides) > 1:
+        modules = [*adapter.pairs, *adapter.whole]
+        side = lambda form, names: frozenset(_sees(names(m), form) for m in modules)
+        if len({side(form, names) for form, names, _ in spelt}) > 1:
             raise ValueError(
-                "its names fit the vision tower and the text tower; fold it with peft: merge_and_unload()"
+                "its names fit the vision tower and the text tower; "
+                "fold it with peft: merge_and_unload()"
             )
         _, names, weights = spelt[0]
         new = take(fold(adapter, weights, names))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     note(f"{path} is a LoRA adapter of {len(adapter.pairs)} modules, folded over {base.path}")
-    return replace(
-        base,
-        visual=base.visual | new.visual,
-        rest=base.rest | new.rest,
-        how=f"a LoRA adapter, folded over {Path(base.path).name}",
-    )
-
-
-def _spellings(adapter, base: Tower) -> tuple[list, str]:
-    """([(form, spelling of the adapter's names, base's weights)] that fit, why the base's own does not). As little as
-    possible is taken off the names: `visual.` before `transformer` is no stranger's word."""
-    laid = {}
-    for form in FORMS:
-        try:
-            laid[form], _ = layout(base.visual, base.rest, form)
-        except ValueError:
-            pass  # no projection
-    for n in range(4):  # what the model was called, in front
-        names = functools.partial(_without, n)
-        fit = [
-            (form, names, weights)
-            for form, weights in laid.items()
-            if not misfit(adapter, weights, names)
-        ]
-        if fit:
-            return fit, ""
-    return [], misfit(adapter, laid.get(base.form, base.visual))
-
-
-def _without(n: int, name: str) -> str:
-    "A dotted name without its first `n` parts."
-    return ".".join(name.split(".")[n:])
+    how = f"a LoRA adapter, folded over {Path(base.path).name}"
+    return replace(base, visual=base.visual | new.visual, rest=base.rest | new.rest, how=how)
 
 # %% ../nbs/21_formats.ipynb #4c644e70
 def read_tower(path, base: Tower | None = None) -> Tower:
-    """The Tower in a checkpoint (checkpoints.load_weights says which files are read), or in a LoRA adapter folded over `base`, which it
-    needs. ValueError or FileNotFoundError says what is wrong with the file."""
+    """The Tower in a checkpoint, or in a LoRA adapter folded over `base`, which it needs.
+
+    checkpoints.load_weights says which files are read. ValueError or FileNotFoundError says what
+    is wrong with the file."""
     w, path = load_weights(path), in_folder(path)
     said = {k: v for k, v in w.meta.items() if k != "format"}
     if is_adapter(w.state):
-        return replace(
-            folded(path, w.state, base), path=str(path), sha256=w.sha256, meta=base.meta | said
-        )
+        new = folded(path, w.state, base)
+        return replace(new, path=str(path), sha256=w.sha256, meta=base.meta | said)
     try:
         tower = take(w.state)
     except ValueError as e:
@@ -742,7 +762,7 @@ def read_tower(path, base: Tower | None = None) -> Tower:
         said = _open_clip_config(path) | said
     return replace(tower, meta=said, path=str(path), sha256=w.sha256, how=w.how)
 
-
+# %% ../nbs/21_formats.ipynb #1fedb2d4
 def write_tower(
     path,
     tower: Tower,
@@ -752,19 +772,19 @@ def write_tower(
     home=None,
     **meta,
 ) -> list[str]:
-    """Write `tower` as safetensors in format `form` (default: its own), by rename; `visual`: other weights, cast to the tower's own dtypes. `meta`: strings
-    for the file. Returns what the format has no place for. Hugging Face's `model.safetensors` gets a
-    config.json beside it, with `config` any name does; `home`: the folder it will lie in at last."""
+    """Write `tower` as safetensors, by rename; returns what the format has no place for.
+
+    `form`: default the tower's own; `visual`: other weights, cast to the tower's own dtypes;
+    `meta`: strings for the file. Hugging Face's `model.safetensors` gets a config.json beside it,
+    with `config` any name does; `home`: the folder it will lie in at last."""
     form, path = form or tower.form, Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} does not end in .safetensors, the only format written here")
-    own = (
-        tower.visual
-        if visual is None
-        else {k: visual[k].to(v.dtype) for k, v in tower.visual.items()}
-    )
+    own, name = tower.visual, f"{path} (from {tower.path})"
+    if visual is not None:
+        own, name = {k: visual[k].to(v.dtype) for k, v in own.items()}, path
     state, left = layout(own, tower.rest, form)
-    check_finite(path if visual is not None else f"{path} (from {tower.path})", state)
+    check_finite(name, state)
     beside = {}
     if form.startswith("hf") and (config or path.name == "model.safetensors"):
         beside = config_for(Path(home or path.parent) / path.name, replace(tower, visual=own), form)
@@ -777,12 +797,12 @@ def write_tower(
 # %% ../nbs/21_formats.ipynb #4f483f99
 def with_base(tower: Tower, base: Tower) -> Tower:
     """`tower` with the projection and the text tower of `base` where it has none of its own.
+
     ValueError if they are of different sizes, or say different things."""
     a, b = sizes(tower.visual), sizes(base.visual)
     if diff := [k for k in a if a[k] != b[k] and None not in (a[k], b[k])]:
-        raise ValueError(
-            f"{tower.path} and the base {base.path} are of different sizes: {', '.join(f'{k} {a[k]} and {b[k]}' for k in diff)}"
-        )
+        both = ", ".join(f"{k} {a[k]} and {b[k]}" for k in diff)
+        raise ValueError(f"{tower.path} and the base {base.path} are of different sizes: {both}")
     proj = {k: v for k, v in base.visual.items() if k == "proj"}
     return replace(
         tower,
@@ -793,7 +813,9 @@ def with_base(tower: Tower, base: Tower) -> Tower:
 
 
 def called(tower: Tower, model: str) -> Tower:
-    "`tower` with the heads and activation of the model called so ('': as it is); ValueError if it is not that model's."
+    """`tower` with the heads and activation of the model called so ('': as it is).
+
+    ValueError if it is not that model's."""
     if not model:
         return tower
     size, said = of_model(model)
@@ -807,9 +829,10 @@ def called(tower: Tower, model: str) -> Tower:
 
 
 def convert(path, out, to: str, base=None, model: str = "") -> list[str]:
-    """Write the tower in `path` to `out` in format `to`; returns the names of tensors that format has no
-    place for. Bits stay as they are. `model`: its name, which says heads and activation where the files
-    do not; ValueError if it is not theirs."""
+    """Write the tower in `path` to `out` in format `to`; names that it has no place for.
+
+    Bits stay as they are. `model`: its name, which says heads and activation where the files do
+    not; ValueError if it is not theirs."""
     to, lent = choose(to, FORMS, "format"), read_tower(base) if base else None
     tower = read_tower(path, lent)
     tower = called(tower, model)
@@ -820,22 +843,24 @@ def convert(path, out, to: str, base=None, model: str = "") -> list[str]:
 
 # %% ../nbs/21_formats.ipynb #3d5e49b4
 def backbone(name: str, base: Tower) -> Clip:
-    """The model called `name` (a shipped backbone or one of open_clip's) with `base`'s weights as theta_pre, on `device()`. `card['text']` says whether the text
-    tower carries weights. ValueError for unknown names and a base that does not fit."""
+    """The model called `name` with `base`'s weights as theta_pre, on `device()`.
+
+    `name`: a shipped backbone or one of open_clip's. `card['text']` says whether the text tower
+    carries weights. ValueError for unknown names and a base that does not fit."""
     shipped = data_cards()
     name = choose(name, [*shipped, *plain_models()], "model")
     clip = load_clip(name) if name in shipped else untrained(name)
     if name not in shipped and "proj" not in base.visual:
         raise ValueError(
-            f"the base {base.path} ({base.form}) has no projection, and {name} ships none; give a base with visual.proj: an open_clip, OpenAI or CLIPModel file"
+            f"the base {base.path} ({base.form}) has no projection, and {name} ships none; "
+            "give a base with visual.proj: an open_clip, OpenAI or CLIPModel file"
         )
     need = {k: v for k, v in clip.model.state_dict().items() if not k.startswith("visual.")}
     text = {k: base.rest[k].float() for k in need if k in base.rest}
     complete = text.keys() == need.keys()
     if complete:
-        check_same(
-            {k: v.cpu() for k, v in need.items()}, text, f"{name} and the text tower of {base.path}"
-        )
+        mine = {k: v.cpu() for k, v in need.items()}
+        check_same(mine, text, f"{name} and the text tower of {base.path}")
     clip.visual.load_state_dict(fitted(base, clip))
     clip.model.load_state_dict(text if complete else {}, strict=False)
     clip.model.to(device()).requires_grad_(False)

@@ -7,7 +7,7 @@ __all__ = ['LEAST', 'MARKS', 'HEADS', 'ENOUGH', 'CLEAR', 'PANELS', 'PROMPT_COLOU
            'KINDS', 'BESIDE', 'FAR', 'TOO_FAR', 'Pictures', 'read_pictures', 'save_head', 'Vocabulary', 'head', 'label',
            'freeze_projection', 'Case', 'twin', 'check_activation', 'NothingToPurify', 'open_models', 'open_case',
            'costs', 'panel_lines', 'path_figure', 'why_lam', 'few_pictures', 'unmoved', 'outcome', 'make_card',
-           'prompts_text', 'lam_text', 'heading', 'card_text', 'check_out', 'alone_in', 'together', 'path_page',
+           'heading', 'prompts_text', 'lam_text', 'card_text', 'check_out', 'alone_in', 'together', 'path_page',
            'write_all', 'Purified', 'purify', 'distance', 'check_origin', 'short_names', 'merged_text', 'merge_files',
            'walk', 'open_walk', 'walk_figure']
 
@@ -44,8 +44,10 @@ LEAST = 100
 
 @dataclass
 class Pictures:
-    """Readable pictures of a folder: `x` uint8 (N, 3, size, size), their `names` relative to it,
-    {name: why} of the `skipped`, how many files were `found`."""
+    """Readable pictures of a folder.
+
+    `x`: uint8 (N, 3, size, size); `names`: relative to the folder; `skipped`: {name: why};
+    `found`: how many picture files there were."""
 
     x: torch.Tensor
     names: list[str]
@@ -61,11 +63,15 @@ class Pictures:
 def read_pictures(
     folder, size: int, most: int = 10_000, seed: int = 0, least: int = LEAST
 ) -> Pictures:
-    "At most `most` pictures in a random order given by `seed`, as RGB squares. FileNotFoundError, or ValueError below `least` readable ones."
+    """At most `most` readable pictures of a folder, as RGB squares in a random order.
+
+    The order is given by `seed`. FileNotFoundError where there is no folder, ValueError below
+    `least` readable pictures."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no folder {folder}; the shadow set is a folder of pictures, in sub-folders by class or not"
+            f"no folder {folder}; the shadow set is a folder of pictures, "
+            "in sub-folders by class or not"
         )
     found = _pictures(folder, _listing(folder))
     got, skipped = {}, {}
@@ -77,15 +83,19 @@ def read_pictures(
         except ValueError as e:
             skipped[found[i]] = str(e).split(" (", 1)[-1].rsplit(");", 1)[0]
     if len(got) < least:
-        bad = f", {len(skipped)} cannot be read ({', '.join(list(skipped)[:3])})" if skipped else ""
+        some = ", ".join(list(skipped)[:3])
+        bad = f", {len(skipped)} cannot be read ({some})" if skipped else ""
         raise ValueError(
-            f"{folder} holds {len(got)} readable pictures{bad}; at least {least} are needed, a few thousand are good (png, jpg, tif, or what else Pillow reads)"
+            f"{folder} holds {len(got)} readable pictures{bad}; at least {least} are needed, "
+            "a few thousand are good (png, jpg, tif, or what else Pillow reads)"
         )
     return Pictures(_stack(list(got.values())), list(got), skipped, len(found))
 
 # %% ../nbs/21a_purify.ipynb #8d5123a2
 def save_head(path, W: torch.Tensor, words: list[str]) -> None:
-    "Write a head (C, d) with its words, for `--vocabulary` where the text tower is not at hand."
+    """Write a head (C, d) with its words, for `--vocabulary`.
+
+    For machines without the text tower. ValueError unless there is a word for each row."""
     if len(W) != len(words):
         raise ValueError(
             f"{len(W)} rows, {len(words)} words; expected one word for each row of the head"
@@ -101,33 +111,53 @@ def _text(path: Path) -> str:
         return data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(
-            f"{path} is no text in {'UTF-16' if wide else 'UTF-8'} (byte {e.start}); save it as UTF-8"
+            f"{path} is no text in {'UTF-16' if wide else 'UTF-8'} (byte {e.start}); "
+            "save it as UTF-8"
         ) from None
 
 
 def _read_words(path: Path) -> tuple[list[str], torch.Tensor | None]:
+    "(words, ready head or None) of a vocabulary file; ValueError if it is neither."
     if not path.is_file():
         raise FileNotFoundError(
-            f"no vocabulary at {path}; give a text file with one word a line, or a head written by save_head"
+            f"no vocabulary at {path}; give a text file with one word a line, "
+            "or a head written by save_head"
         )
     if path.suffix == ".safetensors":
         state, meta = load_state(path)
         if "head" not in state or "words" not in meta:
             raise ValueError(
-                f"{path} holds {', '.join(list(state)[:3])}; expected a head with its words, as save_head writes it"
+                f"{path} holds {', '.join(list(state)[:3])}; expected a head with its words, "
+                "as save_head writes it"
             )
         return json.loads(meta["words"]), state["head"].float()
     words = [w.strip() for w in _text(path).splitlines() if w.strip()]
     if len(words) < 2 or len(set(words)) < len(words):
         raise ValueError(
-            f"{path} has {len(words)} words, {len(set(words))} different; expected at least two, each once"
+            f"{path} has {len(words)} words, {len(set(words))} different; "
+            "expected at least two, each once"
         )
     return words, None
 
 # %% ../nbs/21a_purify.ipynb #19fb6c34
+def _default_words(clip: Clip) -> tuple[list[str], list[str], str]:
+    "(words, prompt templates, where both come from) of a backbone where no file gives words."
+    if clip.card["name"] not in data_cards():
+        from open_clip import IMAGENET_CLASSNAMES, SIMPLE_IMAGENET_TEMPLATES
+
+        templates = [t("{}") for t in SIMPLE_IMAGENET_TEMPLATES]
+        return IMAGENET_CLASSNAMES, templates, "ImageNet's class names"
+    if "open_domain" in clip.card:
+        things = clip.card["open_domain"]
+        return things["classes"], things["templates"], "the backbone's own open-domain things"
+    return SCENE_CLASSES, SCENE_TEMPLATES, "LabWorld's scenes"
+
+
 @dataclass
 class Vocabulary:
-    "Words with CLIP's prompt templates; `W` (C, d) is a ready head or None; `source` says where they come from."
+    """Words with CLIP's prompt templates.
+
+    `W`: a ready head (C, d) or None; `source`: where the words come from."""
 
     words: list[str]
     templates: list[str]
@@ -137,48 +167,33 @@ class Vocabulary:
     @classmethod
     def of(cls, clip: Clip, path: str = "") -> "Vocabulary":
         "The words in a file, or the default ones of a backbone."
-        if clip.card["name"] in data_cards():
-            things = clip.card.get(
-                "open_domain", dict(classes=SCENE_CLASSES, templates=SCENE_TEMPLATES)
-            )
-            default, templates, source = (
-                things["classes"],
-                things["templates"],
-                "the backbone's own open-domain things"
-                if "open_domain" in clip.card
-                else "LabWorld's scenes",
-            )
-        else:
-            from open_clip import IMAGENET_CLASSNAMES, SIMPLE_IMAGENET_TEMPLATES
-
-            default, templates, source = (
-                IMAGENET_CLASSNAMES,
-                [t("{}") for t in SIMPLE_IMAGENET_TEMPLATES],
-                "ImageNet's class names",
-            )
+        default, templates, source = _default_words(clip)
         words, W = _read_words(Path(path)) if path else (default, None)
         return cls(list(words), list(templates), W, Path(path).name if path else source)
 
 # %% ../nbs/21a_purify.ipynb #a52b4e0f
 @method(Vocabulary)
 def head(self, clip: Clip, names: list[str] | None = None) -> torch.Tensor:
-    "The frozen head (C, d) of the words, or of `names`; ValueError saying what is needed where the text tower has no weights."
+    """The frozen head (C, d) of the words, or of `names`.
+
+    ValueError saying what is needed where the text tower has no weights, or a ready head has
+    another width."""
     if self.W is not None:
         width = clip.visual.proj.shape[1]
         if self.W.shape[1] != width:
             raise ValueError(
-                f"the head {self.source} is {self.W.shape[1]} wide, {clip.card['name']} has {width} features"
+                f"the head {self.source} is {self.W.shape[1]} wide, "
+                f"{clip.card['name']} has {width} features"
             )
-        return self.W.to(clip.visual.proj.device)[
-            [
-                self.words.index(choose(n, self.words, f"class (not in {self.source})"))
-                for n in names or self.words
-            ]
-        ]
+        what = f"class (not in {self.source})"
+        rows = [self.words.index(choose(n, self.words, what)) for n in names or self.words]
+        return self.W.to(clip.visual.proj.device)[rows]
     if not clip.card.get("text", True):
         raise ValueError(
-            f"the base holds {clip.card['name']}'s vision tower alone, and words are read by its text tower. Give --base a whole CLIP file (open_clip, OpenAI or "
-            "CLIPModel names), or --vocabulary a head.safetensors that purify.save_head wrote where the text tower is at hand"
+            f"the base holds {clip.card['name']}'s vision tower alone, and words are read by its "
+            "text tower. Give --base a whole CLIP file (open_clip, OpenAI or CLIPModel names), or "
+            "--vocabulary a head.safetensors that purify.save_head wrote where the text tower is "
+            "at hand"
         )
     return zero_shot_head(clip, names or self.words, self.templates)
 
@@ -188,8 +203,9 @@ HEADS = ("label", "labels", "class", "class_name", "target", "category")
 
 
 def _place(said: str, names: set, folder: Path) -> tuple[str, str] | None:
-    """(what a table writes before a picture's name, that name) for its path `said`; None for a file
-    that is not in `folder`."""
+    """(what a table writes before a picture's name, that name) for its path `said`.
+
+    None for a file that is not in `folder`."""
     if said in names:
         return "", said
     path = posixpath.normpath(said.strip().replace("\\", "/"))
@@ -204,7 +220,8 @@ def _place(said: str, names: set, folder: Path) -> tuple[str, str] | None:
     # a relative path begins in a folder around this one; train/1.png is not val's 1.png
     absolute = path.startswith("/") or re.match("[A-Za-z]:", path)
     around = [p.as_posix() for p in (folder.absolute(), folder.resolve())]
-    return (before, name) if absolute or any(p.endswith(f"/{before}") for p in around) else None
+    inside = absolute or any(p.endswith(f"/{before}") for p in around)
+    return (before, name) if inside else None
 
 # %% ../nbs/21a_purify.ipynb #2bd20003
 def _split(text: str, mark: str) -> list[list[str]]:
@@ -214,8 +231,9 @@ def _split(text: str, mark: str) -> list[list[str]]:
 
 
 def _columns(path: Path, names: list[str], folder: Path) -> tuple[list[list[str]], int, list]:
-    """(rows of a table, its column of files, the place of each row or None), split at the mark and
-    taken from the column that name the most pictures."""
+    """(rows of a table, its column of files, the place of each row or None).
+
+    Split at the mark, and taken from the column, that name the most pictures."""
     text, known, best = _text(path), set(names), ([], 0, [])
     for mark in MARKS:
         try:
@@ -230,7 +248,7 @@ def _columns(path: Path, names: list[str], folder: Path) -> tuple[list[list[str]
                 best = rows, c, at
     return best
 
-
+# %% ../nbs/21a_purify.ipynb #709db8e2
 def _label_column(path: Path, rows: list[list[str]], files: int, at: list) -> int:
     "Which column has the labels; ValueError if it may be more than one."
     mine = [r for r, a in zip(rows, at) if a]
@@ -252,7 +270,7 @@ def _label_column(path: Path, rows: list[list[str]], files: int, at: list) -> in
 
 # %% ../nbs/21a_purify.ipynb #2bd20005
 def _few(said: dict, keep) -> str:
-    "How many of a table's {name: label} `keep(label)` keeps, and the first of them; '' if none."
+    "How many of a table's {name: label} `keep(label)` keeps, and the first three; '' if none."
     some = [f"{n},{v}" for n, v in said.items() if keep(v)]
     return f"{len(some)} {{}} ({'; '.join(some[:3])})" if some else ""
 
@@ -290,7 +308,10 @@ def _as_numbers(path: Path, said: dict, words: list[str]) -> dict:
 
 # %% ../nbs/21a_purify.ipynb #2bd20008
 def _meaning(path: Path, said: dict, words: list[str]) -> tuple[dict, list[str] | None]:
-    "({name: label}, classes or None when labels are numbers of `words`) from {name: a table's text}."
+    """({name: label}, classes) from {name: a table's text}.
+
+    Classes are None when labels are numbers of `words`. ValueError for empty labels, numbers
+    among names, and one label for all."""
     if bad := _few(said, lambda v: not v):
         raise ValueError(
             f"{path}: {bad.format('pictures with an empty label')}; give each one, or take "
@@ -311,12 +332,13 @@ def _meaning(path: Path, said: dict, words: list[str]) -> tuple[dict, list[str] 
         )
     return (_as_numbers(path, said, words), None) if numbers else _as_classes(path, said)
 
-
+# %% ../nbs/21a_purify.ipynb #3b129093
 def _table(
     path: Path, names: list[str], words: list[str], folder: Path
 ) -> tuple[list, list[str] | None]:
-    """(label of each of the pictures `names` of `folder`, classes or None when labels are numbers of
-    `words`) from a table of files and labels."""
+    """(label of each of the pictures `names` of `folder`, classes) from a table.
+
+    The table has files and labels. Classes are None when labels are numbers of `words`."""
     rows, files, at = _columns(path, names, folder)
     found = {a[1] for a in at if a}
     if lost := [n for n in names if n not in found]:
@@ -343,49 +365,47 @@ def _table(
     return [value[n] for n in names], classes
 
 # %% ../nbs/21a_purify.ipynb #5f8b58b3
+def _sub_folders(pics: Pictures, folder: Path) -> tuple[list[int], list[str]]:
+    """(label of each picture, classes) of class sub-folders.
+
+    ValueError where no picture of a class can be read."""
+    f = Folder.of(folder)  # refuses a mixture of loose and sorted pictures
+    of = dict(zip(f.names, f.y.tolist()))
+    lost = sorted(set(of.values()) - {of[n] for n in f.names if n not in pics.skipped})
+    if lost:
+        raise ValueError(
+            f"{folder}: no picture of class {f.classes[lost[0]]!r} can be read; "
+            "replace them, or take its folder away"
+        )
+    return [of[n] for n in pics.names], f.classes
+
+
 def label(
     clip: Clip, pics: Pictures, folder, labels: str, vocabulary: Vocabulary
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """(y (N,), head W (C, d), what was done) for pictures of `folder`. `labels`: '' for class sub-folders where there are some, 'none' for pseudo-labels by
+    """(y (N,), head W (C, d), what was done) for pictures of `folder`.
+
+    `labels`: '' for class sub-folders where there are some, 'none' for pseudo-labels by
     theta_pre, or a file of lines file,label."""
-    inside = [n for n in pics.names if "/" in n]
     if labels and labels != "none":
         if not Path(labels).is_file():
             raise FileNotFoundError(
-                f"no labels at {labels}; give a file of lines file,label, or 'none' for pseudo-labels"
+                f"no labels at {labels}; "
+                "give a file of lines file,label, or 'none' for pseudo-labels"
             )
         y, classes = _table(Path(labels), pics.names, vocabulary.words, Path(folder))
-        return (
-            torch.tensor(y),
-            vocabulary.head(clip, classes),
-            dict(labels=f"the table {Path(labels).name}", classes=len(classes or vocabulary.words)),
-        )
-    if inside and not labels:
-        f = Folder.of(Path(folder))  # refuses a mixture of loose and sorted pictures
-        of = dict(zip(f.names, f.y.tolist()))
-        lost = sorted(set(of.values()) - {of[n] for n in f.names if n not in pics.skipped})
-        if lost:
-            raise ValueError(
-                f"{folder}: no picture of class {f.classes[lost[0]]!r} can be read; "
-                "replace them, or take its folder away"
-            )
-        if len(f.classes) > 1:
-            return (
-                torch.tensor([of[n] for n in pics.names]),
-                vocabulary.head(clip, f.classes),
-                dict(labels="class sub-folders", classes=len(f.classes)),
-            )
+        n = len(classes or vocabulary.words)
+        how = dict(labels=f"the table {Path(labels).name}", classes=n)
+        return torch.tensor(y), vocabulary.head(clip, classes), how
+    if not labels and any("/" in n for n in pics.names):
+        y, classes = _sub_folders(pics, Path(folder))
+        if len(classes) > 1:
+            how = dict(labels="class sub-folders", classes=len(classes))
+            return torch.tensor(y), vocabulary.head(clip, classes), how
     W = vocabulary.head(clip)
     y = logits(features(clip, clip.visual, pics.x), W).argmax(1).cpu()
-    return (
-        y,
-        W,
-        dict(
-            labels=f"pseudo-labels of the pretrained model over {vocabulary.source}",
-            classes=len(W),
-            in_use=len(y.unique()),
-        ),
-    )
+    said = f"pseudo-labels of the pretrained model over {vocabulary.source}"
+    return y, W, dict(labels=said, classes=len(W), in_use=len(y.unique()))
 
 # %% ../nbs/21a_purify.ipynb #003ca294
 def freeze_projection(clip: Clip) -> None:
@@ -396,27 +416,22 @@ def freeze_projection(clip: Clip) -> None:
 
 
 class Case(Lab):
-    "A merged tower `theta` (state dict) to purify with the pictures of `shadow`; else like `Lab`."
+    "A merged tower `theta` (state dict) to purify with the pictures of `shadow`: a `Lab`."
 
     def __init__(
         self, P: MainParams, clip: Clip, theta: dict, shadow: Shadow, stages: Stages | None = None
     ):
-        self.P, self.stages, self.settings, self.rows, self.records = (
-            P,
-            stages or Stages(),
-            asdict(P),
-            [],
-            {},
-        )
+        self.P, self.settings = P, asdict(P)
+        self.stages = stages or Stages()
+        self.rows, self.records = [], {}
         self.clip, self.theta, self.shadow = clip, theta, shadow
         self._pre = content_hash(clip.model.state_dict(), clip.card)
 
 # %% ../nbs/21a_purify.ipynb #ac710002
-ENOUGH, CLEAR = 256, 0.02  # pictures that are looked at; a smaller difference is none
-
-
 def twin(clip: Clip) -> Clip | None:
-    "The same weights under the other activation, if open_clip has a model that differs in nothing else."
+    """The same weights under the other activation; None if open_clip has no such model.
+
+    The other model must differ in nothing else."""
     name = clip.card["name"]
     quick = name.endswith("-quickgelu")
     other = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"
@@ -431,9 +446,15 @@ def twin(clip: Clip) -> Clip | None:
                 setattr(m, k, torch.nn.GELU() if quick else QuickGELU())
     return Clip(model, clip.tokenizer, clip.card | dict(name=other, quick_gelu=not quick))
 
+# %% ../nbs/21a_purify.ipynb #1803520d
+# pictures that are looked at; a smaller difference is none
+ENOUGH, CLEAR = 256, 0.02
+
 
 def _certain(clip: Clip, theta: dict, x, W, y=None) -> torch.Tensor:
-    "For each picture whether it is named rightly (1 or 0) or, without labels, the probability of the answer."
+    """For each picture whether it is named rightly, 1 or 0 (N,).
+
+    Without labels the probability of the answer."""
     p = logits(features(clip, clip.with_state(theta), x, dtype=torch.float32), W).softmax(1).cpu()
     return p.amax(1) if y is None else (p.argmax(1) == y.cpu()).float()
 
@@ -441,8 +462,10 @@ def _certain(clip: Clip, theta: dict, x, W, y=None) -> torch.Tensor:
 def check_activation(
     clip: Clip, theta: dict, x: torch.Tensor, head_of, y=None, anyway: bool = False
 ) -> None:
-    """ValueError if the other activation understands the pictures `x` clearly better than clip's own; a line on
-    stderr if they cannot tell, or with `anyway`. `head_of(clip)`: the head (C, d); `y`: labels, if there are some."""
+    """ValueError if the other activation understands the pictures `x` clearly better.
+
+    A line on stderr if they cannot tell, or with `anyway`. `head_of(clip)`: the head (C, d); `y`:
+    labels, if there are some."""
     other = twin(clip)
     if other is None:
         return
@@ -455,14 +478,18 @@ def check_activation(
         return
     name, named = clip.card["name"], other.card["name"]
     what = "are named rightly" if y is not None else "is the mean confidence"
-    seen = f"{100 * own.mean():.1f} % {what} with {name}, {100 * its.mean():.1f} % with {named} (n = {len(at)})"
+    seen = (
+        f"{100 * own.mean():.1f} % {what} with {name}, "
+        f"{100 * its.mean():.1f} % with {named} (n = {len(at)})"
+    )
     if gain.mean() > clear and not anyway:
         raise ValueError(
             f"{name} is the wrong activation for these weights: {seen}. Give --model {named}; "
             f"--anyway takes {name} all the same"
         )
     note(
-        f"no file says which activation its weights learned with, and the name {name} decides: {seen}"
+        "no file says which activation its weights learned with, "
+        f"and the name {name} decides: {seen}"
     )
 
 # %% ../nbs/21a_purify.ipynb #01f73886
@@ -471,85 +498,70 @@ class NothingToPurify(ValueError):
 
 
 def open_models(P: PurifyParams) -> tuple[Clip, dict, Tower, Tower]:
-    "(the pretrained Clip, the merged state dict, the merged and the base Tower); ValueError if they do not fit, or are the same model."
+    """(the pretrained Clip, the merged state dict, the merged and the base Tower).
+
+    ValueError if they do not fit; NothingToPurify if they are the same model."""
     base = read_tower(P.base)
     merged = read_tower(P.merged, base)
     clip = backbone(P.model, base)
     theta = fitted(merged, clip)
     if all(torch.equal(v.cpu(), theta[k]) for k, v in clip.state().items()):
         raise NothingToPurify(
-            f"{P.merged} equals its base {P.base}: nothing was merged into it, there is nothing to purify"
+            f"{P.merged} equals its base {P.base}: nothing was merged into it, "
+            "there is nothing to purify"
         )
     if "proj" not in merged.visual:
         freeze_projection(clip)
     return clip, theta, merged, base
 
-
+# %% ../nbs/21a_purify.ipynb #5bb9e014
 def open_case(
     P: PurifyParams, stages: Stages | None = None, anyway: bool = False
 ) -> tuple[Case, Tower, dict]:
-    "(the case, the merged file's Tower, what is known of the pictures); all that can be refused is refused here, before any work."
+    """(the case, the merged file's Tower, what is known of the pictures).
+
+    All that can be refused is refused here, before any work."""
     clip, theta, merged, base = open_models(P)
     pics = read_pictures(P.shadow, clip.size, P.shadow_n + P.held, P.seed)
     y, W, how = label(clip, pics, P.shadow, P.labels, Vocabulary.of(clip, P.vocabulary))
     if "quick_gelu" not in agreed([merged, base]):
         few = replace(pics, x=pics.x[:ENOUGH], names=pics.names[:ENOUGH])
         named = y[:ENOUGH] if not how["labels"].startswith("pseudo") else None
-        again = lambda c: (
-            label(c, few, P.shadow, P.labels, Vocabulary.of(c, P.vocabulary))[1]
-            if c is not clip
-            else W
-        )
-        check_activation(clip, theta, few.x, again, named, anyway)
+
+        def head_of(c):
+            if c is clip:
+                return W
+            return label(c, few, P.shadow, P.labels, Vocabulary.of(c, P.vocabulary))[1]
+
+        check_activation(clip, theta, few.x, head_of, named, anyway)
     held = min(P.held, len(y) // 5)
-    about = dict(
-        folder=Path(P.shadow).name,
-        found=pics.found,
-        used=len(y),
-        held=held,
-        unreadable=len(pics.skipped),
-        skipped=pics.skipped,
-        flat=pics.flat,
-        **how,
-    )
-    return (
-        Case(P.main, clip, theta, Shadow(pics.x, y, W, held), stages),
-        merged,
-        dict(shadow=about, base=base),
-    )
+    about = dict(folder=Path(P.shadow).name, found=pics.found, used=len(y), held=held)
+    about |= dict(unreadable=len(pics.skipped), skipped=pics.skipped, flat=pics.flat, **how)
+    case = Case(P.main, clip, theta, Shadow(pics.x, y, W, held), stages)
+    return case, merged, dict(shadow=about, base=base)
 
 # %% ../nbs/21a_purify.ipynb #60d5b384
 @method(Case)
 def costs(self, d: Defended, n: int = 21) -> list[dict]:
-    "{lam, accuracy, lo, hi, changed, n} at n points of the path and at d.lam: percent of held-out pictures with their label's word, and with another word than the merged model's."
+    """{lam, accuracy, lo, hi, n, changed} at n points of the path and at d.lam.
+
+    Percent of held-out pictures with their label's word (95 % interval lo to hi), and percent
+    with another word than the merged model's."""
     x, y = self.shadow.check
 
     def compute():
         path = Between(self.clip, self.theta, d.end)
-        answers = {
-            lam: predict(self.clip, path.at(lam), x, self.shadow.W)
-            for lam in sorted({*grid(n), d.lam})
-        }
-        right = {lam: rate(p == y) for lam, p in answers.items()}
-        return {}, dict(
-            rows=[
-                dict(
-                    lam=lam,
-                    accuracy=r["value"],
-                    lo=r["lo"],
-                    hi=r["hi"],
-                    n=r["n"],
-                    changed=rate(answers[lam] != answers[0.0])["value"],
-                )
-                for lam, r in right.items()
-            ]
-        )
+        lams = sorted({*grid(n), d.lam})
+        answers = {lam: predict(self.clip, path.at(lam), x, self.shadow.W) for lam in lams}
+        rows = []
+        for lam, p in answers.items():
+            right, changed = rate(p == y), rate(p != answers[0.0])
+            row = dict(lam=lam, accuracy=right["value"], lo=right["lo"], hi=right["hi"])
+            rows.append(row | dict(n=right["n"], changed=changed["value"]))
+        return {}, dict(rows=rows)
 
-    return self.stages(
-        "purify-costs",
-        (code_hash("path"), self._pre, self.theta, d.end, self.shadow, n, d.lam),
-        compute,
-    )[1]["rows"]
+    key = (code_hash("path"), self._pre, self.theta, d.end, self.shadow, n, d.lam)
+    return self.stages("purify-costs", key, compute)[1]["rows"]
 
 # %% ../nbs/21a_purify.ipynb #4ce9c934
 PANELS = ("held-out shadow pictures, %", "held-out loss, nats", "how far features turn, of 2")
@@ -557,24 +569,20 @@ PROMPT_COLOURS = ("#e69f00", "#56b4e9", "#000000")
 
 
 def panel_lines(d: Defended, rows: list[dict]) -> list[tuple]:
-    "(column, name, dash, colour, λs, values) of every line of path.html; without a rule for λ nothing but the first column was looked at."
+    """(column, name, dash, colour, λs, values) of every line of path.html.
+
+    Without a rule for λ nothing but the first column was looked at."""
     at = [r["lam"] for r in rows]
     lines = [
-        (1, name, dash, colour, at, [r[k] for r in rows])
-        for k, name, dash, colour in (
-            ("accuracy", "agrees with label", "solid", "#0072b2"),
-            ("changed", "answer changed", "dash", "#d55e00"),
-        )
+        (1, "agrees with label", "solid", "#0072b2", at, [r["accuracy"] for r in rows]),
+        (1, "answer changed", "dash", "#d55e00", at, [r["changed"] for r in rows]),
     ]
     if not d.rule:
         return lines
     c, at = d.rule["curve"], [p["lam"] for p in d.rule["curve"]]
     lines += [
-        (2, name, dash, colour, at, [p[k] for p in c])
-        for k, name, dash, colour in (
-            ("prompted", "under mined prompts", "solid", "#cc79a7"),
-            ("clean", "plain", "dot", "#009e73"),
-        )
+        (2, "under mined prompts", "solid", "#cc79a7", at, [p["prompted"] for p in c]),
+        (2, "plain", "dot", "#009e73", at, [p["clean"] for p in c]),
     ]
     for k, (healthy, colour) in enumerate(zip(d.rule["pretrained"], cycle(PROMPT_COLOURS))):
         lines += [
@@ -585,7 +593,10 @@ def panel_lines(d: Defended, rows: list[dict]) -> list[tuple]:
 
 # %% ../nbs/21a_purify.ipynb #9fa17b4c
 def path_figure(d: Defended, rows: list[dict], title: str):
-    "The plotly figure of path.html: accuracy and changed answers, losses, and the shifts by the mined prompts beside those of the pretrained model; λ and its rule marked."
+    """The plotly figure of path.html, a panel for each column of `panel_lines`.
+
+    Accuracy and changed answers, losses, and the shifts by the mined prompts beside those of the
+    pretrained model; λ and its rule are marked."""
     from plotly.subplots import make_subplots
 
     lines = panel_lines(d, rows)
@@ -596,28 +607,23 @@ def path_figure(d: Defended, rows: list[dict], title: str):
             x=x,
             y=y,
             name=name,
-            mode="lines+markers" if dash != "dot" else "lines",
+            mode="lines" if dash == "dot" else "lines+markers",
             line=dict(dash=dash, color=colour),
             row=1,
             col=col,
             hovertemplate="λ %{x:.2f}: %{y:.4g}",
         )
+    gray = dict(color="gray", width=1)
     for col in cols:
-        fig.add_vline(
-            x=d.lam,
-            line=dict(color="gray", width=1),
-            annotation_text=f"λ = {d.lam:g}",
-            row=1,
-            col=col,
-        )
+        fig.add_vline(x=d.lam, line=gray, annotation_text=f"λ = {d.lam:g}", row=1, col=col)
     # the whole path in every panel: a rule reads only as far as it must
     fig.update_xaxes(title="λ: 0 merged, 1 anti-backdoor model", range=[-0.05, 1.05])
     fig.update_yaxes(range=[-2, 102], row=1, col=1)
     for col in cols[1:]:
         fig.update_yaxes(rangemode="tozero", row=1, col=col)
-    said = f"{title}, n = {rows[0]['n']}; λ by {'the rule ' + d.rule['rule'] if d.rule else 'hand'}"
+    chosen = f"the rule {d.rule['rule']}" if d.rule else "hand"
     return fig.update_layout(
-        title=said,
+        title=f"{title}, n = {rows[0]['n']}; λ by {chosen}",
         height=460,
         margin=dict(l=40, r=20, t=80, b=40),
         template="plotly_white",
@@ -625,7 +631,8 @@ def path_figure(d: Defended, rows: list[dict], title: str):
     )
 
 # %% ../nbs/21a_purify.ipynb #2bd20011
-FEW = 1000  # of the recorded lab's backdoor 320 pictures leave a good part, 4,500 next to nothing
+# of the recorded lab's backdoor 320 pictures leave a good part, 4,500 next to nothing
+FEW = 1000
 PURIFIED, UNCHANGED, NOTHING = "purified", "unchanged", "nothing found"
 
 
@@ -673,85 +680,83 @@ def unmoved(case: Case, merged: Tower, d: Defended) -> bool:
     return all(same(k, v) for k, v in merged.visual.items() if k in theta)
 
 
-def outcome(case: Case, merged: Tower, known: dict, d: Defended) -> dict:
-    """{'state': PURIFIED, UNCHANGED or NOTHING, 'found': whether the method found something to
-    remove, 'notes': sentences}."""
-    same, reason, why = unmoved(case, merged, d), d.log.get("nothing_found", ""), why_lam(d)
-    if same and not why:
+def _not_purified(d: Defended, why: str) -> str:
+    "The note on weights that came out as they went in. `why`: what is known of it, or ''."
+    if not why and d.lam == 0:
+        why = "λ = 0 was asked for"
+    elif not why:
         why = (
-            "λ = 0 was asked for"
-            if d.lam == 0
-            else "Training has moved no weight as far as the "
-            "file's number format shows: the learning rate or the strength is too small"
+            "Training has moved no weight as far as the file's number format shows: the learning "
+            "rate or the strength is too small"
         )
-    if same:
-        why = f"NOT PURIFIED. The weights are the merged model's, bit for bit, and so is whatever it hides. {why}"
-    flat = known["shadow"]["flat"]
-    notes = [
-        f"The method found nothing to remove: {reason}" if reason else "",
-        why,
-        few_pictures(known["shadow"]),
-        f"{flat} of {known['shadow']['used']} pictures are of one colour; see whether they came here whole"
-        if flat
-        else "",
-    ]
-    state = NOTHING if reason else UNCHANGED if same else PURIFIED
+    return (
+        "NOT PURIFIED. The weights are the merged model's, bit for bit, and so is whatever it "
+        f"hides. {why}"
+    )
+
+
+def outcome(case: Case, merged: Tower, known: dict, d: Defended) -> dict:
+    """{'state': PURIFIED, UNCHANGED or NOTHING, 'found': bool, 'notes': sentences}.
+
+    `found`: whether the method found something to remove."""
+    same, reason, why = unmoved(case, merged, d), d.log.get("nothing_found", ""), why_lam(d)
+    s, state, notes = known["shadow"], UNCHANGED if same else PURIFIED, []
+    if reason:
+        state = NOTHING
+        notes.append(f"The method found nothing to remove: {reason}")
+    notes += [_not_purified(d, why) if same else why, few_pictures(s)]
+    if s["flat"]:
+        notes.append(
+            f"{s['flat']} of {s['used']} pictures are of one colour; "
+            "see whether they came here whole"
+        )
     return dict(state=state, found=not reason, notes=[t for t in notes if t])
 
 # %% ../nbs/21a_purify.ipynb #ea21ca38
 KINDS = ("not purified", "purified")
+_LOGGED = "rank rho knob strength_rule loss passes seconds cpu_seconds peak_mb".split()
+
+
+def _parent(t: Tower) -> dict:
+    "What the card says of a file that went in."
+    said = dict(file=Path(t.path).name, sha256=t.sha256, format=t.form)
+    return said | ({"read": t.how} if t.how else {})
+
+
+def _parameters(P: PurifyParams) -> dict:
+    "All settings; of paths the last part alone, as a card is handed on."
+    paths = ("merged", "base", "shadow", "labels", "vocabulary", "out")
+    names = {k: Path(getattr(P, k)).name for k in paths}
+    return asdict(P) | names | dict(plugins=[Path(f).name for f in P.plugins])
 
 
 def make_card(
     P: PurifyParams, case: Case, merged: Tower, known: dict, d: Defended, rows: list[dict]
 ) -> dict:
-    "Parents with sha256, every parameter, versions, λ with its rule's curve, costs on the shadow pictures."
+    """What was done to which file, as a dict for card.json.
+
+    Parents with sha256, every parameter, versions, λ with its rule's curve, costs on the shadow
+    pictures (percent)."""
     at = lambda lam: next(r for r in rows if r["lam"] == lam)
-    parents = {
-        k: dict(file=Path(t.path).name, sha256=t.sha256, format=t.form)
-        | ({"read": t.how} if t.how else {})
-        for k, t in (("merged", merged), ("base", known["base"]))
-    }
-    names = dict(
-        merged=Path(P.merged).name,
-        base=Path(P.base).name,
-        shadow=Path(P.shadow).name,
-        labels=Path(P.labels).name,
-        vocabulary=Path(P.vocabulary).name,
-        out=Path(P.out).name,
-        plugins=[Path(f).name for f in P.plugins],
-    )
-    said, pre = "quick_gelu" in merged.meta, {k: v.cpu() for k, v in case.clip.state().items()}
+    pre = {k: v.cpu() for k, v in case.clip.state().items()}
     end = outcome(case, merged, known, d)
+    activation = "from the model's name; the file does not say"
+    if "quick_gelu" in merged.meta:
+        activation = "the merged file says so"
     return dict(
         kind=KINDS[end["state"] == PURIFIED],
         outcome=end,
         method="LFPM (arXiv 2606.12498)",
         model=case.clip.card["name"],
         quick_gelu=case.clip.card["quick_gelu"],
-        activation="the merged file says so"
-        if said
-        else "from the model's name; the file does not say",
-        parents=parents,
-        parameters=asdict(P) | names,
+        activation=activation,
+        parents=dict(merged=_parent(merged), base=_parent(known["base"])),
+        parameters=_parameters(P),
         lam=d.lam,
         rule=d.rule,
         strength=d.strength,
         prompts=[{k: p[k] for k in ("semantic", "shift")} for p in d.log["prompt"]],
-        stages={
-            k: d.log[k]
-            for k in (
-                "rank",
-                "rho",
-                "knob",
-                "strength_rule",
-                "loss",
-                "passes",
-                "seconds",
-                "cpu_seconds",
-                "peak_mb",
-            )
-        },
+        stages={k: d.log[k] for k in _LOGGED},
         length=norm(task_vector(case.theta, d.end)),
         length_tau=norm(task_vector(pre, case.theta)),
         frozen=[] if "proj" in merged.visual else ["proj"],
@@ -763,103 +768,117 @@ def make_card(
     )
 
 # %% ../nbs/21a_purify.ipynb #a2cf77f8
+def heading(c: dict) -> str:
+    "The card's title."
+    state = c["outcome"]["state"]
+    if state == PURIFIED:
+        return f"# Purified {c['model']}"
+    return f"# NOT purified, {state}: {c['model']}"
+
+
 def prompts_text(c: dict) -> str:
     "What Stage I found: the weights it settled on, and how far its prompts move features."
     listed = lambda k: ", ".join(f"{p[k]:.2g}" for p in c["prompts"])
-    return f"Prompts: mined with semantic weights {listed('semantic')} (LFPM Eq 16); they move the merged model's unit features by {listed('shift')} of at most 2."
+    return (
+        f"Prompts: mined with semantic weights {listed('semantic')} (LFPM Eq 16); "
+        f"they move the merged model's unit features by {listed('shift')} of at most 2."
+    )
 
 
 def lam_text(c: dict) -> str:
     "How λ was chosen, and how far the prompts still turn the purified model's features."
-    if not c["rule"]:
+    rule = c["rule"]
+    if not rule:
         return "given by hand"
-    at, listed = (
-        next(p for p in c["rule"]["curve"] if p["lam"] == c["lam"]),
-        lambda v: ", ".join(f"{x:.2g}" for x in v),
-    )
-    more = any(a > b for a, b in zip(at["shift"], c["rule"]["pretrained"]))
-    left = f"the prompts turn features by {listed(at['shift'])} there{', still more than' if more else ','} the pretrained model's by {listed(c['rule']['pretrained'])}"
+    listed = lambda v: ", ".join(f"{x:.2g}" for x in v)
+    at = next(p for p in rule["curve"] if p["lam"] == c["lam"])
+    more = any(a > b for a, b in zip(at["shift"], rule["pretrained"]))
+    than = ", still more than" if more else ","
     return (
-        f"the rule `{c['rule']['rule']}` (path.lam_rules), without knowledge of an attack; {left}"
+        f"the rule `{rule['rule']}` (path.lam_rules), without knowledge of an attack; "
+        f"the prompts turn features by {listed(at['shift'])} there{than} "
+        f"the pretrained model's by {listed(rule['pretrained'])}"
+    )
+
+# %% ../nbs/21a_purify.ipynb #800658db
+def _parents_table(c: dict) -> str:
+    "The files that went in, with the hash by which anybody can find them again."
+    lines = ["| parent | file | sha256 | format |", "|---|---|---|---|"]
+    for k, p in c["parents"].items():
+        read = f", {p['read']}" if "read" in p else ""
+        lines.append(f"| {k} | {p['file']} | `{p['sha256']}` | {p['format']}{read} |")
+    return "\n".join(lines)
+
+
+def _costs_table(c: dict) -> str:
+    "The merged, the purified and the anti-backdoor model on held-out pictures."
+    lines = ["| model | λ | agrees with label % | answers changed % |", "|---|---|---|---|"]
+    state = f"**{c['outcome']['state']}**"
+    for name, k in (("merged", "merged"), (state, "purified"), ("anti-backdoor", "end")):
+        r = c["cost"][k]
+        agrees = f"{r['accuracy']:.1f} ({r['lo']:.1f} to {r['hi']:.1f})"
+        lines.append(f"| {name} | {r['lam']:g} | {agrees} | {r['changed']:.1f} |")
+    return "\n".join(lines)
+
+
+def _shadow_text(s: dict) -> str:
+    "How many pictures there were, and what became of them."
+    some = ", ".join(map(printable, list(s["skipped"])[:5]))
+    unreadable = f"{s['unreadable']} unreadable{f' ({some})' if some else ''}"
+    return (
+        f"Shadow set: {s['used']} of {s['found']} pictures, {unreadable}, "
+        f"{s['flat']} of one colour, {s['held']} held out, {s['classes']} classes."
     )
 
 # %% ../nbs/21a_purify.ipynb #ea07c833
-def heading(c: dict) -> str:
-    "The card's title."
-    state = c["outcome"]["state"]
-    return (
-        f"# Purified {c['model']}"
-        if state == PURIFIED
-        else f"# NOT purified, {state}: {c['model']}"
-    )
+_HOW = {
+    PURIFIED: "purified with",
+    UNCHANGED: "left as it was by",
+    NOTHING: "in which nothing was found by",
+}
 
 
 def card_text(c: dict) -> str:
     "The card as Markdown."
-    row = lambda name, r: (
-        f"| {name} | {r['lam']:g} | {r['accuracy']:.1f} ({r['lo']:.1f} to {r['hi']:.1f}) | {r['changed']:.1f} |"
-    )
-    s, state = c["shadow"], c["outcome"]["state"]
-    skipped = ", ".join(map(printable, list(s["skipped"])[:5]))
-    how = {
-        PURIFIED: "purified with",
-        UNCHANGED: "left as it was by",
-        NOTHING: "in which nothing was found by",
-    }[state]
-    return "\n".join(
-        [
-            heading(c),
-            "",
-            f"{c['parents']['merged']['file']}, {how} {c['method']} at λ = {c['lam']:g}. Names and dtypes are the merged file's.",
-            "",
-            *(f"- **{n}.**" for n in c["outcome"]["notes"]),
-            *[""] * bool(c["outcome"]["notes"]),
-            "| parent | file | sha256 | format |",
-            "|---|---|---|---|",
-            *(
-                f"| {k} | {p['file']} | `{p['sha256']}` | {p['format']}{', ' + p['read'] if 'read' in p else ''} |"
-                for k, p in c["parents"].items()
-            ),
-            "",
-            f"Activation: {'QuickGELU' if c['quick_gelu'] else 'GELU'} ({c['activation']}). Frozen: {', '.join(c['frozen']) or 'nothing'}. "
-            f"The anti-backdoor vector is {c['length']:.2f} long, the merged task vector {c['length_tau']:.2f}.",
-            "",
-            "## What it costs",
-            "",
-            f"Held-out shadow pictures, n = {c['cost']['merged']['n']}, 95 % interval in brackets; labels: {s['labels']}.",
-            "",
-            "| model | λ | agrees with label % | answers changed % |",
-            "|---|---|---|---|",
-            row("merged", c["cost"]["merged"]),
-            row(f"**{state}**", c["cost"]["purified"]),
-            row("anti-backdoor", c["cost"]["end"]),
-            "",
-            "What it costs the merged tasks, and whether there was a backdoor, cannot be seen from here: measure it on your own test pictures (`lfpm path`).",
-            "",
-            "## How",
-            "",
-            f"Shadow set: {s['used']} of {s['found']} pictures, {s['unreadable']} unreadable{f' ({skipped})' if skipped else ''}, {s['flat']} of one colour, {s['held']} held out, {s['classes']} classes.",
-            f"λ: {lam_text(c)}. Strength: {c['strength']:g} ({c['stages']['knob']}).",
-            prompts_text(c),
-            "",
-            "Parameters: " + ", ".join(f"{k}={v}" for k, v in c["parameters"].items()) + ".",
-            "",
-            "Versions: "
-            + ", ".join(f"{k} {v}" for k, v in c["versions"].items())
-            + f". {c['stages']['cpu_seconds']:.0f} CPU seconds. {c['time']}.",
-            "",
-            f"Files: `{c['parameters']['out']}`; `anti-backdoor.safetensors`, θ_anti − θ_merged under open_clip's names (merged + λ · vector = purified); `card.json`; `path.html`.",
-            "",
-        ]
-    )
+    file, how = c["parents"]["merged"]["file"], _HOW[c["outcome"]["state"]]
+    listed = lambda k: ", ".join(f"{name} {v}" for name, v in c[k].items())
+    paragraphs = [
+        heading(c),
+        f"{file}, {how} {c['method']} at λ = {c['lam']:g}. Names and dtypes are the merged file's.",
+        "\n".join(f"- **{n}.**" for n in c["outcome"]["notes"]),
+        _parents_table(c),
+        f"Activation: {'QuickGELU' if c['quick_gelu'] else 'GELU'} ({c['activation']}). "
+        f"Frozen: {', '.join(c['frozen']) or 'nothing'}. "
+        f"The anti-backdoor vector is {c['length']:.2f} long, "
+        f"the merged task vector {c['length_tau']:.2f}.",
+        "## What it costs",
+        f"Held-out shadow pictures, n = {c['cost']['merged']['n']}, 95 % interval in brackets; "
+        f"labels: {c['shadow']['labels']}.",
+        _costs_table(c),
+        "What it costs the merged tasks, and whether there was a backdoor, cannot be seen from "
+        "here: measure it on your own test pictures (`lfpm path`).",
+        "## How",
+        f"{_shadow_text(c['shadow'])}\n"
+        f"λ: {lam_text(c)}. Strength: {c['strength']:g} ({c['stages']['knob']}).\n"
+        f"{prompts_text(c)}",
+        "Parameters: " + ", ".join(f"{k}={v}" for k, v in c["parameters"].items()) + ".",
+        f"Versions: {listed('versions')}. {c['stages']['cpu_seconds']:.0f} CPU seconds. "
+        f"{c['time']}.",
+        f"Files: `{c['parameters']['out']}`; `anti-backdoor.safetensors`, "
+        "θ_anti − θ_merged under open_clip's names (merged + λ · vector = purified); "
+        "`card.json`; `path.html`.",
+    ]
+    return "\n\n".join(p for p in paragraphs if p) + "\n"
 
 # %% ../nbs/21a_purify.ipynb #b76c305f
 BESIDE = ("anti-backdoor.safetensors", "card.json", "card.md", "path.html")
 
 
 def check_out(out, inputs) -> Path:
-    """The path to write to; ValueError if it is an input, has another ending, or lies beside files
-    that purify did not write, or wrote for other weights."""
+    """The path to write to; ValueError where nothing may be written.
+
+    That is an input, a name with another ending, and a place beside files that purify did not
+    write, or wrote for other weights."""
     out = Path(out)
     if out.suffix != ".safetensors" or out.name in BESIDE:
         raise ValueError(
@@ -879,15 +898,17 @@ def check_out(out, inputs) -> Path:
         )
     if not ours and (there := [n for n in BESIDE if (out.parent / n).exists()]):
         raise ValueError(
-            f"{out.parent.resolve()} already holds {', '.join(there)}, not written by purify; give --out in a folder of its own"
+            f"{out.parent.resolve()} already holds {', '.join(there)}, not written by purify; "
+            "give --out in a folder of its own"
         )
     return out
 
-
+# %% ../nbs/21a_purify.ipynb #c3c72800
 @contextlib.contextmanager
 def alone_in(folder: Path):
-    """Nobody else purifies into `folder` meanwhile; ValueError if somebody does. The system lets go
-    of the lock even when its holder is killed."""
+    """Nobody else purifies into `folder` meanwhile; ValueError if somebody does.
+
+    The system lets go of the lock even when its holder is killed."""
     lock = FileLock(folder / ".purify.lock")
     try:
         lock.acquire(timeout=0)
@@ -899,15 +920,16 @@ def alone_in(folder: Path):
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(
-            missing_ok=True
-        )  # while it is ours: later it might be another's
+        # while it is ours: later it might be another's
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
 @contextlib.contextmanager
 def together(folder: Path):
-    "Yield a temporary folder; what lies in it moves to `folder` on success, and nothing does on any failure."
+    """Yield a temporary folder; what lies in it moves to `folder` on success.
+
+    Nothing moves on any failure."""
     tmp = folder / ".purify.new"
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
@@ -920,7 +942,9 @@ def together(folder: Path):
 
 # %% ../nbs/21a_purify.ipynb #6dbf808f
 def path_page(name: str, d: Defended, card: dict) -> str:
-    "path.html: the figure under the card's title and notes. Names are text, whatever they hold."
+    """path.html: the figure under the card's title and notes.
+
+    Names are text, whatever they hold."""
     fig = path_figure(d, card["path"], "held-out shadow pictures along λ")
     page, e = fig.to_html(include_plotlyjs=True), html.escape
     notes = "".join(f"<li>{e(t)}</li>" for t in card["outcome"]["notes"])
@@ -931,24 +955,16 @@ def path_page(name: str, d: Defended, card: dict) -> str:
 def write_all(
     out: Path, P: PurifyParams, case: Case, merged: Tower, theta: dict, d: Defended, card: dict
 ) -> None:
-    "Purified weights in the merged file's format and dtypes, the anti-backdoor vector (float32), the card twice, the path."
+    """Purified weights in the merged file's format and dtypes, and what belongs beside them.
+
+    The anti-backdoor vector (float32), the card twice, the path."""
+    said = "LFPM" if card["kind"] == KINDS[1] else f"no: {card['outcome']['state']}"
+    how = dict(purified=said, lam=d.lam, made_from=merged.sha256)
+    vector = task_vector(case.theta, d.end)
+    what = dict(what="theta_anti - theta_merged", made_from=merged.sha256)
     with together(out.parent) as tmp:
-        said = "LFPM" if card["kind"] == KINDS[1] else f"no: {card['outcome']['state']}"
-        write_tower(
-            tmp / out.name,
-            merged,
-            visual=theta,
-            home=out.parent,
-            purified=said,
-            lam=d.lam,
-            made_from=merged.sha256,
-        )
-        save_state(
-            tmp / BESIDE[0],
-            task_vector(case.theta, d.end),
-            what="theta_anti - theta_merged",
-            made_from=merged.sha256,
-        )
+        write_tower(tmp / out.name, merged, visual=theta, home=out.parent, **how)
+        save_state(tmp / BESIDE[0], vector, **what)
         card["files"] = {n: file_sha(tmp / n) for n in (out.name, BESIDE[0])}
         write_json(tmp / "card.json", card)
         with writing(tmp / "card.md") as f:
@@ -959,7 +975,10 @@ def write_all(
 # %% ../nbs/21a_purify.ipynb #60c00354
 @dataclass
 class Purified:
-    "What purify wrote: the `folder`, the `card`, the purified state dict `theta` and the one at λ = 1, `end` (open_clip's visual names, float32)."
+    """What purify wrote: the `folder` and the `card`.
+
+    `theta`: the purified state dict; `end`: the one at λ = 1 (both open_clip's visual names,
+    float32)."""
 
     folder: Path
     card: dict
@@ -979,14 +998,16 @@ def purify(
     anyway: bool = False,
     **given,
 ) -> Purified:
-    """LFPM on the merged tower in file `merged` of pretrained `base`, architecture `model` (a shipped backbone or open_clip's name), with the pictures of folder
-    `shadow`. `preset`: default lab for shipped backbones, paper for open_clip's models; `given`: further parameters of the run notebook purify; `anyway`: whatever `check_activation` says. ValueError or
+    """LFPM on the merged tower in file `merged` of pretrained `base`.
+
+    `model`: a shipped backbone or open_clip's name; `shadow`: a folder of pictures. `preset`:
+    default lab for shipped backbones, paper for open_clip's models; `given`: further parameters of
+    the run notebook purify; `anyway`: whatever `check_activation` says. ValueError or
     FileNotFoundError before any work; `Diverged` names the file with the last good weights."""
     files = dict(merged=merged, base=base, shadow=shadow, labels=labels, out=out)
-    preset = preset or (
-        "lab" if str(model).lower() in data_cards() else "paper"
-    )  # lab's learning rate would wreck a real CLIP
-    P = settings_of("purify", preset, files | dict(model=model) | given)
+    # lab's learning rate would wreck a real CLIP
+    usual = "lab" if str(model).lower() in data_cards() else "paper"
+    P = settings_of("purify", preset or usual, files | dict(model=model) | given)
     out = check_out(P.out, (P.merged, P.base))
     case, tower, known = open_case(P, stages, anyway)
     by_name = dict(quick_gelu=case.clip.card["quick_gelu"], heads=heads(case.clip))
@@ -1001,7 +1022,9 @@ def purify(
             theta, d = case.defended("LFPM", case.theta)
         except torch.cuda.OutOfMemoryError as e:
             raise RuntimeError(
-                f"the GPU's memory is full with batches of {P.anti_batch} ({str(e).splitlines()[0][:120]}); free it, give -p anti_batch={max(1, P.anti_batch // 2)} "
+                f"the GPU's memory is full with batches of {P.anti_batch} "
+                f"({str(e).splitlines()[0][:120]}); free it, "
+                f"give -p anti_batch={max(1, P.anti_batch // 2)} "
                 "(a smaller batch is another run), or compute on the CPU: LFPM_DEVICE=cpu"
             ) from None
         card = make_card(P, case, tower, known, d, case.costs(d))
@@ -1018,10 +1041,24 @@ def distance(a: dict, b: dict) -> float:
     return math.hypot(*(torch.dist(v, b[k]).item() for k, v in a.items()))
 
 
+def _note_doubles(paths: list, states: list[dict]) -> None:
+    "A line on stderr for each file that equals the base, the first of them, or another one."
+    for i, (path, m) in enumerate(zip(paths, states)):
+        for j, other in enumerate(states[:i]):
+            if not all(torch.equal(v, m[k]) for k, v in other.items()):
+                continue
+            if j:
+                note(f"{path} equals {paths[j]}: the same weights count twice")
+            else:
+                note(f"{path} equals the base {paths[0]}: it adds nothing")
+            break
+
+# %% ../nbs/21a_purify.ipynb #ed41c45d
 def check_origin(paths: list, states: list[dict], anyway: bool = False) -> None:
-    """Do these states come from the base, the first of them? ValueError on other shapes, NaN or
-    infinity, and beyond TOO_FAR unless `anyway`; beyond FAR a line on stderr. A line also for a file
-    that equals the base or another one. `paths`: the states' files."""
+    """Do these states come from the base, the first of them? ValueError if not.
+
+    That is on other shapes, NaN or infinity, and beyond TOO_FAR unless `anyway`; beyond FAR a line
+    on stderr, and for a file that equals the base or another one. `paths`: the states' files."""
     base, far = states[0], {}
     length = math.hypot(*(v.norm().item() for v in base.values()))
     for path, m in zip(paths[1:], states[1:]):
@@ -1048,20 +1085,13 @@ def check_origin(paths: list, states: list[dict], anyway: bool = False) -> None:
             f"far from the base {paths[0]}, whose length is {length:.3g}: {figures(far)}. "
             f"More than {FAR:g} times may be another ancestor, or an amplified contributor"
         )
-    for i, (path, m) in enumerate(zip(paths, states)):
-        for j, other in enumerate(states[:i]):
-            if not all(torch.equal(v, m[k]) for k, v in other.items()):
-                continue
-            if j:
-                note(f"{path} equals {paths[j]}: the same weights count twice")
-            else:
-                note(f"{path} equals the base {paths[0]}: it adds nothing")
-            break
+    _note_doubles(paths, states)
 
 # %% ../nbs/21a_purify.ipynb #d1a7c015
 def short_names(paths: list) -> list[str]:
-    """The end of each path that no other one shares: its file name, or with as many folders as it takes.
-    A path that is there twice is numbered."""
+    """The end of each path that no other one shares.
+
+    Its file name, or with as many folders as it takes. A path that is there twice is numbered."""
     parts = [Path(p).parts for p in paths]
 
     def alone(mine):
@@ -1077,9 +1107,22 @@ def short_names(paths: list) -> list[str]:
     return out
 
 # %% ../nbs/21a_purify.ipynb #ac710005
+def _stray_text(towers: list[Tower], base: Tower) -> str | None:
+    "The first file whose text tower is not the base's, or None."
+    for t in towers:
+        for k, v in t.rest.items():
+            if not v.is_floating_point():
+                continue
+            if k not in base.rest or not torch.equal(v, base.rest[k].to(v.dtype)):
+                return t.path
+    return None
+
+# %% ../nbs/21a_purify.ipynb #e4eed21f
 def merged_text(name: str, towers: list[Tower], base: Tower, options: dict) -> dict:
-    """What the first file holds beside its vision tower, merged by the same method: what no file has changed,
-    and buffers, are the base's. ValueError where the files differ and the base has nothing to compare with."""
+    """What the first file holds beside its vision tower, merged by the same method.
+
+    What no file has changed, and buffers, are the base's. ValueError where the files differ and the
+    base has nothing to compare with."""
     out = dict(towers[0].rest)
     weights = [k for k, v in out.items() if v.is_floating_point() and not k.endswith(BUFFERS)]
     out |= {k: v.to(out[k].dtype) for k, v in base.rest.items() if k in out and k.endswith(BUFFERS)}
@@ -1092,44 +1135,31 @@ def merged_text(name: str, towers: list[Tower], base: Tower, options: dict) -> d
     def differ(t, other):
         "Names of weights in which two files differ by more than their own rounding."
         both = [k for k in weights if k in t.rest and k in other.rest]
-        return {
-            k
-            for k in both
-            if t.rest[k].shape != other.rest[k].shape
-            or not torch.equal(t.rest[k], other.rest[k].to(t.rest[k].dtype))
-        }
+        same = lambda a, b: a.shape == b.shape and torch.equal(a, b.to(a.dtype))
+        return {k for k in both if not same(t.rest[k], other.rest[k])}
 
     alone = {k for t in towers for k in differ(t, towers[0]) if k not in base.rest}
     if alone:
         raise ValueError(
-            f"the files have different text towers (first: {sorted(alone)[0]}), and the base {base.path} has "
-            "none to merge them over. Give --base the whole model, or convert the files first: --to visual"
+            f"the files have different text towers (first: {sorted(alone)[0]}), and the base "
+            f"{base.path} has none to merge them over. Give --base the whole model, or convert "
+            "the files first: --to visual"
         )
-    trained = [t.path for t in towers if differ(t, base)]
-    elsewhere = [
-        t.path
-        for t in towers
-        if not weights
-        and any(
-            k not in base.rest or not torch.equal(v, base.rest[k].to(v.dtype))
-            for k, v in t.rest.items()
-            if v.is_floating_point()
-        )
-    ]
-    if elsewhere:
+    stray = None if weights else _stray_text(towers, base)
+    if stray is not None:
         note(
-            f"{elsewhere[0]} brings a text tower of its own; the merge, like {towers[0].path}, has no place for one"
+            f"{stray} brings a text tower of its own; the merge, like {towers[0].path}, "
+            "has no place for one"
         )
-    if not trained:
-        return out | {k: base.rest[k].to(out[k].dtype) for k in weights if k in base.rest}
     mine = [k for k in weights if k in base.rest]
-    each = [
-        {k: (t.rest if k in t.rest else base.rest)[k].float() for k in mine}
-        for t in (base, *towers)
-    ]
-    theta = merge(name, each[0], each[1:], **options)
+    trained = [t.path for t in towers if differ(t, base)]
+    if not trained:
+        return out | {k: base.rest[k].to(out[k].dtype) for k in mine}
+    text = lambda t: {k: (t.rest if k in t.rest else base.rest)[k].float() for k in mine}
+    theta = merge(name, text(base), [text(t) for t in towers], **options)
     note(
-        f"the text tower is merged too: {len(trained)} of {len(towers)} files have trained it (first: {trained[0]})"
+        f"the text tower is merged too: {len(trained)} of {len(towers)} files have trained it "
+        f"(first: {trained[0]})"
     )
     return out | {k: v.to(out[k].dtype) for k, v in theta.items()}
 
@@ -1143,24 +1173,26 @@ def merge_files(
     anyway: bool = False,
     model: str = "",
 ) -> dict:
-    """Merge the towers in `files` (formats may differ) and write the result in the first one's format;
-    {file's short name: sha256} of them. `given`: options of the method, text or values; `anyway`: also
-    files that `check_origin` refuses; `model`: its name, which says the activation where no file does."""
+    """Merge the towers in `files` and write the result; {file's short name: sha256} of them.
+
+    Formats may differ; the result has the first file's. `given`: options of the method, text or
+    values; `anyway`: also files that `check_origin` refuses; `model`: its name, which says the
+    activation where no file does."""
     name, b = merges.find(name), called(read_tower(base), model)
     towers = [read_tower(f, b) for f in files]
     if "images" in merges[name]["needs"]:
         raise ValueError(
-            f"{name} looks at pictures of every task; run it inside  lfpm run main -p merges={name}, or take TA, SA, TIES, DARE or DELLA"
+            f"{name} looks at pictures of every task; run it inside  lfpm run main -p merges={name}"
+            ", or take TA, SA, TIES, DARE or DELLA"
         )
     if Path(out).resolve() in [Path(t.path).resolve() for t in (*towers, b)]:
         raise ValueError(f"{out} is an input; give another --out")
     options = dict(method_option(merges, name, k, v) for k, v in (given or {}).items())
     said = agreed([b, *towers])
     each = [{k: v.float() for k, v in with_base(t, b).visual.items()} for t in (b, *towers)]
-    if bad := next(
-        (f"{t.path}: {e}" for t, m in zip(towers, each[1:]) if (e := key_errors(m, each[0]))), ""
-    ):
-        raise ValueError(f"{bad} of the base's keys (open_clip's names)")
+    for t, m in zip(towers, each[1:]):
+        if e := key_errors(m, each[0]):
+            raise ValueError(f"{t.path}: {e} of the base's keys (open_clip's names)")
     check_origin([t.path for t in (b, *towers)], each, anyway)
     theta = merge(name, each[0], each[1:], **options)
     rest = merged_text(name, towers, b, options)
@@ -1168,30 +1200,23 @@ def merge_files(
     read = {k: t.how for k, t in zip(parents, towers) if t.how}
     if "quick_gelu" not in said and not said_by_sizes(b.visual):
         note(
-            "no file says whether its weights learned with QuickGELU or GELU, so nor does the merge. Most of "
-            "task_vectors' and OpenAI's are QuickGELU. To write it down:  --model NAME, e.g. ViT-B-32-quickgelu"
+            "no file says whether its weights learned with QuickGELU or GELU, so nor does the "
+            "merge. Most of task_vectors' and OpenAI's are QuickGELU. To write it down:  "
+            "--model NAME, e.g. ViT-B-32-quickgelu"
         )
     like = replace(towers[0], rest=rest, meta=towers[0].meta | said)
+    made = dict(merged=name, options=json.dumps(options), made_from=json.dumps(parents))
     more = dict(read=json.dumps(read)) if read else {}
-    write_tower(
-        out,
-        like,
-        visual=theta,
-        merged=name,
-        options=json.dumps(options),
-        made_from=json.dumps(parents),
-        base=b.sha256,
-        **more,
-    )
+    write_tower(out, like, visual=theta, **made, base=b.sha256, **more)
     return parents
 
-
+# %% ../nbs/21a_purify.ipynb #576dc062
 def walk(clip: Clip, a: dict, b: dict, task: Task, n: int = 21) -> list[dict]:
-    "{lam, value, n, lo, hi}: clean accuracy (percent) on the task's test pictures, under its zero-shot head, at n points from state dict a to b."
-    path, W = (
-        Between(clip, a, b),
-        Vocabulary(task.classes, task.templates, None, task.name).head(clip),
-    )
+    """{lam, value, n, lo, hi} at n points from state dict a to b.
+
+    `value`: clean accuracy (percent) on the task's test pictures, under its zero-shot head."""
+    path = Between(clip, a, b)
+    W = Vocabulary(task.classes, task.templates, None, task.name).head(clip)
     return [
         dict(lam=lam, **rate(predict(clip, path.at(lam), task.test_x, W) == task.test_y))
         for lam in Progress(grid(n), f"path on {task.name}")
@@ -1201,7 +1226,9 @@ def walk(clip: Clip, a: dict, b: dict, task: Task, n: int = 21) -> list[dict]:
 def open_walk(
     a, b, model: str, base, task: str, n_test: int = 1000, anyway: bool = False
 ) -> tuple[dict, dict, Clip, Task]:
-    "(state dict of file `a`, of `b`, the Clip called `model` whose text tower is `base`'s, default a's, the task at the Clip's size); ValueError if they do not fit."
+    """(state dict of file `a`, of `b`, the Clip called `model`, the task at the Clip's size).
+
+    The Clip's text tower is `base`'s, default a's. ValueError if they do not fit."""
     lent = read_tower(base) if base else None
     towers = [read_tower(f, lent) for f in (a, b)]
     clip = backbone(model, lent or towers[0])
@@ -1217,22 +1244,16 @@ def walk_figure(rows: list[dict], title: str):
     "The plotly figure of `walk`: accuracy along lambda with its 95 % interval."
     import plotly.graph_objects as go
 
-    v = [r["value"] for r in rows]
-    band = dict(
-        type="data",
-        symmetric=False,
-        array=[r["hi"] - r["value"] for r in rows],
-        arrayminus=[r["value"] - r["lo"] for r in rows],
+    above = [r["hi"] - r["value"] for r in rows]
+    below = [r["value"] - r["lo"] for r in rows]
+    line = go.Scatter(
+        x=[r["lam"] for r in rows],
+        y=[r["value"] for r in rows],
+        error_y=dict(type="data", symmetric=False, array=above, arrayminus=below),
+        mode="lines+markers",
+        hovertemplate="λ %{x:.2f}: %{y:.1f} %<extra></extra>",
     )
-    fig = go.Figure(
-        go.Scatter(
-            x=[r["lam"] for r in rows],
-            y=v,
-            error_y=band,
-            mode="lines+markers",
-            hovertemplate="λ %{x:.2f}: %{y:.1f} %<extra></extra>",
-        )
-    )
+    fig = go.Figure(line)
     fig.update_xaxes(title="λ: 0 the first file, 1 the second")
     fig.update_yaxes(title=f"clean accuracy, % (n = {rows[0]['n']})", range=[-2, 102])
     return fig.update_layout(title=title, height=420, template="plotly_white")
