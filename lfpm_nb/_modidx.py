@@ -603,6 +603,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lfpm_nb.labworld._': ('labworld.html#_', 'lfpm_nb/labworld.py'),
                                   'lfpm_nb.labworld._blur_matrix': ('labworld.html#_blur_matrix', 'lfpm_nb/labworld.py'),
                                   'lfpm_nb.labworld._box': ('labworld.html#_box', 'lfpm_nb/labworld.py'),
+                                  'lfpm_nb.labworld._bump': ('labworld.html#_bump', 'lfpm_nb/labworld.py'),
                                   'lfpm_nb.labworld._chase': ('labworld.html#_chase', 'lfpm_nb/labworld.py'),
                                   'lfpm_nb.labworld._cluttered': ('labworld.html#_cluttered', 'lfpm_nb/labworld.py'),
                                   'lfpm_nb.labworld._crescent': ('labworld.html#_crescent', 'lfpm_nb/labworld.py'),
