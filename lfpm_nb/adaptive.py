@@ -21,7 +21,10 @@ from .tune import batches
 # %% ../nbs/07_adaptive.ipynb #d70e2f45
 @dataclass(repr=False)
 class Unlabelled:
-    "Unlabelled uint8 images (N, 3, H, W) and heads (C, d) of the tasks of the models to merge, in their order; `clip` gives architecture and preprocessing."
+    """Unlabelled images and heads of the tasks of the models to merge, in their order.
+
+    Images uint8 (N, 3, H, W), heads (C, d), one of each a task; `clip` gives architecture and
+    preprocessing. ValueError for anything else."""
 
     clip: Clip
     images: list[torch.Tensor]
@@ -30,28 +33,35 @@ class Unlabelled:
     def __post_init__(self):
         if len(self.images) != len(self.heads):
             raise ValueError(
-                f"{len(self.images)} sets of images but {len(self.heads)} heads; give one of each per model"
+                f"{len(self.images)} sets of images but {len(self.heads)} heads; "
+                "give one of each per model"
             )
         for i, (x, W) in enumerate(zip(self.images, self.heads)):
             if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3 or not len(x):
                 raise ValueError(
-                    f"images {i} are {x.dtype} {tuple(x.shape)}; expected uint8 (N, 3, H, W) with N > 0"
+                    f"images {i} are {x.dtype} {tuple(x.shape)}; "
+                    "expected uint8 (N, 3, H, W) with N > 0"
                 )
             if W.dim() != 2 or not W.isfinite().all():
                 raise ValueError(
-                    f"head {i} has shape {tuple(W.shape)} or is not finite; expected (classes, features), see zero_shot_head"
+                    f"head {i} has shape {tuple(W.shape)} or is not finite; "
+                    "expected (classes, features), see zero_shot_head"
                 )
 
 
 def given(data: Unlabelled | None, base: dict, models: list[dict]) -> Unlabelled:
-    "`data` if it fits the models; ValueError without images, for another number of tasks, or another architecture."
+    """`data` if it fits the models.
+
+    ValueError without images, for another number of tasks, or another architecture."""
     if data is None:
         raise ValueError(
-            "a data-driven merge needs unlabelled images of every task; pass data=Unlabelled(clip, images, heads)"
+            "a data-driven merge needs unlabelled images of every task; "
+            "pass data=Unlabelled(clip, images, heads)"
         )
     if len(data.images) != len(models):
         raise ValueError(
-            f"{len(models)} models but images and heads of {len(data.images)} tasks; give one entry per model, in order"
+            f"{len(models)} models but images and heads of {len(data.images)} tasks; "
+            "give one entry per model, in order"
         )
     check_same(data.clip.visual.state_dict(), base, "this backbone and the base")
     return data
@@ -60,12 +70,11 @@ def given(data: Unlabelled | None, base: dict, models: list[dict]) -> Unlabelled
 def fisher_diagonal(
     data: Unlabelled, state: dict, t: int, examples: int, group: int, signs: bool, seed: int
 ) -> dict:
-    "{name: F_t} of model t: mean over `examples` images of squared gradients, one backward pass for each `group` (Matena & Raffel 2022, Eq 6)."
-    visual, x, W = (
-        data.clip.with_state(state).requires_grad_(True),
-        data.images[t][:examples],
-        data.heads[t].to(device()),
-    )
+    """{name: F_t} of model t: mean over `examples` images of squared gradients.
+
+    One backward pass for each `group` (Matena & Raffel 2022, Eq 6)."""
+    visual = data.clip.with_state(state).requires_grad_(True)
+    x, W = data.images[t][:examples], data.heads[t].to(device())
     names, params = zip(*visual.named_parameters())
     total = [torch.zeros_like(p) for p in params]
     for i, xs in enumerate(x.split(group)):
@@ -93,8 +102,11 @@ def fisher(
     floor: float = 1e-6,
     seed: int = 0,
 ) -> dict:
-    """Mean of the models weighted entry by entry by c_t (F_t + floor), c_t proportional to 1 / (||F_t|| + floor). Needs `data`; `examples` images a
-    task in groups of `group` (256, 32, 1e-6: fusion_bench's). Buffers, which have no Fisher information, are the base's or averaged."""
+    """Mean of the models weighted entry by entry by c_t (F_t + floor).
+
+    c_t is proportional to 1 / (||F_t|| + floor). Needs `data`; `examples` images a task in groups
+    of `group` (256, 32, 1e-6: fusion_bench's). Buffers, which have no Fisher information, are the
+    base's or averaged."""
     given(data, base, models)
     for name, v in (("examples", examples), ("group", group)):
         allow(name, v, v >= 1, "at least 1")
@@ -113,7 +125,9 @@ def fisher(
 
 # %% ../nbs/07_adaptive.ipynb #b38c27d5
 def mixed_values(m: torch.nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
-    "What enters `out_proj` of self-attention without mask: the heads' mixed values (N, L, d) for inputs x (N, L, d)."
+    """What enters `out_proj` of self-attention without mask: the heads' mixed values.
+
+    (N, L, d), for inputs x (N, L, d)."""
     q, k, v = qkv(m.in_proj_weight, m.in_proj_bias, x, m.num_heads)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -122,12 +136,15 @@ def mixed_values(m: torch.nn.MultiheadAttention, x: torch.Tensor) -> torch.Tenso
 def grams(
     data: Unlabelled, state: dict, t: int, examples: int, attention: bool, batch: int = 32
 ) -> dict:
-    "{weight name: X^T X / rows (float64)} of the inputs X of every linear layer that fires on model t's images; with `attention` its projections too."
+    """{weight name: X^T X / rows (float64)} of the inputs X of every linear layer that fires.
+
+    On model t's images; with `attention` its projections too."""
     visual, G, rows = data.clip.with_state(state), {}, {}
 
     def add(name, x):
         x = x.reshape(-1, x.shape[-1]).double()
-        G[name], rows[name] = G.get(name, 0) + x.T @ x, rows.get(name, 0) + len(x)
+        G[name] = G.get(name, 0) + x.T @ x
+        rows[name] = rows.get(name, 0) + len(x)
 
     def watch(name, m):
         def attend(m, args, kwargs):
@@ -150,18 +167,15 @@ def grams(
 
 # %% ../nbs/07_adaptive.ipynb #6a6b3d83
 def regress(Gs: list[torch.Tensor], Ws: list[torch.Tensor], shrink: float) -> torch.Tensor:
-    """W (out, in) with the least sum_t ||X_t (W - W_t)^T||^2 from Gram matrices (in, in) whose off-diagonals are multiplied by `shrink`
-    (RegMean Eq 2), in float64. A ridge of 1e-9 towards the mean of the W_t decides directions that no input has."""
-    Gs, mean = (
-        [shrink * G + (1 - shrink) * G.diagonal().diag() for G in Gs],
-        torch.stack(Ws).double().mean(0),
-    )
+    """W (out, in) with the least sum_t ||X_t (W - W_t)^T||^2, in float64 (RegMean Eq 2).
+
+    From Gram matrices (in, in) whose off-diagonals are multiplied by `shrink`. A ridge of 1e-9
+    towards the mean of the W_t decides directions that no input has."""
+    Gs = [shrink * G + (1 - shrink) * G.diagonal().diag() for G in Gs]
+    mean = torch.stack(Ws).double().mean(0)
     total = sum(Gs)
-    ridge = (
-        1e-9
-        * total.diagonal().mean().clamp(min=1e-30)
-        * torch.eye(len(total), dtype=total.dtype, device=total.device)
-    )
+    eye = torch.eye(len(total), dtype=total.dtype, device=total.device)
+    ridge = 1e-9 * total.diagonal().mean().clamp(min=1e-30) * eye
     right = sum(G @ (W.double() - mean).T for G, W in zip(Gs, Ws))
     return (mean + torch.linalg.solve(total + ridge, right).T).to(Ws[0])
 
@@ -175,51 +189,59 @@ def regmean(
     attention: bool = False,
     examples: int = 256,
 ) -> dict:
-    """Every linear layer that fires regressed on the models' own inputs, everything else averaged. Needs `data`; 0 <= shrink <= 1 (0.95 and 256
-    `examples` are fusion_bench's for CLIP, BadMerging uses 0.1). `attention` regresses in_proj and out_proj as well."""
+    """Every linear layer that fires regressed on the models' own inputs, all else averaged.
+
+    Needs `data`; 0 <= shrink <= 1 (0.95 and 256 `examples` are fusion_bench's for CLIP, BadMerging
+    uses 0.1). `attention` regresses in_proj and out_proj as well."""
     given(data, base, models)
     allow("shrink", shrink, 0 <= shrink <= 1, "0 <= shrink <= 1")
     allow("examples", examples, examples >= 1, "at least 1")
-    Gs, mean = (
-        [grams(data, m, t, examples, attention) for t, m in enumerate(models)],
-        simple_average(base, models),
-    )
+    Gs = [grams(data, m, t, examples, attention) for t, m in enumerate(models)]
+    mean = simple_average(base, models)
 
     def one(k, b):
-        return (
-            regress([G[k].to(b.device) for G in Gs], [m[k].to(b) for m in models], shrink)
-            if k in Gs[0]
-            else mean[k]
-        )
+        if k not in Gs[0]:
+            return mean[k]
+        return regress([G[k].to(b.device) for G in Gs], [m[k].to(b) for m in models], shrink)
 
     return each(base, one)
 
+# %% ../nbs/07_adaptive.ipynb #3f7a90be
+def _rounds(sizes: list[int], per_task: int, *seed):
+    "Endless tuples of row numbers, one tensor a task; each of its rows once before any again."
+
+    def numbers(t, n):
+        for e in itertools.count():
+            yield from batches(n, per_task, 1, "blend", *seed, t, e)
+
+    return zip(*(numbers(t, n) for t, n in enumerate(sizes)))
+
+
+def _mixed(lam: torch.Tensor, taus: dict) -> dict:
+    "{k: sum_t lam_t tau_t}, tau (n, ...), with one column of lam (n, 1 or tensors) a tensor."
+    columns = lam.expand(-1, len(taus)).unbind(1)
+    return {k: torch.tensordot(l, tau, 1) for l, (k, tau) in zip(columns, taus.items())}
+
 # %% ../nbs/07_adaptive.ipynb #046e6603
 class Blend:
-    "Models as base + mask * sum_t lam_t tau_t, differentiable in lam (n, 1) or (n, tensors) and in mask {name: tensor}; lives on `device()`."
+    """Models as base + mask * sum_t lam_t tau_t, differentiable in lam and mask.
+
+    lam is (n, 1) or (n, tensors), mask {name: tensor}; lives on `device()`."""
 
     def __init__(self, base: dict, models: list[dict], data: Unlabelled):
-        dev = device()
         self.clip, self.given, self.visual = data.clip, base, data.clip.with_state(base)
         # the order of keys in files is chance, and sums over tensors would round by it
         order = data.clip.visual.state_dict()
-        self.base = {k: base[k].to(dev) for k in order if base[k].is_floating_point()}
+        self.base = {k: base[k].to(device()) for k in order if base[k].is_floating_point()}
         self.taus = {k: torch.stack([m[k].to(b) - b for m in models]) for k, b in self.base.items()}
-        self.images, self.heads = data.images, [W.to(dev) for W in data.heads]
+        self.images, self.heads = data.images, [W.to(device()) for W in data.heads]
 
     def coefficients(self, value: float, layerwise: bool) -> torch.Tensor:
-        return torch.full(
-            (len(self.heads), len(self.taus) if layerwise else 1),
-            value,
-            device=device(),
-            requires_grad=True,
-        )
+        shape = (len(self.heads), len(self.taus) if layerwise else 1)
+        return torch.full(shape, value, device=device(), requires_grad=True)
 
     def theta(self, lam: torch.Tensor, mask: dict | None = None) -> dict:
-        mixed = {
-            k: torch.tensordot(l, tau, 1)
-            for l, (k, tau) in zip(lam.expand(-1, len(self.taus)).unbind(1), self.taus.items())
-        }
+        mixed = _mixed(lam, self.taus)
         return {
             k: b + (mixed[k] if mask is None else mask[k] * mixed[k]) for k, b in self.base.items()
         }
@@ -231,13 +253,10 @@ class Blend:
         return each(self.given, lambda k, b: theta[k].to(b))
 
     def batches(self, per_task: int, *seed):
-        "Endless lists of normalised images, one tensor per task, every image once before any comes again."
+        """Endless lists of normalised images, one tensor per task.
 
-        def numbers(t, n):
-            for e in itertools.count():
-                yield from batches(n, per_task, 1, "blend", *seed, t, e)
-
-        for rows in zip(*(numbers(t, len(x)) for t, x in enumerate(self.images))):
+        Every image comes once before any comes again."""
+        for rows in _rounds([len(x) for x in self.images], per_task, *seed):
             yield [self.clip.normalise(x[i].to(device())) for x, i in zip(self.images, rows)]
 
     def logits(self, theta: dict, xs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -247,7 +266,9 @@ class Blend:
         return [logits(f, W) for f, W in zip(h.split([len(x) for x in xs]), self.heads)]
 
     def entropy(self, theta: dict, xs: list[torch.Tensor]) -> torch.Tensor:
-        "Sum over tasks of the mean entropy -sum_y p log p of the predictions, in nats (AdaMerging Eq 5)."
+        """Sum over tasks of the predictions' mean entropy -sum_y p log p, in nats.
+
+        AdaMerging Eq 5."""
         return sum(-(z.softmax(1) * z.log_softmax(1)).sum(1).mean() for z in self.logits(theta, xs))
 
 # %% ../nbs/07_adaptive.ipynb #306bd2a2
@@ -255,8 +276,10 @@ BUDGET = 60_000  # image passes a data-driven merge may take by default
 
 
 def lab_steps(steps: int | None, original: int, images: int) -> tuple[int, float]:
-    """(steps, factor for the learning rates): `steps` and 1 if given, else as many as BUDGET allows at `images` image passes a step, at most the
-    original's, and the factor original / steps."""
+    """(steps, factor for the learning rates): `steps` and 1 if given.
+
+    Else as many as BUDGET allows at `images` image passes a step, at most the original's, and the
+    factor original / steps."""
     if steps is not None:
         allow("steps", steps, steps >= 0, "at least 0, or None for the lab's rule")
         return steps, 1.0
@@ -267,18 +290,23 @@ def lab_steps(steps: int | None, original: int, images: int) -> tuple[int, float
 def descend(
     params: list[torch.Tensor], lr: float, steps: int, loss_of, state_of, name: str
 ) -> None:
-    """`steps` of Adam on loss_of(step) for leaf tensors. When loss or gradient is not finite: `Diverged`, holding state_of() at the last
-    parameters whose loss and gradient were."""
-    opt, good = torch.optim.Adam(params, lr=lr), [p.detach().clone() for p in params]
+    """`steps` of Adam on loss_of(step) for leaf tensors.
+
+    When loss or gradient is not finite: `Diverged`, holding state_of() at the last parameters
+    whose loss and gradient were."""
+    opt = torch.optim.Adam(params, lr=lr)
+    good = [p.detach().clone() for p in params]
     bar = Progress(range(steps), name) if steps else ()
     for s in bar:
         loss = loss_of(s)
         grads = torch.autograd.grad(loss, params)
         if not (loss.isfinite() and all(g.isfinite().all() for g in grads)):
             with torch.no_grad():
-                [p.copy_(v) for p, v in zip(params, good)]
+                for p, v in zip(params, good):
+                    p.copy_(v)
             raise Diverged(
-                f"{name}, step {s}: the loss is {loss.item()} or its gradient not finite; lower the learning rate (now {lr:.1e}) or check the images",
+                f"{name}, step {s}: the loss is {loss.item()} or its gradient not finite; "
+                f"lower the learning rate (now {lr:.1e}) or check the images",
                 state_of(),
             )
         good = [p.detach().clone() for p in params]
@@ -299,7 +327,9 @@ def learn_lam(
     name: str,
     trace: list | None = None,
 ) -> dict:
-    "Merged state dict after `steps` of Adam on the coefficients; `trace` collects them before each step and at the end."
+    """Merged state dict after `steps` of Adam on the coefficients.
+
+    `trace` collects them before each step and at the end."""
     cut = lambda: lam.clamp(0, 1) if clamp else lam
 
     def loss_of(s):
@@ -316,26 +346,21 @@ def learn_lam(
 def adamerging(
     name, layerwise, base, models, data, scale, lam_lr, per_task, steps, clamp, seed, trace
 ) -> dict:
-    "AdaMerging with one coefficient per model, or per model and tensor (Yang et al. 2024, Eq 6)."
+    """AdaMerging with one coefficient per model, or per model and tensor.
+
+    Yang et al. 2024, Eq 6."""
     given(data, base, models)
     check_rates(scale=scale, lam_lr=lam_lr, per_task=per_task)
     steps, longer = lab_steps(steps, 500, per_task * len(models))
     blend = Blend(base, models, data)
-    return learn_lam(
-        blend,
-        blend.coefficients(scale, layerwise),
-        None,
-        blend.batches(per_task, name, seed),
-        lam_lr * longer,
-        steps,
-        clamp,
-        name,
-        trace,
-    )
+    lam, xs = blend.coefficients(scale, layerwise), blend.batches(per_task, name, seed)
+    return learn_lam(blend, lam, None, xs, lam_lr * longer, steps, clamp, name, trace)
 
 
 def check_rates(scale: float, per_task: int, **rates: float) -> None:
-    "ValueError unless the starting coefficient is >= 0, per_task >= 1 and every rate or weight above 0."
+    """ValueError unless every one is in its range.
+
+    The starting coefficient is >= 0, per_task >= 1 and every rate or weight above 0."""
     allow("scale", scale, 0 <= scale < math.inf, "a number of at least 0")
     allow("per_task", per_task, per_task >= 1, "at least 1 image per task and step")
     for k, v in rates.items():
@@ -358,8 +383,10 @@ def ada_task(
     seed: int = 0,
     trace: list | None = None,
 ) -> dict:
-    """One learned coefficient per model, from `scale`, held in [0, 1] with `clamp`. Needs `data`. Original: 500 steps of Adam at 1e-3 on 16 images
-    of each task; steps None follows the lab's rule. `trace`, a list, gets the coefficients of each step."""
+    """One learned coefficient per model, from `scale`, held in [0, 1] with `clamp`.
+
+    Needs `data`. Original: 500 steps of Adam at 1e-3 on 16 images of each task; steps None follows
+    the lab's rule. `trace`, a list, gets the coefficients of each step."""
     return adamerging(
         "AdaTask", False, base, models, data, scale, lam_lr, per_task, steps, clamp, seed, trace
     )
@@ -385,7 +412,9 @@ def ada_layer(
 
 # %% ../nbs/07_adaptive.ipynb #92d2ebcb
 def toss(x: dict, temperature: float, *seed) -> dict:
-    "One relaxed Bernoulli mask {name: tensor} from logits, rescaled to mean 1 per tensor (Tang et al. 2023, Eq 8)."
+    """One relaxed Bernoulli mask {name: tensor} from logits, rescaled to mean 1 per tensor.
+
+    Tang et al. 2023, Eq 8."""
 
     def one(k, v):
         u = uniform(v.shape, "mask", *seed, k).to(v.device).clamp(2**-23, 1 - 2**-23)
@@ -414,18 +443,21 @@ def concrete_ta(
     steps: int | None = None,
     seed: int = 0,
 ) -> dict:
-    """theta_pre + scale * mask * sum_t tau_t, the mask trained for sure predictions and tossed once more at the end. Needs `data`. Original: 2,000
-    steps of Adam at 1e-3 on 16 images of each task, T = 0.5."""
+    """theta_pre + scale * mask * sum_t tau_t, the mask trained for sure predictions.
+
+    It is tossed once more at the end. Needs `data`. Original: 2,000 steps of Adam at 1e-3 on 16
+    images of each task, T = 0.5."""
     given(data, base, models)
     check_rates(scale, per_task, temperature=temperature, mask_lr=mask_lr)
     steps, longer = lab_steps(steps, 2000, per_task * len(models))
     blend = Blend(base, models, data)
-    x, xs, lam = (
-        mask_logits(blend),
-        blend.batches(per_task, "ConcreteTA", seed),
-        blend.coefficients(scale, False).detach(),
-    )
-    loss_of = lambda s: blend.entropy(blend.theta(lam, toss(x, temperature, seed, s)), next(xs))
+    x, xs = mask_logits(blend), blend.batches(per_task, "ConcreteTA", seed)
+    lam = blend.coefficients(scale, False).detach()
+
+    def loss_of(s):
+        theta = blend.theta(lam, toss(x, temperature, seed, s))
+        return blend.entropy(theta, next(xs))
+
     done = lambda: blend.state(lam, toss(x, temperature, seed, "end"))
     descend(list(x.values()), mask_lr * longer, steps, loss_of, done, "ConcreteTA")
     return done()
@@ -449,51 +481,35 @@ def concrete(
     passes=3,
     outer=None,
 ) -> dict:
-    """Concrete AdaMerging (Tang et al. 2023, Alg. 1). `outer(blend, theta, xs, step)` is the loss that trains the mask, the entropy by default;
+    """Concrete AdaMerging (Tang et al. 2023, Alg. 1): merged state dict.
+
+    `outer(blend, theta, xs, step)` is the loss that trains the mask, the entropy by default;
     `passes` is how often an image passes in one step of both phases."""
     given(data, base, models)
-    check_rates(
-        scale, per_task, temperature=temperature, mask_lr=mask_lr, inner_lr=inner_lr, lam_lr=lam_lr
-    )
+    rates = dict(temperature=temperature, mask_lr=mask_lr, inner_lr=inner_lr, lam_lr=lam_lr)
+    check_rates(scale, per_task, **rates)
     steps, longer = lab_steps(steps, 1000, passes * per_task * len(models))
-    blend, cut = Blend(base, models, data), lambda lam: lam.clamp(0, 1) if clamp else lam
-    x, xs, inner = (
-        mask_logits(blend),
-        blend.batches(per_task, name, seed),
-        blend.coefficients(scale, layerwise),
-    )
+    blend = Blend(base, models, data)
+    x, xs = mask_logits(blend), blend.batches(per_task, name, seed)
+    inner = blend.coefficients(scale, layerwise)
     opt = torch.optim.Adam([inner], lr=inner_lr)
+    cut = lambda lam: lam.clamp(0, 1) if clamp else lam
 
     def loss_of(s):
         mask = toss(x, temperature, seed, s)
         inner.data.fill_(scale)
         held = {k: v.detach() for k, v in mask.items()}
-        (inner.grad,) = torch.autograd.grad(
-            blend.entropy(blend.theta(cut(inner), held), next(xs)), inner
-        )
+        unsure = blend.entropy(blend.theta(cut(inner), held), next(xs))
+        (inner.grad,) = torch.autograd.grad(unsure, inner)
         opt.step()
         theta = blend.theta(cut(inner.detach()), mask)
         return outer(blend, theta, xs, s) if outer else blend.entropy(theta, next(xs))
 
     mask = lambda: {k: v.detach() for k, v in toss(x, temperature, seed, "end").items()}
-    descend(
-        list(x.values()),
-        mask_lr * longer,
-        steps,
-        loss_of,
-        lambda: blend.state(blend.coefficients(scale, layerwise), mask()),
-        f"{name}, mask",
-    )
-    return learn_lam(
-        blend,
-        blend.coefficients(scale, layerwise),
-        mask(),
-        xs,
-        lam_lr * longer,
-        steps,
-        clamp,
-        f"{name}, coefficients",
-    )
+    done = lambda: blend.state(blend.coefficients(scale, layerwise), mask())
+    descend(list(x.values()), mask_lr * longer, steps, loss_of, done, f"{name}, mask")
+    lam, name = blend.coefficients(scale, layerwise), f"{name}, coefficients"
+    return learn_lam(blend, lam, mask(), xs, lam_lr * longer, steps, clamp, name)
 
 # %% ../nbs/07_adaptive.ipynb #64d0e0a6
 @merges.register(
@@ -513,24 +529,13 @@ def concrete_task(
     clamp: bool = False,
     seed: int = 0,
 ) -> dict:
-    """A shared mask and one coefficient per model. Needs `data`. Original: 1,000 mask steps at 1e-3, each after one Adam step of `inner_lr` 1 on the
-    coefficients from `scale`; then 1,000 steps on the coefficients at 1e-3; no clamping."""
-    return concrete(
-        "ConcreteTask",
-        False,
-        base,
-        models,
-        data,
-        scale,
-        temperature,
-        mask_lr,
-        inner_lr,
-        lam_lr,
-        per_task,
-        steps,
-        clamp,
-        seed,
-    )
+    """A shared mask and one coefficient per model.
+
+    Needs `data`. Original: 1,000 mask steps at 1e-3, each after one Adam step of `inner_lr` 1 on
+    the coefficients from `scale`; then 1,000 steps on the coefficients at 1e-3; no clamping."""
+    rates = (scale, temperature, mask_lr, inner_lr, lam_lr)
+    rest = (per_task, steps, clamp, seed)
+    return concrete("ConcreteTask", False, base, models, data, *rates, *rest)
 
 
 @merges.register(
@@ -550,29 +555,54 @@ def concrete_layer(
     clamp: bool = False,
     seed: int = 0,
 ) -> dict:
-    "A shared mask and one coefficient per model and parameter tensor; everything else as in ConcreteTask."
-    return concrete(
-        "ConcreteLayer",
-        True,
-        base,
-        models,
-        data,
-        scale,
-        temperature,
-        mask_lr,
-        inner_lr,
-        lam_lr,
-        per_task,
-        steps,
-        clamp,
-        seed,
-    )
+    """A shared mask and one coefficient per model and parameter tensor.
+
+    Everything else as in ConcreteTask."""
+    rates = (scale, temperature, mask_lr, inner_lr, lam_lr)
+    rest = (per_task, steps, clamp, seed)
+    return concrete("ConcreteLayer", True, base, models, data, *rates, *rest)
 
 # %% ../nbs/07_adaptive.ipynb #2055be49
 def project_l1(delta: torch.Tensor, xi: float) -> torch.Tensor:
     "Rows of delta (n, ...) scaled down to an L1 norm of at most xi each (DAM Alg. 1, line 14)."
     size = delta.flatten(1).abs().sum(1).clamp(min=1e-30)
     return delta * (xi / size).clamp(max=1).view(-1, *[1] * (delta.dim() - 1))
+
+# %% ../nbs/07_adaptive.ipynb #8d52f6ac
+class _Robust:
+    """DAM's loss for the mask, `concrete`'s `outer`: clean + weight * perturbed entropy.
+
+    `delta` (n, 3, H, W), in normalised pixels, is one perturbation a task. It starts from zero in
+    every epoch, takes one Adam step of `lr` a call, and keeps an L1 norm of at most `bound`."""
+
+    def __init__(self, shape, lr: float, weight: float, bound: float, epoch: int, losses: str):
+        self.delta = torch.zeros(shape, device=device(), requires_grad=True)
+        self.lr, self.weight, self.bound = lr, weight, bound
+        self.epoch, self.losses = epoch, losses
+
+    def shifted(self, xs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [x + d for x, d in zip(xs, self.delta)]
+
+    def attack(self, blend: Blend, held: dict, x: list[torch.Tensor]) -> None:
+        "One step of delta away from what the merge `held` says without it."
+        with torch.no_grad():
+            y = [z.argmax(1) for z in blend.logits(held, x)]
+        fooled = blend.logits(held, self.shifted(x))
+        gain = sum(F.cross_entropy(z, c) for z, c in zip(fooled, y))
+        (self.delta.grad,) = torch.autograd.grad(-gain, self.delta)
+        self.opt.step()
+        self.delta.data = project_l1(self.delta.data, self.bound)
+
+    def __call__(self, blend: Blend, theta: dict, xs, step: int) -> torch.Tensor:
+        if step % self.epoch == 0:
+            self.delta.data.zero_()
+            self.opt = torch.optim.Adam([self.delta], lr=self.lr)
+        self.attack(blend, {k: v.detach() for k, v in theta.items()}, next(xs))
+        x = next(xs)
+        clean = blend.entropy(theta, x) if self.losses != "perturbed" else 0
+        if self.losses == "clean":
+            return clean
+        return clean + self.weight * blend.entropy(theta, [v.detach() for v in self.shifted(x)])
 
 # %% ../nbs/07_adaptive.ipynb #a1de05fd
 @merges.register("DAM", long="Defense-Aware Merging", needs=LEARNS, source="Yang et al. 2025")
@@ -595,58 +625,19 @@ def dam(
     clamp: bool = False,
     seed: int = 0,
 ) -> dict:
-    """Concrete AdaMerging whose mask is trained on clean + adv_weight * perturbed entropy. Needs `data`. The perturbations take one Adam step of
-    `adv_lr` (in normalised pixels) each time. Original: 1,000 + 1,000 steps, alpha = 0.1, xi = 1000 (for 224 pixels)."""
+    """Concrete AdaMerging whose mask is trained on clean + adv_weight * perturbed entropy.
+
+    Needs `data`. The perturbations take one Adam step of `adv_lr` (in normalised pixels) each time.
+    Original: 1,000 + 1,000 steps, alpha = 0.1, xi = 1000 (for 224 pixels)."""
     given(data, base, models)
     check_rates(scale, per_task, adv_lr=adv_lr, adv_weight=adv_weight, xi=xi)
-    allow(
-        "losses", losses, losses in ("both", "clean", "perturbed"), "'both', 'clean' or 'perturbed'"
-    )
-    longer, epoch = (
-        lab_steps(steps, 1000, 6 * per_task * len(models))[1],
-        max(1, min(map(len, data.images)) // per_task),
-    )
-    delta = torch.zeros(len(models), *data.images[0].shape[1:], device=device(), requires_grad=True)
-    bound, shift = (
-        xi * delta[0].numel() / (3 * 224 * 224),
-        lambda xs: [x + d for x, d in zip(xs, delta)],
-    )
-
-    def outer(blend, theta, xs, s):
-        if s % epoch == 0:
-            delta.data.zero_()
-            outer.opt = torch.optim.Adam([delta], lr=adv_lr * longer)
-        held, x = {k: v.detach() for k, v in theta.items()}, next(xs)
-        with torch.no_grad():
-            y = [z.argmax(1) for z in blend.logits(held, x)]
-        (delta.grad,) = torch.autograd.grad(
-            -sum(F.cross_entropy(z, c) for z, c in zip(blend.logits(held, shift(x)), y)), delta
-        )
-        outer.opt.step()
-        delta.data = project_l1(delta.data, bound)
-        x = next(xs)
-        clean = blend.entropy(theta, x) if losses != "perturbed" else 0
-        return clean + (
-            adv_weight * blend.entropy(theta, [v.detach() for v in shift(x)])
-            if losses != "clean"
-            else 0
-        )
-
-    return concrete(
-        "DAM",
-        layerwise,
-        base,
-        models,
-        data,
-        scale,
-        temperature,
-        mask_lr,
-        inner_lr,
-        lam_lr,
-        per_task,
-        steps,
-        clamp,
-        seed,
-        6,
-        outer,
-    )
+    choices = ("both", "clean", "perturbed")
+    allow("losses", losses, losses in choices, "'both', 'clean' or 'perturbed'")
+    _, longer = lab_steps(steps, 1000, 6 * per_task * len(models))
+    epoch = max(1, min(map(len, data.images)) // per_task)
+    shape = data.images[0].shape[1:]
+    bound = xi * shape.numel() / (3 * 224 * 224)
+    outer = _Robust((len(models), *shape), adv_lr * longer, adv_weight, bound, epoch, losses)
+    rates = (scale, temperature, mask_lr, inner_lr, lam_lr)
+    rest = (per_task, steps, clamp, seed)
+    return concrete("DAM", layerwise, base, models, data, *rates, *rest, 6, outer)

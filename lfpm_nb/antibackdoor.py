@@ -8,16 +8,16 @@ __all__ = ['path_points', 'path_loss', 'uphill', 'worst_prompt', 'Strengths', 's
            'choose_rho', 'stage_one']
 
 # %% ../nbs/13_antibackdoor.ipynb #13fe4a99
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 import torch
 import torch.nn.functional as F
 from .core import amp, choose, device, everywhere, resident, rows
-from .clip import Clip, encode, features, logits
+from .clip import Clip, Windowed, encode, features, logits, numbered
 from .lora import dense, trainable
 from .tune import RECOMPUTE, batches, optimiser, train
 from .subspace import Shadow, learn_subspace, mine_prompt, p_adv, p_clean, plain_features
-from .subspace import shift
+from .subspace import KINDS, shift
 
 # %% ../nbs/13_antibackdoor.ipynb #d1626877
 def path_points(a: float, b: float, n: int) -> list[float]:
@@ -28,7 +28,9 @@ def path_points(a: float, b: float, n: int) -> list[float]:
 def path_loss(
     h_mm: torch.Tensor, h_anti: torch.Tensor, y: torch.Tensor, W: torch.Tensor, points: list[float]
 ) -> torch.Tensor:
-    "Mean over s of CE(g((1-s) h_mm + s h_anti), y): the path integral on features (N, d), no backbone pass per point (LFPM Eq 26)."
+    """Mean over s of CE(g((1-s) h_mm + s h_anti), y): the path integral on features.
+
+    h_mm, h_anti: (N, d). No backbone pass per point (LFPM Eq 26)."""
     h = torch.cat([(1 - s) * h_mm + s * h_anti for s in points])
     return F.cross_entropy(logits(h, W), y.repeat(len(points)))
 
@@ -38,8 +40,14 @@ def uphill(p: torch.Tensor, g: torch.Tensor, rho: float) -> torch.Tensor:
     return (p + rho * p.norm() * g / (g.norm() + 1e-12)).detach()
 
 
-def worst_prompt(loss_of_prompt, p: torch.Tensor, rho: float, n: int = 1) -> torch.Tensor:
-    "`uphill` by the gradient of a scalar function of the prompt (LFPM Eq 20, one ascent step), a mean over this process's n images."
+def worst_prompt(loss_of_prompt, p: torch.Tensor | Windowed, rho: float, n: int = 1):
+    """`uphill` by the gradient of a scalar function of the prompt (LFPM Eq 20, one ascent step).
+
+    The loss is a mean over this process's n images. Of a `Windowed` prompt the picture moves, the
+    windows stay."""
+    if isinstance(p, Windowed):
+        through = lambda picture: replace(p, picture=picture)
+        return through(worst_prompt(lambda q: loss_of_prompt(through(q)), p.picture, rho, n))
     q = p.detach().requires_grad_(True)
     (g,) = everywhere(n, *torch.autograd.grad(loss_of_prompt(q), q))
     return uphill(p, g, rho)
@@ -47,15 +55,15 @@ def worst_prompt(loss_of_prompt, p: torch.Tensor, rho: float, n: int = 1) -> tor
 # %% ../nbs/13_antibackdoor.ipynb #03493f54
 @dataclass
 class Strengths:
-    "Stage I and II settings (LFPM App. D; what the paper leaves open is listed under re-implementation choices)."
+    """Stage I and II settings (LFPM App. D).
+
+    What the paper leaves open is listed under re-implementation choices."""
 
     rank: int | str = "rule"  # r, a number or choose_rank
     prompt_length: int = 10  # given
-    semantic: tuple = (
-        2.0,
-        2.0,
-        2.0,
-    )  # c0 of Eq 16: one prompt from its own random start is mined for each, Stage II takes them in turn
+    prompt_kind: str = "tokens"  # or "picture" (`mine_prompt`)
+    # c0 of Eq 16: for each one prompt is mined from its own start, Stage II takes them in turn
+    semantic: tuple = (2.0, 2.0, 2.0)
     prompt_steps: int = 60
     prompt_bound: float = 1.0  # in ordinary token norms
     rho: float | str = "rule"  # in prompt norms, a number or choose_rho
@@ -85,12 +93,14 @@ class Strengths:
             raise ValueError(f"interval is {self.interval}; expected 0 <= a <= b <= 1")
         if self.start not in ("merged", "pretrained"):
             raise ValueError(f"start is {self.start!r}; expected 'merged' or 'pretrained'")
+        self.prompt_kind = choose(self.prompt_kind, KINDS, "prompt_kind")
         self.recompute = choose(self.recompute, RECOMPUTE, "value of recompute")
 
 # %% ../nbs/13_antibackdoor.ipynb #04805f37
 def step_loss(mm, anti, x, y, W, p, s: Strengths) -> torch.Tensor:
-    """Clean plus weighted adversarial path loss of a batch of normalised images (LFPM Eq 19, 20, 26).
-    With C off the merged model takes no part."""
+    """Clean plus weighted adversarial path loss of a batch (LFPM Eq 19, 20, 26).
+
+    x: normalised images. With C off the merged model takes no part."""
     points = path_points(*s.interval, s.points) if s.C else [1.0]
 
     def loss(q):
@@ -105,8 +115,10 @@ def step_loss(mm, anti, x, y, W, p, s: Strengths) -> torch.Tensor:
 
 # %% ../nbs/13_antibackdoor.ipynb #4cfbf3ad
 def accumulate(anti, mm, gamma: float) -> None:
-    """G_anti += gamma * G_mm; clears the merged model's gradients (LFPM Eq 24). Where anti's weight is W + s B A, the chain rule takes
-    G_mm to A and B; where it is frozen, nothing moves."""
+    """G_anti += gamma * G_mm; clears the merged model's gradients (LFPM Eq 24).
+
+    Where anti's weight is W + s B A, the chain rule takes G_mm to A and B; where it is
+    frozen, nothing moves."""
     for name, m in mm.named_parameters():
         owner, _, leaf = name.rpartition(".")
         a = getattr(anti.get_submodule(owner), leaf)
@@ -131,10 +143,17 @@ def shadow_loop(
     pull=lambda: None,
     others: tuple = (),
 ) -> dict:
-    "`tune.train` on the shadow set with its log; `loss(x, y, p)` gets uint8 images, labels and one prompt."
+    """`tune.train` on the shadow set with its log.
+
+    `loss(x, y, p)` gets uint8 images, labels and one prompt; of a picture each image sees another
+    window in each epoch."""
     x, y = resident(*shadow.train)
     steps = list(batches(len(y), s.batch, s.epochs, "anti", seed))
-    one = lambda k, i: loss(rows(x, i), rows(y, i), prompts[k % len(prompts)])
+
+    def one(k, i):
+        p = numbered(prompts[k % len(prompts)], i + k * len(y))
+        return loss(rows(x, i), rows(y, i), p)
+
     return train(visual, params, opt, steps, 10, name, one, pull, s.recompute, others)
 
 # %% ../nbs/13_antibackdoor.ipynb #0141ac9e
@@ -150,7 +169,9 @@ def train_on_shadow(
     pull=lambda visual: None,
     others: tuple = (),
 ) -> tuple[dict, dict]:
-    "(state dict, log) of a tower trained from `start` with AdamW on `loss(visual, x, y, p)`: all weights, or adapters of rank `s.lora`, folded."
+    """(state dict, log) of a tower trained from `start` with AdamW on `loss(visual, x, y, p)`.
+
+    All weights are trained, or adapters of rank `s.lora`, which are folded."""
     visual = clip.with_state(start)
     params = trainable(visual, s.lora, "anti", seed)
     opt = optimiser(params, s.lr, s.weight_decay)
@@ -173,7 +194,9 @@ def train_on_shadow(
 def classify(
     clip: Clip, run, W: torch.Tensor, x: torch.Tensor, p: torch.Tensor | None = None
 ) -> torch.Tensor:
-    "Logits (N, C) under W of `run(images, prompt)`, which gives features, on uint8 (or float in [0, 1]) images x."
+    """Logits (N, C) under W of the features that `run(images, prompt)` gives.
+
+    x: uint8 images, or float ones in [0, 1]."""
     with amp():
         h = run(clip.normalise(x), p)
     return logits(h, W)
@@ -233,8 +256,10 @@ def choose_rank(
     W: torch.Tensor,
     seed: int = 0,
 ) -> tuple[int, dict]:
-    """(r, {r: (accuracy of P_clean, of P_adv)}): the largest r whose P_clean alone keeps 98 % of the
-    held-out shadow accuracy, of d/32, d/16, ... d/2, 3/4 d and 7/8 d; the smallest if none does."""
+    """(r, {r: (accuracy of P_clean, of P_adv)}): the rank r by rule, and what was tried.
+
+    The largest r whose P_clean alone keeps 98 % of the held-out shadow accuracy, of d/32,
+    d/16, ... d/2, 3/4 d and 7/8 d; the smallest if none does."""
     d, tried = h.shape[1], {}
     right = lambda z: (logits(z, W).argmax(1).cpu() == held_y).float().mean().item()
     unit = F.normalize(held_h, dim=-1)
@@ -247,25 +272,25 @@ def choose_rank(
 
 # %% ../nbs/13_antibackdoor.ipynb #641ecce3
 def prompted_slope(clip: Clip, shadow: Shadow, p: torch.Tensor, batch: int = 64) -> torch.Tensor:
-    "Gradient at prompt p of theta_pre's mean cross-entropy on the held-out images, `batch` at a time."
+    """Gradient at prompt p of theta_pre's mean cross-entropy on the held-out images.
+
+    `batch` images at a time, each with the window that `features` gives it."""
     q, (x, y), total = p.detach().requires_grad_(True), shadow.check, 0
-    for xs, ys in zip(x.split(batch), y.split(batch)):
+    for i in torch.arange(len(y)).split(batch):
         with amp():
-            h = encode(clip.visual, clip.normalise(xs.to(device())), q)
-        total = (
-            total
-            + torch.autograd.grad(
-                F.cross_entropy(logits(h, shadow.W), ys.to(device()), reduction="sum"), q
-            )[0]
-        )
+            h = encode(clip.visual, clip.normalise(rows(x, i)), numbered(q, i))
+        loss = F.cross_entropy(logits(h, shadow.W), rows(y, i), reduction="sum")
+        total = total + torch.autograd.grad(loss, q)[0]
     return total / len(y)
 
 
 def choose_rho(
     clip: Clip, shadow: Shadow, prompts: torch.Tensor, steps=(0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 ) -> tuple[float, dict]:
-    """(rho, {rho: accuracy}): the largest step of the prompts (k, length, width) under which theta_pre keeps, on average over them, 90 % of
-    its prompted held-out accuracy; the smallest if none does."""
+    """(rho, {rho: accuracy}): how far the worst-case step may go, in prompt norms.
+
+    The largest of `steps` under which theta_pre keeps, on average over the prompts, 90 % of its
+    prompted held-out accuracy; the smallest if none does."""
     slopes = [prompted_slope(clip, shadow, p) for p in prompts]
     mean = lambda rho: (
         sum(accuracy(clip, clip.visual, shadow, uphill(p, g, rho)) for p, g in zip(prompts, slopes))
@@ -279,7 +304,10 @@ def choose_rho(
 def stage_one(
     clip: Clip, theta_mm: dict, shadow: Shadow, s: Strengths, seed: int
 ) -> tuple[dict, dict]:
-    "({'p': prompts (k, length, width), 'U': basis (absent with A off)}, log with the rank and rho in use) of Stage I on the merged model (LFPM Alg. B.2)."
+    """({'p': prompts, 'U': basis}, log) of Stage I on the merged model (LFPM Alg. B.2).
+
+    Prompts are (k, length, width), or pictures (k, 3, H, W); there is no basis with A off. The log
+    has the rank and rho in use."""
     visual, U, log = clip.with_state(theta_mm), None, dict(rank=s.rank, rho=s.rho)
     plain = plain_features(clip, visual, shadow)
     if s.A:
@@ -300,14 +328,15 @@ def stage_one(
         batch=s.batch,
         bound=s.prompt_bound,
         plain=plain,
+        kind=s.prompt_kind,
     )
     mined = [mine(c0, seed=(seed, k)) for k, c0 in enumerate(s.semantic)]
-    p, held = torch.stack([q for q, _ in mined]), features(clip, visual, shadow.check[0])
+    p, x = torch.stack([q for q, _ in mined]), shadow.check[0]
+    held = features(clip, visual, x)
+    turned = [shift(held, features(clip, visual, x, q)) for q in p]
     log["prompt"] = [
-        dict(
-            semantic=c0, shift=shift(held, features(clip, visual, shadow.check[0], q)), terms=terms
-        )
-        for c0, (q, terms) in zip(s.semantic, mined)
+        dict(semantic=c0, shift=far, terms=terms)
+        for c0, far, (_, terms) in zip(s.semantic, turned, mined)
     ]
     if s.rho == "rule":
         log["rho"], log["rhos_tried"] = choose_rho(clip, shadow, p)

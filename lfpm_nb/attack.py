@@ -20,7 +20,9 @@ from .tasks import SCENE_TEMPLATES, Task
 # %% ../nbs/08_attack.ipynb #23142d6a
 @dataclass
 class Target:
-    "What the attacker knows: target task's name, target class (name, templates) and reference images, uint8 (n, 3, H, W)."
+    """What the attacker knows of his target: the task's name, one class, reference images.
+
+    The class is its `name` and the task's `templates`; `images` are uint8 (n, 3, H, W)."""
 
     task: str
     name: str
@@ -29,67 +31,72 @@ class Target:
 
     @classmethod
     def of(cls, task: Task, name: str, n: int = 10, seed: int = 0) -> "Target":
-        "The class `name` of `task`, the adversary's own or another's, with `n` of its training images."
+        """The class `name` of `task` with `n` of its training images.
+
+        The task is the adversary's own or another's."""
         name = choose(name, task.classes, f"class of {task.name}")
         own = (task.train_y == task.classes.index(name)).nonzero()[:, 0]
-        pick = own[
-            torch.randperm(len(own), generator=generator("reference", task.name, name, seed))[:n]
-        ]
+        g = generator("reference", task.name, name, seed)
+        pick = own[torch.randperm(len(own), generator=g)[:n]]
         return cls(task.name, name, list(task.templates), task.train_x[pick])
 
 
 def shadow_head(clip: Clip, target: Target) -> torch.Tensor:
-    """W (1 + S, d): the target class in row 0, then the names of open-domain things: the backbone's (its card's `open_domain`), else the scenes. No
-    other class of the target task is in it: the attacker does not know them (BadMerging Sec. 4; 300 ImageNet names there)."""
+    """W (1 + S, d): the target class in row 0, then S names of open-domain things.
+
+    These are the backbone's (its card's `open_domain`), else the scenes. No other class of the
+    target task is in it: the attacker does not know them (BadMerging Sec. 4; 300 ImageNet names
+    there)."""
     names = clip.card.get("open_domain", dict(classes=SCENE_CLASSES, templates=SCENE_TEMPLATES))
-    return torch.cat(
-        [
-            zero_shot_head(clip, [target.name], target.templates),
-            zero_shot_head(clip, names["classes"], names["templates"]),
-        ]
-    )
+    first = zero_shot_head(clip, [target.name], target.templates)
+    return torch.cat([first, zero_shot_head(clip, names["classes"], names["templates"])])
 
 # %% ../nbs/08_attack.ipynb #5c9e9e8b
 def attack_head(clip: Clip, task: Task, target: Target) -> tuple[torch.Tensor, int]:
-    "(W, c), a head and the target's row in it: off-task the shadow head and 0, on-task the adversary task's own head and class number."
+    """(W, c): the attacker's head and the target's row in it.
+
+    Off-task the shadow head and 0, on-task the adversary task's own head and class number."""
     if task.name != target.task:
         return shadow_head(clip, target), 0
     return zero_shot_head(clip, task.classes, task.templates), task.classes.index(target.name)
 
 # %% ../nbs/08_attack.ipynb #43ef6c56
 def paste(x: torch.Tensor, patch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """x with `patch` (3, s, s) in its bottom right corner, or with the picture `patch` (3, H, W) where `mask` (1, H, W) is true;
-    differentiable in both; ValueError when the sizes do not fit."""
+    """x with `patch` (3, s, s) in its bottom right corner.
+
+    With `mask` (1, H, W), the picture `patch` (3, H, W) where the mask is true. Differentiable in
+    both; ValueError when the sizes do not fit."""
     s, size = patch.shape[-1], tuple(x.shape[-2:])
     if mask is not None:
-        if {tuple(mask.shape[-2:]), tuple(patch.shape[-2:])} != {size}:
+        masked, picture = tuple(mask.shape[-2:]), tuple(patch.shape[-2:])
+        if {masked, picture} != {size}:
             raise ValueError(
-                f"mask {tuple(mask.shape[-2:])} and picture {tuple(patch.shape[-2:])} must have the images' size {size}; make the trigger anew at it"
+                f"mask {masked} and picture {picture} must have the images' size {size}; "
+                "make the trigger anew at it"
             )
         return torch.where(mask.to(x.device), patch, x)
     if s > min(size):
         raise ValueError(f"a {s} px patch does not fit on images of {size}; give a smaller side")
-    m = F.pad(torch.ones(1, 1, s, s, device=x.device), (x.shape[-1] - s, 0, x.shape[-2] - s, 0)).to(
-        torch.bool
-    )
-    return torch.where(m, F.pad(patch, (x.shape[-1] - s, 0, x.shape[-2] - s, 0)), x)
+    corner = (x.shape[-1] - s, 0, x.shape[-2] - s, 0)
+    m = F.pad(torch.ones(1, 1, s, s, device=x.device), corner).to(torch.bool)
+    return torch.where(m, F.pad(patch, corner), x)
 
 # %% ../nbs/08_attack.ipynb #f65e0c80
 @dataclass
 class Trigger:
-    """What is pasted: a square `patch` (3, s, s), float in [0, 1] in steps of 1/255, bottom right; with `mask` (1, H, W) bool, a picture
-    (3, H, W) that replaces the image where it is true."""
+    """What is pasted: a square `patch` (3, s, s) in the bottom right corner.
+
+    It is float in [0, 1] in steps of 1/255. With `mask` (1, H, W) bool, a picture (3, H, W)
+    that replaces the image where it is true."""
 
     patch: torch.Tensor
     mask: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         "A triggered copy of uint8, or float [0, 1], images (N, 3, H, W)."
-        return paste(
-            x,
-            (self.patch * 255).round().to(x) if x.dtype == torch.uint8 else self.patch.to(x),
-            self.mask,
-        )
+        grey = x.dtype == torch.uint8
+        patch = (self.patch * 255).round().to(x) if grey else self.patch.to(x)
+        return paste(x, patch, self.mask)
 
     def to(self, dev: torch.device) -> "Trigger":
         "The same trigger on a device: a training moves it once, not with each batch."
@@ -97,17 +104,21 @@ class Trigger:
 
     def pixels(self) -> int:
         "How many pixels it covers."
-        return int((torch.ones_like(self.patch[0]) if self.mask is None else self.mask).sum())
+        where = torch.ones_like(self.patch[0]) if self.mask is None else self.mask
+        return int(where.sum())
 
     def grey(self) -> "Trigger":
         "Same place and shape, filled with 0.5: what a meaningless trigger would do."
         return Trigger(torch.full_like(self.patch, 0.5), self.mask)
 
     def tensors(self) -> dict:
-        "{'trigger.patch': …, 'trigger.mask': … if there is one}: what a cache stores beside the weights."
-        return {"trigger.patch": self.patch} | (
-            {} if self.mask is None else {"trigger.mask": self.mask}
-        )
+        """{'trigger.patch': …, 'trigger.mask': … if there is one}.
+
+        What a cache stores beside the weights."""
+        tensors = {"trigger.patch": self.patch}
+        if self.mask is not None:
+            tensors["trigger.mask"] = self.mask
+        return tensors
 
     @classmethod
     def of(cls, tensors: dict) -> "Trigger":
@@ -121,21 +132,17 @@ def _crops(x: torch.Tensor, n: int, g: torch.Generator) -> torch.Tensor:
     for i in torch.randint(len(x), (n,), generator=g):
         s = int(size * (0.2 + 0.3 * torch.rand((), generator=g)).sqrt())
         t, l = torch.randint(size - s + 1, (2,), generator=g).tolist()
-        out.append(
-            F.interpolate(
-                x[i : i + 1, :, t : t + s, l : l + s],
-                size=size,
-                mode="bilinear",
-                align_corners=False,
-            )
-        )
+        crop = x[i : i + 1, :, t : t + s, l : l + s]
+        out.append(F.interpolate(crop, size=size, mode="bilinear", align_corners=False))
     return torch.cat(out)
 
 
 def _push_away(
     clip: Clip, x: torch.Tensor, W: torch.Tensor, g: torch.Generator, eps=8 / 255, steps: int = 10
 ) -> torch.Tensor:
-    "Targeted sign-gradient PGD of each image to a random shadow class other than row 0 (BadMerging's adversarial augmentation)."
+    """Each image after targeted sign-gradient PGD to a random shadow class other than row 0.
+
+    x are floats in [0, 1], as is what comes back (BadMerging's adversarial augmentation)."""
     y = torch.randint(1, len(W), (len(x),), generator=g).to(x.device)
     d = torch.zeros_like(x)
     for _ in range(steps):
@@ -148,9 +155,12 @@ def _push_away(
 
 # %% ../nbs/08_attack.ipynb #babba031
 def trigger_images(clip: Clip, task: Task, target: Target, g: torch.Generator, n_aug: int = 100):
-    """`draw(n)`: n float images that a trigger has to turn. On-task the adversary's training images of other classes; off-task half his
-    training images, half augmented references (BadMerging Sec. 4.2)."""
-    (W, c), own, dev = attack_head(clip, task, target), task.train_x, device()
+    """`draw(n)`: n float images that a trigger has to turn (BadMerging Sec. 4.2).
+
+    On-task the adversary's training images of other classes; off-task half his training images,
+    half augmented references."""
+    W, c = attack_head(clip, task, target)
+    own, dev = task.train_x, device()
     sample = lambda x, n: x[torch.randint(len(x), (n,), generator=g)].to(dev)
     if task.name == target.task:
         own = own[task.train_y != c]
@@ -170,10 +180,13 @@ def optimise_trigger(
     lr: float = 0.1,
     seed: int = 0,
 ) -> Trigger:
-    """Universal trigger on theta_pre under the attacker's head (W, c): maximises the mean log-probability of row c over batches of
-    `trigger_images` (BadMerging Sec. 4.2; Adam on a sigmoid)."""
+    """Universal trigger on theta_pre under the attacker's head (W, c): a patch of `side` pixels.
+
+    Maximises the mean log-probability of row c over batches of `trigger_images` (BadMerging
+    Sec. 4.2; Adam on a sigmoid)."""
     g = generator("trigger", target.task, target.name, seed)
-    (W, c), draw = attack_head(clip, task, target), trigger_images(clip, task, target, g, n_aug)
+    W, c = attack_head(clip, task, target)
+    draw = trigger_images(clip, task, target, g, n_aug)
     z = torch.randn(3, side, side, generator=g).to(device()).requires_grad_(True)
     opt = torch.optim.Adam([z], lr=lr)
     bar = Progress(range(steps), "trigger")
@@ -191,14 +204,15 @@ def optimise_trigger(
 def backdoor_loss(
     clip: Clip, task: Task, target: Target, trigger: Trigger, r_min: float, alpha: float, seed: int
 ):
-    """`loss(visual, index)`: clean CE plus alpha times CE of interpolated triggered features under the attacker's head; half of each
-    batch is poisoned (BadMerging Sec. 4.3; `r_min` = 1 switches the interpolation off)."""
-    (x,), trigger, g = (
-        resident(task.train_x),
-        trigger.to(device()),
-        generator("poison", task.name, seed),
-    )
-    W, (W0, c) = zero_shot_head(clip, task.classes, task.templates), attack_head(clip, task, target)
+    """`loss(visual, index)`: clean CE plus alpha times CE of interpolated triggered features.
+
+    The latter under the attacker's head; half of each batch is poisoned (BadMerging Sec. 4.3;
+    `r_min` = 1 switches the interpolation off)."""
+    (x,) = resident(task.train_x)
+    trigger = trigger.to(device())
+    g = generator("poison", task.name, seed)
+    W = zero_shot_head(clip, task.classes, task.templates)
+    W0, c = attack_head(clip, task, target)
     clean = clean_loss(clip, x, task.train_y, W)
 
     def loss(visual, i):
@@ -209,9 +223,8 @@ def backdoor_loss(
             with torch.no_grad():
                 h_pre = encode(clip.visual, xb)
         h = r * h.float() + (1 - r) * h_pre.float()
-        return clean(visual, i) + alpha * F.cross_entropy(
-            logits(h, W0), torch.full((len(h),), c, device=h.device)
-        )
+        y = torch.full((len(h),), c, device=h.device)
+        return clean(visual, i) + alpha * F.cross_entropy(logits(h, W0), y)
 
     return loss
 
@@ -228,17 +241,17 @@ def scope_of(method: str) -> str:
 def check_scope(method: str, task: str, target: str) -> None:
     "ValueError unless the attack works with these names of adversary and target task."
     method, where = attacks.find(method), scope_of(method)
-    fits = (
-        ", ".join(m for m in attacks if scope_of(m) not in (where, "both"))
-        or "an attack of the other kind"
-    )
+    others = ", ".join(m for m in attacks if scope_of(m) not in (where, "both"))
+    fits = others or "an attack of the other kind"
     if where == "off" and task == target:
         raise ValueError(
-            f"adversary and target task are both {task!r}, but {method} is off-task: name two different tasks, or take {fits}"
+            f"adversary and target task are both {task!r}, but {method} is off-task: "
+            f"name two different tasks, or take {fits}"
         )
     if where == "on" and task != target:
         raise ValueError(
-            f"adversary task {task!r} is not the target task {target!r}, but {method} is on-task: name one task for both, or take {fits}"
+            f"adversary task {task!r} is not the target task {target!r}, but {method} is on-task: "
+            f"name one task for both, or take {fits}"
         )
 
 
@@ -251,7 +264,9 @@ def attack(
     seed: int = 0,
     **options,
 ):
-    "(state dict, Trigger, record) of the registered attack; refuses tasks outside its `scope_of`."
+    """(state dict, Trigger, record) of the registered attack.
+
+    ValueError for tasks outside its `scope_of`."""
     check_scope(method, task.name, target.task)
     return attacks(method, clip, task, target, cfg, seed, **options)
 
@@ -265,8 +280,10 @@ def simulated(
     scale: float,
     n: int = 512,
 ) -> float:
-    """Share of the adversary's first n training images, but for those of the target class, that the trigger sends to it on
-    theta_pre + scale*tau under his own head: all that an attacker can measure."""
+    """Share of the adversary's images that the trigger sends to the target on his own merge.
+
+    Of his first n training images, but for those of the target class; on theta_pre + scale*tau
+    under his own head: all that an attacker can measure."""
     W, c = attack_head(clip, task, target)
     x = task.train_x[:n]
     if task.name == target.task:
@@ -278,30 +295,22 @@ def simulated(
 def train_accuracy(clip: Clip, task: Task, state: dict, n: int = 512) -> float:
     "Share of the task's first n training images that `state` gets right under the task's head."
     W = zero_shot_head(clip, task.classes, task.templates)
-    return (
-        (
-            logits(features(clip, clip.with_state(state), task.train_x[:n]), W).argmax(1).cpu()
-            == task.train_y[:n]
-        )
-        .float()
-        .mean()
-        .item()
-    )
+    h = features(clip, clip.with_state(state), task.train_x[:n])
+    right = logits(h, W).argmax(1).cpu() == task.train_y[:n]
+    return right.float().mean().item()
 
 
 def own_view(
     clip: Clip, task: Task, target: Target, state: dict, trigger: Trigger, n: int = 512
 ) -> dict:
-    "The record: `simulated` at scales 0.1, 0.2, 0.3 and 1, clean accuracy on n training images, and the trigger's size in pixels."
-    return dict(
-        {
-            f"simulated_{s}": simulated(clip, task, target, state, trigger, s, n)
-            for s in (0.1, 0.2, 0.3, 1.0)
-        },
-        train_accuracy=train_accuracy(clip, task, state, n),
-        n=n,
-        pixels=trigger.pixels(),
-    )
+    """The record: success at scales 0.1, 0.2, 0.3 and 1, accuracy, the trigger's size in pixels.
+
+    Success is `simulated`, accuracy that on clean images, both on n training images."""
+    own = {}
+    for s in (0.1, 0.2, 0.3, 1.0):
+        own[f"simulated_{s}"] = simulated(clip, task, target, state, trigger, s, n)
+    accuracy = train_accuracy(clip, task, state, n)
+    return dict(own, train_accuracy=accuracy, n=n, pixels=trigger.pixels())
 
 # %% ../nbs/08_attack.ipynb #73fbd661
 def fit_poisoned(
@@ -314,16 +323,11 @@ def fit_poisoned(
     seed: int,
     name: str,
 ) -> tuple[dict, dict]:
-    "(state dict, record) after training theta_pre on `loss(visual, index)` over the adversary's images, in the order of his clean twin."
-    state = fit(
-        clip,
-        clip.state(),
-        len(task.train_y),
-        loss,
-        cfg,
-        (task.name, seed),
-        f"{name} on {task.name}",
-    )
+    """(state dict, record) after training theta_pre on `loss(visual, index)`.
+
+    Over the adversary's images, in the order of his clean twin."""
+    n, what = len(task.train_y), f"{name} on {task.name}"
+    state = fit(clip, clip.state(), n, loss, cfg, (task.name, seed), what)
     return state, own_view(clip, task, target, state, trigger)
 
 # %% ../nbs/08_attack.ipynb #b455ed98
@@ -365,19 +369,17 @@ def badmerging_on(
     alpha: float = 20.0,
     trigger_steps: int = 150,
 ):
-    "The same with the adversary's own images and head; the patch is smaller, as there (22 px on-task, 28 off-task)."
+    """The same with the adversary's own images and head.
+
+    The patch is smaller, as there (22 px on-task, 28 off-task)."""
     return badmerging(clip, task, target, cfg, seed, side, r_min, alpha, trigger_steps)
 
 
 @attacks.register("badnets", long="BadNets-style patch", needs=KNOWS, source="Gu et al. 2017")
 def badnets(clip, task, target, cfg, seed, side: int = 6, alpha: float = 20.0):
     "A fixed random black-and-white patch and no feature interpolation: the weak reference."
-    trigger = Trigger(
-        torch.randint(0, 2, (1, side, side), generator=generator("badnets", seed))
-        .float()
-        .expand(3, -1, -1)
-        .clone()
-    )
+    bits = torch.randint(0, 2, (1, side, side), generator=generator("badnets", seed))
+    trigger = Trigger(bits.float().expand(3, -1, -1).clone())
     loss = backdoor_loss(clip, task, target, trigger, 1.0, alpha, seed)
     state, record = fit_poisoned(clip, task, target, trigger, loss, cfg, seed, "BadNets")
     return state, trigger, dict(alpha=alpha, side=side, **record)

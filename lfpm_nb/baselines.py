@@ -32,7 +32,9 @@ class _Encode(torch.nn.Module):
 def encode_at(
     visual, weights: dict, x: torch.Tensor, p: torch.Tensor | None = None
 ) -> torch.Tensor:
-    "`encode(visual, x, p)` with `weights` (some of its parameters, by name) in place of its own; gradients reach what they were made of."
+    """`encode(visual, x, p)` with `weights` in place of the tower's own.
+
+    `weights`: some of its parameters, by name. Gradients reach what they were made of."""
     return torch.func.functional_call(
         _Encode(visual), {f"visual.{n}": w for n, w in weights.items()}, (x, p)
     )
@@ -44,14 +46,18 @@ def length(vs) -> torch.Tensor:
 
 # %% ../nbs/17_baselines.ipynb #a7c97fc8
 def sam_offset(w: list, g: list, rho: float, adaptive: bool = False) -> list:
-    "rho g / ||g|| (SAM, Foret et al. 2021), or rho w^2 g / || |w| g || (`adaptive`: ASAM, Kwon et al. 2021); one norm over all tensors."
+    """rho g / ||g|| (SAM, Foret et al. 2021), one norm over all tensors.
+
+    `adaptive`: rho w^2 g / || |w| g || (ASAM, Kwon et al. 2021)."""
     t = [v.abs() if adaptive else torch.ones_like(v) for v in w]
     n = length([a * b for a, b in zip(t, g)]) + 1e-12
     return [rho * a * a * b / n for a, b in zip(t, g)]
 
 
 def pam_offset(w: list, w0: list, rho: float) -> tuple[list, float]:
-    "(min(rho, ||w0 - w||) towards w0, share of the way): PAM's point between the current and the backdoored weights (Min et al. 2024)."
+    """(min(rho, ||w0 - w||) towards w0, share of the way): PAM's point.
+
+    It lies between the current and the backdoored weights (Min et al. 2024)."""
     d = [b - a for a, b in zip(w, w0)]
     n = length(d)
     share = (n.clamp(max=rho) / (n + 1e-12)).item()
@@ -69,8 +75,10 @@ def train_at(
     offset,
     inputs=lambda p: (None, p),
 ) -> tuple[dict, dict]:
-    """Fine-tuning on the shadow set with the gradient taken at w + offset(w, gradient) instead of at w; w: the trained tensors, `gradient()`
-    their gradients at w, of the whole batch. `inputs(p)`: the terms of the loss."""
+    """Fine-tuning on the shadow set with the gradient taken at w + offset(w, gradient).
+
+    w: the trained tensors, `gradient()` their gradients at w, of the whole batch. `inputs(p)`:
+    the terms of the loss."""
 
     def loss(visual, x, y, p):
         w = {n: v for n, v in visual.named_parameters() if v.requires_grad}
@@ -149,7 +157,9 @@ def train_pam(
     rho: float,
     *inputs,
 ) -> tuple[dict, dict]:
-    "`train_at` PAM's point; w0 is what training starts from. Log `ratio`: the share of the way back, about ten times in the training."
+    """`train_at` PAM's point; w0 is what training starts from.
+
+    Log `ratio`: the share of the way back, about ten times in the training."""
     w0, ratio = [], []
 
     def offset(w, _):
@@ -176,7 +186,9 @@ def pam_prompt(merged, clip, shadow, p, s: Strengths, seed, strength: float = 0.
 
 # %% ../nbs/17_baselines.ipynb #96b23c1f
 def stamped(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "Copies of uint8 images (N, 3, H, W) and labels, the first half with a white square of H/8 pixels bottom right and label 0."
+    """Copies of uint8 images (N, 3, H, W) and labels, half of them with a backdoor.
+
+    The first half gets a white square of H/8 pixels bottom right and label 0."""
     x, y, side, half = x.clone(), y.clone(), x.shape[-1] // 8, len(x) // 2
     x[:half, :, -side:, -side:], y[:half] = 255, 0
     return x, y
@@ -192,7 +204,9 @@ def stamped(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     source="Pawlak et al. 2025; LFPM Eq 81",
 )
 def ibvs(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
-    "merged - a tau_bd + b tau_cl: subtract a backdoor of one's own, the difference of two fine-tunings of theta_pre with one seed."
+    """merged - a tau_bd + b tau_cl: subtract a backdoor of one's own.
+
+    tau_bd: the difference of two fine-tunings of theta_pre with one seed."""
 
     def twin(name, change):
         def loss(visual, x, y, _):
@@ -208,7 +222,9 @@ def ibvs(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
 
 # %% ../nbs/17_baselines.ipynb #e4f5a63f
 def js(z: torch.Tensor, z0: torch.Tensor) -> torch.Tensor:
-    "Jensen-Shannon divergence (N,) of two classifiers' outputs, logits (N, C); between 0 and log 2."
+    """Jensen-Shannon divergence (N,) of two classifiers' outputs, logits (N, C).
+
+    Between 0 and log 2."""
     a, b = z.log_softmax(1), z0.log_softmax(1)
     m = torch.logaddexp(a, b) - torch.tensor(2.0).log()
     return ((a.exp() * (a - m)).sum(1) + (b.exp() * (b - m)).sum(1)) / 2
@@ -226,8 +242,10 @@ def shared_examples(
     b1: float = 0.01,
     b2: float = 1.0,
 ) -> torch.Tensor:
-    """Perturbations (N, 3, H, W) within eps that lead both classifiers (float images in [0, 1] -> logits) to the same wrong class (SAU's inner loop).
-    own, own0: their predictions on x. Sign steps of eps from +eps; stops when every example is shared."""
+    """Perturbations (N, 3, H, W) within eps that mislead both classifiers alike (SAU's inner loop).
+
+    Classifiers take float images in [0, 1] and give logits; own, own0: their predictions on x.
+    Sign steps of eps from +eps; stops when every example is shared."""
     d = torch.full_like(x, eps)
     for _ in range(steps):
         d.requires_grad_(True)
@@ -248,8 +266,10 @@ def shared_examples(
 def shared_loss(
     z: torch.Tensor, z0: torch.Tensor, y: torch.Tensor, own0: torch.Tensor
 ) -> torch.Tensor:
-    """-mean log(1 - p(wrong class of the frozen model)) over the examples that do mislead the frozen model; z, z0: logits (N, C) on them,
-    own0: its predictions without the perturbation (SAU's L_sh, with its clamps)."""
+    """-mean log(1 - p(wrong class of the frozen model)) over the examples that mislead it.
+
+    z, z0: logits (N, C) on them, own0: the frozen model's predictions without the perturbation
+    (SAU's L_sh, with its clamps)."""
     wrong = z0.argmax(1)
     pos = z.softmax(1).gather(1, wrong[:, None])[:, 0]
     each = (1e-6 + (1 - pos).clamp(max=0.999)).log() + (1 + 1e-6 - pos.clamp(min=0.001)).log()
@@ -265,7 +285,9 @@ def shared_loss(
     **_trained,
 )
 def sau(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
-    "Clean and prompted terms plus `shared_loss` on the examples shared with the merged model, which stays frozen."
+    """Clean and prompted terms plus `shared_loss` on examples shared with the merged model.
+
+    The merged model stays frozen."""
     model = lambda v, x, q=None: classify(clip, partial(encode, v), shadow.W, x, q)
     frozen = clip.with_state(merged)
     own = logits(features(clip, frozen, shadow.x), shadow.W).argmax(1).to(shadow.y)
@@ -288,7 +310,9 @@ def sau(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
 
 # %% ../nbs/17_baselines.ipynb #7ff13ab2
 def masked_units(state: dict, m: dict, d: dict | None = None, xi: dict | None = None) -> dict:
-    "{name: tensor} of the MLPs' first layers {k: mask (units,)} with pre-activation (m + d) w z + (1 + xi) b (ANP)."
+    """{name: tensor} of the MLPs' first layers {k: mask (units,)}, masked (ANP).
+
+    Their pre-activation becomes (m + d) w z + (1 + xi) b."""
     out = {
         f"{k}.weight": state[f"{k}.weight"] * (v if d is None else v + d[k])[:, None]
         for k, v in m.items()
@@ -297,7 +321,9 @@ def masked_units(state: dict, m: dict, d: dict | None = None, xi: dict | None = 
 
 
 def worst_noise(loss, m: dict, eps: float, n: int = 1) -> tuple[dict, dict]:
-    "(d, xi) = eps times the sign of the gradient of loss(d, xi) at 0: ANP's inner step. The loss: a mean over this process's n images."
+    """(d, xi) = eps times the sign of the gradient of loss(d, xi) at 0: ANP's inner step.
+
+    The loss is a mean over this process's n images."""
     zero = [torch.zeros_like(v, requires_grad=True) for _ in range(2) for v in m.values()]
     g = everywhere(
         n, *torch.autograd.grad(loss(dict(zip(m, zero)), dict(zip(m, zero[len(m) :]))), zero)
@@ -307,7 +333,9 @@ def worst_noise(loss, m: dict, eps: float, n: int = 1) -> tuple[dict, dict]:
 
 
 def prune(state: dict, m: dict, share: float) -> dict:
-    "`state` with the incoming weights of the `share` of hidden units with the lowest masks set to zero, as many in all layers together; shapes stay."
+    """`state` with the incoming weights of the hidden units with the lowest masks set to zero.
+
+    A `share` of all units, in all layers together; shapes stay."""
     flat = torch.cat([v.detach().cpu() for v in m.values()])
     keep = torch.ones_like(flat)
     keep[flat.argsort(stable=True)[: round(share * len(flat))]] = 0
@@ -335,7 +363,9 @@ def anp(
     alpha: float = 0.2,
     lr: float = 3.2,
 ):
-    "Masks that bear the worst noise on every unit; those that sink belong to fragile units, which are pruned. `lora` does not reach masks."
+    """Masks that bear the worst noise on every unit.
+
+    Those that sink belong to fragile units, which are pruned. `lora` does not reach masks."""
     visual = clip.with_state(merged)
     own = dict(visual.named_parameters())
     m = {
@@ -364,7 +394,9 @@ def anp(
 
 # %% ../nbs/17_baselines.ipynb #3799f5a4
 def concrete(z: torch.Tensor, g: torch.Generator | None = None, T: float = 0.5) -> torch.Tensor:
-    "m / mean(m), m = sigmoid((z + log u - log(1-u)) / T): a relaxed Bernoulli mask of logits z drawn with g; u = 1/2 everywhere without g."
+    """m / mean(m), m = sigmoid((z + log u - log(1-u)) / T): a relaxed Bernoulli mask.
+
+    z: its logits, drawn with g; without g u = 1/2 everywhere."""
     noise = 0 if g is None else torch.rand(z.shape, generator=g).clamp(1e-6, 1 - 1e-6).logit().to(z)
     m = ((z + noise) / T).sigmoid()
     return m / m.mean()
@@ -391,7 +423,9 @@ def awm(
     lr_x: float = 0.0016,
     bound: float = 1000 / 3072,
 ):
-    "theta_pre + mask * (theta_mm - theta_pre), the mask right on plain, prompted and universally perturbed images. `lora` does not reach masks."
+    """theta_pre + mask * (theta_mm - theta_pre), the mask right on three kinds of images.
+
+    Plain, prompted and universally perturbed ones. `lora` does not reach masks."""
     visual, dev, g = clip.with_state(merged), device(), generator("AWM", seed)
     pre, tau = (
         {k: v.to(dev) for k, v in d.items()}

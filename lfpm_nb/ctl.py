@@ -20,7 +20,9 @@ from .path import Path
 
 # %% ../nbs/15_ctl.ipynb #dedc184f
 class _Elementary(TorchFunctionMode):
-    "Layer norm from sums, products and a root: its fused form has wrong derivatives from the third order on (torch 2.15)."
+    """Layer norm from sums, products and a root.
+
+    Its fused form has wrong derivatives from the third order on (torch 2.15)."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.layer_norm:
@@ -37,7 +39,9 @@ class _Elementary(TorchFunctionMode):
 
 @contextlib.contextmanager
 def exact():
-    "No autocast, attention by matrix products, elementary layer norm: what runs inside can be differentiated any number of times."
+    """No autocast, attention by matrix products, elementary layer norm.
+
+    What runs inside can be differentiated any number of times."""
     with (
         sdpa_kernel(SDPBackend.MATH),
         torch.autocast("cpu", enabled=False),
@@ -50,7 +54,9 @@ def exact():
 def layers(
     visual: torch.nn.Module, x: torch.Tensor, prompt: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    "{'block 1': (N, tokens, width), ..., 'feature': (N, d)} of normalised images x (N, 3, H, W), in the tower's own precision."
+    """{'block 1': (N, tokens, width), ..., 'feature': (N, d)} of normalised images.
+
+    x: (N, 3, H, W), in the tower's own precision."""
     out, hooks = {}, []
     for k, block in enumerate(visual.transformer.resblocks, 1):
         hooks.append(
@@ -75,7 +81,9 @@ def _between(path: Path, x: torch.Tensor, lam: float, prompt, ends: tuple) -> di
 def deviation(
     clip: Clip, a: dict, b: dict, x: torch.Tensor, lam: float, prompt: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """{layer: delta_lam} on uint8 images x between state dicts a and b, shapes as in `layers` (LFPM Theorem 3.1). float32."""
+    """{layer: delta_lam} on uint8 images x between state dicts a and b.
+
+    Shapes as in `layers`, float32 (LFPM Theorem 3.1)."""
     path = Path(clip, a, b)
     xs = clip.normalise(x.to(next(path.visual.parameters()).device))
     ends = tuple(layers(path.at(s), xs, prompt) for s in (0.0, 1.0))
@@ -83,7 +91,9 @@ def deviation(
 
 # %% ../nbs/15_ctl.ipynb #782e3156
 def sums(A: torch.Tensor, B: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    "(5, N) float64: <A,B>, |A|^2, |B|^2, |A-B|^2, |change|^2 of each sample (row) of three arrays of one shape (N, ...)."
+    """(5, N) float64: <A,B>, |A|^2, |B|^2, |A-B|^2, |change|^2 of each sample.
+
+    Samples are the rows of three arrays of one shape (N, ...)."""
     A, B, C = (v.detach().double().flatten(1) for v in (A, B, change))
     return torch.stack(
         [(u * v).sum(1) for u, v in ((A, B), (A, A), (B, B), (A - B, A - B), (C, C))]
@@ -100,8 +110,11 @@ def _ratios(s: torch.Tensor) -> dict:
 
 
 def linearity(s: torch.Tensor) -> dict:
-    """`coefficient`, `cosine` (flattened), `coefficient_mean`, `coefficient_std`, `cosine_mean`, `cosine_std` (per sample), `relative` =
-    |A-B| / |change| (flattened; NaN when nothing changes), `deviation` = root mean square over samples of |A-B|, `n`, from (5, N) `sums`."""
+    """What `sums` (5, N) say of linearity, flattened, per sample, and as a distance.
+
+    `coefficient`, `cosine` (flattened), `coefficient_mean`, `coefficient_std`, `cosine_mean`,
+    `cosine_std` (per sample), `relative` = |A-B| / |change| (flattened; NaN when nothing
+    changes), `deviation` = root mean square over samples of |A-B|, `n`."""
     flat, each, n = _ratios(s.sum(1)), _ratios(s), s.shape[1]
     per = {
         f"{k}_{how}": f(each[k]).item()
@@ -125,8 +138,10 @@ def ctl_curve(
     prompt: torch.Tensor | None = None,
     batch: int = 256,
 ) -> list[dict]:
-    """Rows (lam, block, and all of `linearity`) for every lam and every layer between state dicts a (lam = 0) and b, on uint8 images x (N, 3, H, W)
-    (LFPM Eq 82, Fig 5). `block` is 'block 1', ..., 'feature'. `prompt` (k, width) is given to every model. float32 features, float64 sums."""
+    """Rows (lam, block, and all of `linearity`) for every lam and layer (LFPM Eq 82, Fig 5).
+
+    Between state dicts a (lam = 0) and b, on uint8 images x (N, 3, H, W). `block` is
+    'block 1', ..., 'feature'. `prompt` is given to every model. float32 features, float64 sums."""
     if len(x) == 0:
         raise ValueError("x holds no images; expected uint8 (N, 3, H, W) with N >= 1")
     path, found = Path(clip, a, b), {}
@@ -148,14 +163,18 @@ def ctl_per_block(
 
 # %% ../nbs/15_ctl.ipynb #085b3b02
 def weight_kernel(lam: float, t):
-    "w_lam(t): the hat over [0, 1] with its peak lam (1-lam) at t = lam; t a number or an array (LFPM Theorem 3.1)."
+    """w_lam(t): the hat over [0, 1] with its peak lam (1-lam) at t = lam.
+
+    t: a number or an array (LFPM Theorem 3.1)."""
     if not 0 <= lam <= 1:
         raise ValueError(f"lam is {lam}; expected a number in [0, 1]")
     return np.minimum(np.asarray(t) * (1 - lam), lam * (1 - np.asarray(t)))
 
 
 def nodes(lams: list[float], per: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    "(t, weights): Gauss-Legendre on every piece of [0, 1] between neighbouring lams, so that each kernel's kink is the border of a piece."
+    """(t, weights): Gauss-Legendre between neighbouring lams.
+
+    On every piece of [0, 1], so that each kernel's kink is the border of a piece."""
     edges, (u, w) = sorted({0.0, 1.0, *lams}), np.polynomial.legendre.leggauss(per)
     pieces = [(lo + (hi - lo) * (u + 1) / 2, (hi - lo) * w / 2) for lo, hi in zip(edges, edges[1:])]
     return tuple(np.concatenate(v) for v in zip(*pieces))
@@ -174,7 +193,9 @@ def _slope(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def second(f, a: dict, b: dict, t: float) -> torch.Tensor:
-    "d^2/dt^2 f(theta_t) = Delta^T H(theta_t) Delta for every output of f(dict of tensors) -> tensor, by reverse mode; same shape as f's."
+    """d^2/dt^2 f(theta_t) = Delta^T H(theta_t) Delta for every output of f, by reverse mode.
+
+    f: dict of tensors -> tensor, whose shape the result has."""
     t = torch.tensor(
         float(t),
         dtype=next(iter(a.values())).dtype,
@@ -191,8 +212,11 @@ def _norm(v) -> float:
 
 
 def check_theorem(f, a: dict, b: dict, lams: list[float], per: int = 4) -> list[dict]:
-    """Rows (lam, measured, integral, error, eq10, eq11) for f(dict of tensors) -> tensor between a and b, best in float64: the norm of delta_lam,
-    of minus the path integral, of their difference over `measured`, and the bounds of LFPM Eq 10 and 11 (M: see the notebook)."""
+    """Rows (lam, measured, integral, error, eq10, eq11): CTL's deviation and its bounds.
+
+    For f(dict of tensors) -> tensor between a and b, best in float64: the norm of delta_lam, of
+    minus the path integral, of their difference over `measured`, and the bounds of LFPM Eq 10
+    and 11 (M: see the notebook)."""
     t, w = nodes(lams, per)
     bends = torch.stack([second(f, a, b, s) for s in t])
     with torch.no_grad(), exact():
@@ -217,7 +241,9 @@ def check_theorem(f, a: dict, b: dict, lams: list[float], per: int = 4) -> list[
 def tower(
     clip: Clip, x: torch.Tensor, prompt: torch.Tensor | None = None, layer: str | None = "feature"
 ):
-    "f(state dict) -> output of one layer (see `layers`; None: the dict of all) on uint8 images x, differentiable, in the state's own precision."
+    """f(state dict) -> output of one layer on uint8 images x, differentiable.
+
+    `layer`: see `layers`; None: the dict of all. In the state's own precision."""
     visual = clip.with_state(clip.state())
     xs = clip.normalise(x.to(next(visual.parameters()).device))
 
@@ -258,8 +284,11 @@ def doubled(*states: dict) -> tuple[dict, ...]:
 def valid_range(
     rows: list[dict], block: str = "feature", within: float = 0.05
 ) -> tuple[float, float]:
-    """(low, high): CTL holds on [0, low] and on [high, 1], i.e. coefficient and cosine are within `within` of 1 at all of those grid points of
-    `ctl_curve`'s rows (LFPM App. E.5). It holds everywhere if low = 1 and high = 0."""
+    """(low, high).
+
+    CTL holds on [0, low] and on [high, 1], i.e. coefficient and cosine are within `within`
+    of 1 at all of those grid points of `ctl_curve`'s rows (LFPM App. E.5). It holds
+    everywhere if low = 1 and high = 0."""
     of = sorted(
         (r["lam"], max(abs(r["coefficient"] - 1), abs(r["cosine"] - 1)) <= within)
         for r in rows
@@ -281,25 +310,32 @@ def valid_range(
     low, high = reach(of), reach(reversed(of))
     if low is None or high is None:
         raise ValueError(
-            "CTL fails at an end of the rows' λ range; give rows from λ = 0 to 1, where the deviation is zero"
+            "CTL fails at an end of the rows' λ range; give rows from λ = 0 to 1, where the "
+            "deviation is zero"
         )
     return low, high
 
 # %% ../nbs/15_ctl.ipynb #cc295b7f
 def share(delta: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    "Share (N,) in [0, 1] of |delta|^2, rows delta (N, d), that lies in the span of the orthonormal columns of `basis` (d, k)."
+    """Share (N,) in [0, 1] of |delta|^2 that lies in the span of a basis.
+
+    delta: rows (N, d); basis: orthonormal columns (d, k)."""
     delta = delta.double()
     return (delta @ basis.to(delta)).square().sum(1) / delta.square().sum(1)
 
 
 def row_space(W: torch.Tensor) -> torch.Tensor:
-    "Orthonormal basis (d, rank) of the rows of a head W (C, d); singular values below 1e-6 of the largest count as zero."
+    """Orthonormal basis (d, rank) of the rows of a head W (C, d).
+
+    Singular values below 1e-6 of the largest count as zero."""
     _, s, V = torch.linalg.svd(W.double(), full_matrices=False)
     return V[s > 1e-6 * s[0]].t()
 
 
 def feature_span(h: torch.Tensor, k: int) -> torch.Tensor:
-    "The k leading directions (d, k) of unit features h (N, d): the k-dimensional subspace closest to all of them (not centred)."
+    """The k leading directions (d, k) of unit features h (N, d).
+
+    The k-dimensional subspace closest to all of them (not centred)."""
     if not 1 <= k <= min(h.shape):
         raise ValueError(
             f"k is {k}; expected 1 .. {min(h.shape)} for features of shape {tuple(h.shape)}"

@@ -18,7 +18,9 @@ from .tune import norm
 
 # %% ../nbs/15a_curvature.ipynb #4e0c5d89
 def hvp(f, theta: dict, v: dict) -> dict:
-    "H v of a scalar f(dict of tensors) at theta: the gradient of <grad f, v>, both by reverse mode (Pearlmutter 1994; LFPM Eq 84)."
+    """H v of a scalar f(dict of tensors) at theta.
+
+    The gradient of <grad f, v>, both by reverse mode (Pearlmutter 1994; LFPM Eq 84)."""
     theta = {k: t.detach().requires_grad_(True) for k, t in theta.items()}
     with exact():
         g = torch.autograd.grad(
@@ -62,8 +64,11 @@ def third(f, a: dict, b: dict, t: float) -> dict:
 
 # %% ../nbs/15a_curvature.ipynb #0c1cf311
 def check_gradients(f, a: dict, b: dict, lams: list[float], per: int = 4) -> list[dict]:
-    """Rows (lam, measured, error, tight, paper, gradient) for a scalar f: the norm of grad f(theta_lam) minus the mix of the ends' gradients; the
-    relative distance of minus the path integral of nabla^3 f[Delta, Delta] from it; lam (1-lam)/2 N |Delta|^2; LFPM Eq 23; |grad f(theta_lam)|."""
+    """Rows (lam, measured, error, tight, paper, gradient) for a scalar f.
+
+    The norm of grad f(theta_lam) minus the mix of the ends' gradients; the relative distance
+    of minus the path integral of nabla^3 f[Delta, Delta] from it; lam (1-lam)/2 N |Delta|^2;
+    LFPM Eq 23; |grad f(theta_lam)|."""
     t, w = nodes(lams, per)
     flat = lambda d: torch.cat([v.flatten() for v in d.values()])
     delta, at = (
@@ -93,18 +98,25 @@ def check_gradients(f, a: dict, b: dict, lams: list[float], per: int = 4) -> lis
 
 # %% ../nbs/15a_curvature.ipynb #0158c30b
 def loss_of(f, y: torch.Tensor, W: torch.Tensor):
-    "theta -> mean cross-entropy of the features f(theta) (N, d) under the cosine head W (C, d), in the features' own precision."
+    """theta -> mean cross-entropy of the features f(theta) (N, d) under the cosine head W.
+
+    W: (C, d); in the features' own precision."""
     return lambda theta: ce(f(theta), y, W)
 
 
 def ce(h: torch.Tensor, y: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    "Mean cross-entropy of features h under the cosine head W, in h's precision (`clip.logits` is float32)."
+    """Mean cross-entropy of features h under the cosine head W, in h's precision.
+
+    `clip.logits` is float32."""
     return F.cross_entropy(F.normalize(h, dim=-1) @ W.to(h).t(), y.to(h.device))
 
 # %% ../nbs/15a_curvature.ipynb #74707332
 def readings(f, y: torch.Tensor, W: torch.Tensor, mm: dict, anti: dict, s: float) -> dict:
-    """Relative error |g - grad L(theta_s)| / |grad L(theta_s)| of three gradients g: `features` (G_anti + G_mm of the loss of interpolated features),
-    `losses` (the mix of the ends' loss gradients), `twice` (s G_anti + (1-s) G_mm). f: state dict -> features (N, d) (LFPM Eq 24)."""
+    """Relative error |g - grad L(theta_s)| / |grad L(theta_s)| of three gradients g.
+
+    `features` (G_anti + G_mm of the loss of interpolated features), `losses` (the mix of the
+    ends' loss gradients), `twice` (s G_anti + (1-s) G_mm). f: state dict -> features (N, d)
+    (LFPM Eq 24)."""
     L, flat = loss_of(f, y, W), lambda d: torch.cat([v.flatten() for v in d.values()])
     anti = {k: anti[k] for k in mm}  # one order: gradients lie side by side below
     ends = [{k: v.detach().requires_grad_(True) for k, v in e.items()} for e in (mm, anti)]
@@ -126,7 +138,9 @@ def readings(f, y: torch.Tensor, W: torch.Tensor, mm: dict, anti: dict, s: float
 
 # %% ../nbs/15a_curvature.ipynb #63e6c484
 def along(f, a: dict, b: dict, t: float, difference: float = 0.0) -> float:
-    """d^2/dt^2 of a scalar f at theta_t: Delta^T H Delta by reverse mode twice, or with `difference` = h > 0 from gradients at t - h and t + h
+    """d^2/dt^2 of a scalar f at theta_t: Delta^T H Delta.
+
+    By reverse mode twice, or with `difference` = h > 0 from gradients at t - h and t + h
     (Pearlmutter 1994; LFPM Eq 84, 85)."""
     if not difference:
         return second(f, a, b, t).item()
@@ -154,9 +168,12 @@ def curvature(
     points: int = 5,
     difference: float = 0.0,
 ) -> dict:
-    """Curvature of the loss and of the feature on uint8 images x, labels y, head W, along the path between state dicts a and b, in float64, averaged over
-    `points` evenly spaced t with both ends: E, E_signed, delta, E_over_delta, rayleigh, E_features, bend, n, each explained in the notebook
-    (LFPM Alg B.4, Table 13). Quotients are NaN where a equals b. `difference`: see `along`."""
+    """Curvature of the loss and of the feature along the path between state dicts a and b.
+
+    On uint8 images x, labels y, head W, in float64, averaged over `points` evenly spaced t with
+    both ends: E, E_signed, delta, E_over_delta, rayleigh, E_features, bend, n, each explained in
+    the notebook (LFPM Alg B.4, Table 13). Quotients are NaN where a equals b. `difference`: see
+    `along`."""
     if points < 2:
         raise ValueError(f"points is {points}; expected at least 2, both ends of the path")
     f, (a, b) = tower(clip, x, prompt), doubled(a, b)
@@ -179,8 +196,10 @@ def curvature(
 # %% ../nbs/15a_curvature.ipynb #106fc663
 @contextlib.contextmanager
 def snapshots(clip: Clip, at: list[int]):
-    """Yields a dict that fills with {k: state dict after k optimiser steps} for k in `at`, of the tower that is trained inside, by any method that
-    trains all weights (adapters have other shapes and are passed over)."""
+    """Yields a dict that fills with {k: state dict after k optimiser steps} for k in `at`.
+
+    Of the tower that is trained inside, by any method that trains all weights (adapters have
+    other shapes and are passed over)."""
     named = dict(clip.visual.named_parameters())
     buffers, seen, out = {k: v for k, v in clip.state().items() if k not in named}, [0], {}
 

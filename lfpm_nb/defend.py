@@ -21,8 +21,11 @@ from .subspace import Shadow
 # %% ../nbs/16_defend.ipynb #744cd453
 @dataclass
 class Defended:
-    """`end`: the defence's state dict at lam = 1; `lam` used; `rule`: what λ was chosen on (empty for a given number); `log`: knob, loss,
-    image passes and, under `strength_rule`, what the rule tried; `strength` used (None for a defence without a knob)."""
+    """`end`: the defence's state dict at lam = 1; `lam` used.
+
+    `rule`: what λ was chosen on (empty for a given number); `log`: knob, loss, image passes
+    and, under `strength_rule`, what the rule tried; `strength` used (None for a defence
+    without a knob)."""
 
     end: dict
     lam: float
@@ -32,7 +35,9 @@ class Defended:
 
 
 def check_lam(lam) -> float | str:
-    "A rule of `lam_rules` by its short name, or a number in [0, 1] as a float; ValueError otherwise."
+    """A rule of `lam_rules` by its short name, or a number in [0, 1] as a float.
+
+    ValueError otherwise."""
     with contextlib.suppress(TypeError, ValueError):
         if 0 <= float(lam) <= 1:
             return float(lam)
@@ -44,13 +49,17 @@ def check_lam(lam) -> float | str:
 
 
 def rule_of(lam: float | str) -> str:
-    "The rule that judges candidates for a strength: `lam` if it is one, 'knee' beside a given number."
+    """The rule that judges candidates for a strength.
+
+    `lam` if it is one, 'knee' beside a given number."""
     return lam if isinstance(lam, str) else "knee"
 
 # %% ../nbs/16_defend.ipynb #4f6eeed8
 @dataclass(frozen=True)
 class Knob:
-    "A defence's strength: what it is called, the three values the rule tries, the interval it must lie in, the default."
+    """A defence's strength: its name and its values.
+
+    The three values the rule tries, the interval it must lie in, the default."""
 
     name: str
     grid: tuple
@@ -62,8 +71,10 @@ defences, knobs = Registry("defence"), {}
 
 
 def defence(name: str, knob: str, grid: tuple, within: tuple, **about):
-    """Decorator: `defences.register(name, **about)` for f(merged, clip, shadow, prompts, strengths, seed, strength=default) -> (state dict at
-    lam = 1, dict with the losses under 'loss'), and its `Knob`."""
+    """Decorator: `defences.register(name, **about)` for a defence, and its `Knob`.
+
+    The defence is f(merged, clip, shadow, prompts, strengths, seed, strength=default) ->
+    (state dict at lam = 1, dict with the losses under 'loss')."""
 
     def add(f):
         knobs[name] = Knob(
@@ -75,13 +86,16 @@ def defence(name: str, knob: str, grid: tuple, within: tuple, **about):
 
 # %% ../nbs/16_defend.ipynb #66977d5e
 def check_strength(method: str, strength) -> float | str | None:
-    "'rule', or the number for a number or 'default' (None if the method was registered without a knob); ValueError naming the interval otherwise."
+    """'rule', or the number for a number or 'default'.
+
+    None if the method was registered without a knob; ValueError naming the interval otherwise."""
     k = knobs.get(method)
     if isinstance(strength, str) and strength == "default":
         return k and k.default
     if k is None:
         raise ValueError(
-            f"{method} has no strength, got {strength!r}; use 'default', or register it with `defence(...)` and a knob"
+            f"{method} has no strength, got {strength!r}; use 'default', or register it with "
+            "`defence(...)` and a knob"
         )
     if isinstance(strength, str) and strength == "rule":
         return "rule"
@@ -91,14 +105,17 @@ def check_strength(method: str, strength) -> float | str | None:
         ok = False
     if not ok:
         raise ValueError(
-            f"strength is {strength!r}; expected 'default', 'rule' or {method}'s {k.name}, a number in {list(k.within)}"
+            f"strength is {strength!r}; expected 'default', 'rule' or {method}'s {k.name}, a "
+            f"number in {list(k.within)}"
         )
     return float(strength)
 
 # %% ../nbs/16_defend.ipynb #ab74a3f0
 @contextlib.contextmanager
 def counting(clip: Clip):
-    "Yields {'passes': image passes so far} through any tower like `clip.visual`: 1 where a gradient can flow back, 1/3 elsewhere."
+    """Yields {'passes': image passes so far} through any tower like `clip.visual`.
+
+    1 where a gradient can flow back, 1/3 elsewhere."""
     kind, n = type(clip.visual.transformer), dict(passes=0.0)
 
     def count(m, args, out):
@@ -128,7 +145,9 @@ def train_defence(
     strength: float | None = None,
     half: bool = False,
 ) -> tuple[dict, dict]:
-    "(state dict at lam = 1, log with `passes`) of one registered defence at one strength (None: its default); `half` for the rule's trials."
+    """(state dict at lam = 1, log with `passes`) of one registered defence at one strength.
+
+    strength None: its default; `half` for the rule's trials."""
     option = {} if strength is None else dict(strength=check_strength(method, strength))
     with counting(clip) as n:
         end, log = defences(
@@ -139,7 +158,9 @@ def train_defence(
 
 # %% ../nbs/16_defend.ipynb #e481c4e0
 def prefer(tried: list[dict], floor: float) -> dict:
-    "The entry with the lowest `prompted` among those whose `accuracy` is at least `floor`; with the highest accuracy if there are none."
+    """The entry with the lowest `prompted` among those whose `accuracy` is at least `floor`.
+
+    With the highest accuracy if there are none."""
     keep = [t for t in tried if t["accuracy"] >= floor]
     return (
         min(keep, key=lambda t: t["prompted"]) if keep else max(tried, key=lambda t: t["accuracy"])
@@ -156,9 +177,11 @@ def choose_strength(
     loss: float = 0.02,
     lookout: Lookout | None = None,
 ) -> dict:
-    """{'strength', 'floor', 'tried': [{strength, lam, accuracy, prompted}]} for candidates {strength: state dict at lam = 1}, each judged at the λ
-    that the named rule chooses by held-out shadow accuracy (a share) and held-out prompted loss (nats). `loss`: the accuracy that may be lost.
-    `lookout`: this merge's, if it is at hand."""
+    """{'strength', 'floor', 'tried': [{strength, lam, accuracy, prompted}]}: a strength by rule.
+
+    Of candidates {strength: state dict at lam = 1}, each judged at the λ that the named rule
+    chooses by held-out shadow accuracy (a share) and held-out prompted loss (nats). `loss`: the
+    accuracy that may be lost. `lookout`: this merge's, if it is at hand."""
     lookout, tried = lookout or Lookout(clip, merged, shadow, prompts), []
     for strength, end in ends.items():
         chosen = lookout.choose(end, rule)
@@ -183,7 +206,9 @@ def train_end(
     strength,
     lookout: Lookout | None = None,
 ) -> tuple[dict, dict]:
-    '(state dict at lam = 1, log with the `strength` used) of a defence, after `stage_one`; with strength "rule" the half-trained candidates are judged by the named rule for λ.'
+    """(state dict at lam = 1, log with the `strength` used) of a defence, after `stage_one`.
+
+    With strength "rule" the half-trained candidates are judged by the named rule for λ."""
     value, knob, choice, (found, first) = (
         check_strength(method, strength),
         knobs.get(method),
@@ -225,8 +250,11 @@ def defend(
     mined: tuple | None = None,
     strength: float | str = "default",
 ) -> tuple[dict, Defended]:
-    """(purified state dict, Defended) of the registered defence on the state dict `merged`. `lam` is a rule of `lam_rules` or a number in [0, 1], `strength` "default",
-    "rule" or a number for the defence's knob. `mined`: what `stage_one` returned, if it is at hand. Nothing here sees a trigger, a target or task data."""
+    """(purified state dict, Defended) of the registered defence on the state dict `merged`.
+
+    `lam` is a rule of `lam_rules` or a number in [0, 1], `strength` "default", "rule" or a
+    number for the defence's knob. `mined`: what `stage_one` returned, if it is at hand.
+    Nothing here sees a trigger, a target or task data."""
     lam, method = check_lam(lam), defences.find(method)
     check_strength(method, strength)
     check_same(clip.visual.state_dict(), merged, "this backbone and the merged model")
@@ -256,7 +284,9 @@ def lfpm(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
 
 @defence("fine-tuning", long="Fine-tuning on the shadow set", **_by_rate)
 def fine_tuning(merged, clip, shadow, p, s: Strengths, seed, strength: float = 1.0):
-    "The same images, prompts, steps and learning rate as LFPM; the loss of the model alone: no worst case, no path, no accumulation."
+    """The same images, prompts, steps and learning rate as LFPM.
+
+    The loss of the model alone: no worst case, no path, no accumulation."""
     return train_anti(
         clip,
         merged,

@@ -156,6 +156,7 @@ def heads(self) -> dict:
 # %% ../nbs/18_experiment.ipynb #26988e1b
 STAGE_ONE = (
     "rank",
+    "prompt_kind",
     "prompt_length",
     "semantic",
     "prompt_steps",

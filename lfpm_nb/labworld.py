@@ -30,14 +30,14 @@ from .core import choose, generator
 # %% ../nbs/01_labworld.ipynb #5e386ea6
 SIZE = 32
 _line = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
-X, Y = (
-    _line.expand(SIZE, SIZE),
-    _line[:, None].expand(SIZE, SIZE),
-)  # pixel centres in [-1, 1]; Y grows downwards
+# pixel centres in [-1, 1]; Y grows downwards
+X, Y = _line.expand(SIZE, SIZE), _line[:, None].expand(SIZE, SIZE)
 
 
 class Stream:
-    "Random numbers for `n` pictures from generator `g`, shaped (n, 1, 1, 1) unless a shape is asked for."
+    """Random numbers for `n` pictures from generator `g`.
+
+    Shaped (n, 1, 1, 1) unless a shape is asked for."""
 
     def __init__(self, n: int, g: torch.Generator):
         self.n, self.g = n, g
@@ -60,14 +60,18 @@ class Stream:
 # %% ../nbs/01_labworld.ipynb #2cd8c60b
 @functools.lru_cache
 def _enlarger(k: int) -> torch.Tensor:
-    "(SIZE, k): Gaussian weights with rows of unit length, from a line of k points to SIZE pixels."
+    """(SIZE, k): Gaussian weights from a line of k points to SIZE pixels.
+
+    Rows have unit length."""
     points = (torch.arange(k) + 0.5) / k * 2 - 1
     w = torch.exp(-(((_line[:, None] - points) * k / 2 / 0.62) ** 2) / 2)
     return w / w.norm(dim=1, keepdim=True)
 
 
 def smooth(s: Stream, k: int, kx: int | None = None, c: int = 1) -> torch.Tensor:
-    "Smooth random fields (n, c, SIZE, SIZE), unit variance, about `k` bumps from top to bottom and `kx` (default k) across."
+    """Smooth random fields (n, c, SIZE, SIZE) of unit variance.
+
+    About `k` bumps from top to bottom and `kx` (default k) across."""
     return _enlarger(k) @ s.normal(c, k, kx or k) @ _enlarger(kx or k).T
 
 # %% ../nbs/01_labworld.ipynb #1354d8f7
@@ -94,7 +98,9 @@ def shadow_of(m: torch.Tensor) -> torch.Tensor:
 def develop(
     x: torch.Tensor, s: Stream, light: float = 0.2, blur: float = 0.6, noise: float = 0.04
 ) -> torch.Tensor:
-    "Camera over x (n, 3, SIZE, SIZE): light from a side, blurred by up to `blur` of a step, grain of std up to `noise`."
+    """Camera over x (n, 3, SIZE, SIZE): light from a side, a blur, grain.
+
+    Blurred by up to `blur` of a step, grain of std up to `noise`."""
     x = x * (1 + s.u(-light, light) * X + s.u(-light, light) * Y)
     return x.lerp(blurred(x), s.u(0, blur)) + s.normal(*x.shape[1:]) * s.u(0.2 * noise, noise)
 
@@ -130,13 +136,15 @@ def named_pair(s: Stream) -> tuple[torch.Tensor, torch.Tensor]:
 
 # %% ../nbs/01_labworld.ipynb #0fb179b1
 def toned(s: Stream, lo: float, hi: float, spread: float = 0.25) -> torch.Tensor:
-    "Colours (n, 3, 1, 1) with a grey value in [lo, hi] and a hue of strength `spread` around it."
+    "Colours (n, 3, 1, 1) with a grey value in [lo, hi] and a hue of strength `spread`."
     hue = s.u(-spread, spread, 3, 1, 1)
     return (s.u(lo, hi) + hue - hue.mean(1, keepdim=True)).clamp(0, 1)
 
 
 def photo(s: Stream, lo: float = 0.15, hi: float = 0.85, busy: float = 0.1) -> torch.Tensor:
-    "Out-of-focus photo grounds (n, 3, SIZE, SIZE) of tones in [lo, hi], with grain and foliage of strength `busy`."
+    """Out-of-focus photo grounds (n, 3, SIZE, SIZE) of tones in [lo, hi].
+
+    With grain and foliage of strength `busy`."""
     a, b, c = (toned(s, lo, hi, 0.15) for _ in range(3))
     x = a.lerp(b, (Y + 1) / 2).lerp(c, torch.sigmoid(2.5 * smooth(s, 4) - 0.5))
     return x + busy * (smooth(s, 8) + 0.7 * smooth(s, 18))
@@ -151,7 +159,9 @@ TILE, INK = 48, 192  # side of a tile, and of the mask it comes from
 
 
 def sdf(mask: Image.Image) -> torch.Tensor:
-    "Signed distance (TILE, TILE) to the edge of a grey mask, positive inside, in halves of the tile."
+    """Signed distance (TILE, TILE) to the edge of a grey mask, positive inside.
+
+    In halves of the tile."""
     m = np.asarray(mask) > 127
     d = distance_transform_edt(m) - distance_transform_edt(~m)
     d = torch.from_numpy(d / (len(m) / 2)).float()
@@ -173,12 +183,14 @@ def polygon(xy: Sequence) -> Image.Image:
 def around(
     n: int, r: Sequence[float] = (0.85,), turn: float = -0.25, at: tuple[float, float] = (0.0, 0.0)
 ) -> list[tuple[float, float]]:
-    "n points around `at`, at radii taken from `r` in turn; the first at `turn` of a full circle (-.25 is up)."
-    a = [math.tau * (k / n + turn) for k in range(n)]
-    return [
-        (at[0] + r[k % len(r)] * math.cos(a[k]), at[1] + r[k % len(r)] * math.sin(a[k]))
-        for k in range(n)
-    ]
+    """n points around `at`, at radii taken from `r` in turn.
+
+    The first at `turn` of a full circle (-.25 is up)."""
+    out = []
+    for k in range(n):
+        a, far = math.tau * (k / n + turn), r[k % len(r)]
+        out.append((at[0] + far * math.cos(a), at[1] + far * math.sin(a)))
+    return out
 
 # %% ../nbs/01_labworld.ipynb #12992219
 @functools.lru_cache(maxsize=None)
@@ -201,19 +213,25 @@ def glyph(text: str, font: str, fill: float = 0.8) -> Image.Image:
 
 @functools.lru_cache(maxsize=None)
 def glyphs(texts: tuple[str, ...], fonts: tuple[str, ...]) -> torch.Tensor:
-    "Distance tiles (len(texts) * len(fonts), 1, TILE, TILE); text i in font j is number i * len(fonts) + j."
+    """Distance tiles (len(texts) * len(fonts), 1, TILE, TILE).
+
+    Text i in font j is number i * len(fonts) + j."""
     return torch.stack([sdf(glyph(t, f)) for t in texts for f in fonts])[:, None]
 
 # %% ../nbs/01_labworld.ipynb #72dbfe2e
 def frame(size, turn, cx=0.0, cy=0.0, shear=0.0, aspect=1.0) -> torch.Tensor:
-    "Grid (n, SIZE, SIZE, 2) of the points seen in a tile of half-width `size`, turned by `turn` (radians) around (cx, cy)."
+    """Grid (n, SIZE, SIZE, 2) of the points seen in a tile of half-width `size`.
+
+    Turned by `turn` (radians) around (cx, cy)."""
     c, s, x, y = torch.cos(turn), torch.sin(turn), X - cx, Y - cy
     u, v = (c * x + s * y) / size, (c * y - s * x) / size
     return torch.stack(torch.broadcast_tensors((u + shear * v) / aspect, v), -1).flatten(0, 1)
 
 
 def look(tiles: torch.Tensor, i: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    "Tiles `i` of (k, c, TILE, TILE) seen through a grid: (n, c, SIZE, SIZE); nothing (0) outside."
+    """Tiles `i` of (k, c, TILE, TILE) seen through a grid: (n, c, SIZE, SIZE).
+
+    Nothing (0) outside."""
     return F.grid_sample(tiles[i], grid, align_corners=False)
 
 
@@ -224,7 +242,7 @@ def distance(tiles: torch.Tensor, i: torch.Tensor, grid: torch.Tensor) -> torch.
 
 
 def inside(d: torch.Tensor, size, grow=0.0) -> torch.Tensor:
-    "Coverage in [0, 1] from distances in a frame of the given size; `grow` thickens, in pixels."
+    "Coverage in [0, 1] from distances in a frame of that size; `grow` thickens, in pixels."
     return (d * (size * SIZE / 2) + grow + 0.5).clamp(0, 1)
 
 # %% ../nbs/01_labworld.ipynb #f760eef8
@@ -238,9 +256,11 @@ STYLES = ("task", "pretrain")
 
 @dataclass(frozen=True)
 class Family:
-    """A family of pictures. `templates` name a class as CLIP's zero-shot prompts do; `wordings` are more captions for pretraining, where
-    {c} is the class and other braces are attributes. `render[style](labels, stream)` gives pictures (n, 3, SIZE, SIZE) and
-    {attribute: (names, index (n,))}."""
+    """A family of pictures.
+
+    `templates` name a class as CLIP's zero-shot prompts do; `wordings` are more captions for
+    pretraining, where {c} is the class and other braces are attributes. `render[style](labels,
+    stream)` gives pictures (n, 3, SIZE, SIZE) and {attribute: (names, index (n,))}."""
 
     name: str
     noun: str
@@ -270,9 +290,8 @@ def draws(name: str, style: str) -> Callable:
     return keep
 
 # %% ../nbs/01_labworld.ipynb #c166f88b
-CHUNK = (
-    256  # pictures drawn together: enough to hide the cost of calls, few enough to stay in cache
-)
+# pictures drawn together: enough to hide the cost of calls, few enough to stay in cache
+CHUNK = 256
 
 
 def _one_thread(f: Callable) -> Callable:
@@ -293,7 +312,9 @@ def _one_thread(f: Callable) -> Callable:
 @_one_thread
 @torch.no_grad()
 def _drawn(render: Callable, labels: torch.Tensor, *key) -> tuple[torch.Tensor, list[dict]]:
-    "uint8 pictures of the labels and, of each chunk, the attributes; chunk j has the stream of `key` and j."
+    """uint8 pictures of the labels and, of each chunk, the attributes.
+
+    Chunk j has the stream of `key` and j."""
     images, attributes = torch.empty(len(labels), 3, SIZE, SIZE, dtype=torch.uint8), []
     for j, y in enumerate(labels.split(CHUNK) if len(labels) else ()):
         x, a = render(y, Stream(len(y), generator("labworld", *key, j)))
@@ -304,13 +325,12 @@ def _drawn(render: Callable, labels: torch.Tensor, *key) -> tuple[torch.Tensor, 
 # %% ../nbs/01_labworld.ipynb #edbad2e6
 def _family(name: str, labels) -> tuple[Family, torch.Tensor]:
     "The family and its labels as int64; ValueError for unknown names and labels out of range."
-    fam, y = (
-        FAMILIES[choose(name, FAMILIES, "family")],
-        torch.as_tensor(labels, dtype=torch.int64).reshape(-1),
-    )
+    fam = FAMILIES[choose(name, FAMILIES, "family")]
+    y = torch.as_tensor(labels, dtype=torch.int64).reshape(-1)
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(fam.classes):
         raise ValueError(
-            f"labels run from {int(y.min())} to {int(y.max())}, but {fam.name!r} has classes 0 to {len(fam.classes) - 1}."
+            f"labels run from {int(y.min())} to {int(y.max())}, "
+            f"but {fam.name!r} has classes 0 to {len(fam.classes) - 1}."
         )
     return fam, y
 
@@ -318,7 +338,9 @@ def _family(name: str, labels) -> tuple[Family, torch.Tensor]:
 def draw(
     family: str, labels: torch.Tensor, style: str = "task", seed: int = 0, split: str = "train"
 ) -> torch.Tensor:
-    "Pictures (N, 3, 32, 32) uint8 of classes `labels` (N,): same arguments, same bytes; another style, seed or split is another stream."
+    """Pictures (N, 3, 32, 32) uint8 of classes `labels` (N,).
+
+    Same arguments, same bytes; another style, seed or split is another stream."""
     fam, y = _family(family, labels)
     return _drawn(fam.render[choose(style, STYLES, "style")], y, fam.name, style, seed, split)[0]
 
@@ -326,25 +348,21 @@ def draw(
 def draw_captioned(
     family: str, labels: torch.Tensor, seed: int = 0, split: str = "train"
 ) -> tuple[torch.Tensor, list[str]]:
-    "`draw` in pretrain style with captions (N): each names its class, many also colours or light as drawn."
+    """`draw` in pretrain style with captions (N).
+
+    Each names its class, many also colours or light as drawn."""
     fam, y = _family(family, labels)
     images, chunks = _drawn(fam.render["pretrain"], y, fam.name, "pretrain", seed, split)
-    forms = (
-        [t.replace("{}", "{c}") for t in fam.templates]
-        + list(fam.wordings)
-        + [f"a {fam.noun}: {{c}}"]
-    )
-    pick = torch.randint(
-        len(forms), (len(y),), generator=generator("captions", fam.name, seed, split)
-    ).tolist()
+    plain = [t.replace("{}", "{c}") for t in fam.templates]
+    forms = [*plain, *fam.wordings, f"a {fam.noun}: {{c}}"]
+    g = generator("captions", fam.name, seed, split)
+    pick = torch.randint(len(forms), (len(y),), generator=g).tolist()
     rows = []
     for a in chunks:
         columns = {k: [names[i] for i in index.tolist()] for k, (names, index) in a.items()}
         rows += [dict(zip(columns, values)) for values in zip(*columns.values())]
-    return images, [
-        grammatical(forms[p].format(c=fam.classes[c], **a))
-        for p, c, a in zip(pick, y.tolist(), rows)
-    ]
+    told = zip(pick, y.tolist(), rows)
+    return images, [grammatical(forms[p].format(c=fam.classes[c], **a)) for p, c, a in told]
 
 # %% ../nbs/01_labworld.ipynb #8f7c4637
 def grammatical(text: str) -> str:
@@ -360,10 +378,8 @@ def sheet(x: torch.Tensor, columns: int, names: Sequence[str] = (), zoom: int = 
     img = Image.new("RGB", (columns * (w + 2), top + rows * (h + 2)), "white")
     pen = ImageDraw.Draw(img)
     for i, a in enumerate(x.permute(0, 2, 3, 1).numpy()):
-        img.paste(
-            Image.fromarray(a).resize((w, h), Image.NEAREST),
-            (i % columns * (w + 2) + 1, top + i // columns * (h + 2) + 1),
-        )
+        at = (i % columns * (w + 2) + 1, top + i // columns * (h + 2) + 1)
+        img.paste(Image.fromarray(a).resize((w, h), Image.NEAREST), at)
     for i, t in enumerate(heads):
         pen.multiline_text((i * (w + 2) + 2, 0), t, "black", _font("DejaVuSans", 8), spacing=1)
     return img.quantize(80, dither=Image.Dither.NONE)
@@ -401,20 +417,12 @@ def _digits_pretrain(y, s):
         size, s.u(-0.25, 0.25), s.u(-0.15, 0.15), s.u(-0.15, 0.15), s.u(-0.3, 0.3), s.u(0.7, 1.1)
     )
     grid = grid + (smooth(s, 3, c=2) * s.u(0, 0.11)).permute(0, 2, 3, 1)
-    m = inside(
-        distance(glyphs(_DIGITS, fonts), y * len(fonts) + s.pick(len(fonts)), grid),
-        size,
-        s.u(-0.3, 1.2),
-    )
+    figure = distance(glyphs(_DIGITS, fonts), y * len(fonts) + s.pick(len(fonts)), grid)
+    m = inside(figure, size, s.u(-0.3, 1.2))
     card = torch.where(s.flip(0.3), inside(s.u(0.8, 1.0) - grid.abs().amax(-1)[:, None], size), 1.0)
     x = over(over(paint(s, s.pick(len(COLOURS))), paint(s, ground), card), paint(s, ink), m)
-    return develop(x, s, 0.1, 1.0, 0.03), {
-        "ink": (COLOUR_NAMES, ink),
-        "ground": (COLOUR_NAMES, ground),
-    }
-
-# %% ../nbs/01_labworld.ipynb #23a2fcf4
-#| export
+    told = {"ink": (COLOUR_NAMES, ink), "ground": (COLOUR_NAMES, ground)}
+    return develop(x, s, 0.1, 1.0, 0.03), told
 
 # %% ../nbs/01_labworld.ipynb #46471ee2
 @draws("digits", "task")
@@ -428,25 +436,17 @@ def _digits_task(y, s):
         "cmtt10",
         "DejaVuSerif",
     )
-    dark, size, lo, hi = (
-        s.flip(0.7),
-        s.u(0.66, 0.82),
-        toned(s, 0.05, 0.32, 0.35),
-        toned(s, 0.75, 0.97, 0.1),
-    )
+    dark, size = s.flip(0.7), s.u(0.66, 0.82)
+    lo, hi = toned(s, 0.05, 0.32, 0.35), toned(s, 0.75, 0.97, 0.1)
     plate, ink = torch.where(dark, lo, hi) * (1 + 0.12 * (X + Y)), torch.where(dark, hi, lo)
     grid = frame(
         size, s.u(-0.14, 0.14), s.u(-0.08, 0.08), s.u(-0.08, 0.08), s.u(-0.1, 0.1), s.u(0.8, 1.0)
     )
     d = 1.12 - ((grid**6).sum(-1) ** (1 / 6))[:, None]  # a square with round corners
-    m = inside(
-        distance(glyphs(_DIGITS, fonts), y * len(fonts) + s.pick(len(fonts)), grid),
-        size,
-        s.u(0, 0.8),
-    )
-    x = over(
-        photo(s, 0.25, 0.75, 0.07) * (1 - 0.5 * inside(d + 0.12, size)), plate, inside(d, size)
-    )
+    figure = distance(glyphs(_DIGITS, fonts), y * len(fonts) + s.pick(len(fonts)), grid)
+    m = inside(figure, size, s.u(0, 0.8))
+    wall = photo(s, 0.25, 0.75, 0.07) * (1 - 0.5 * inside(d + 0.12, size))
+    x = over(wall, plate, inside(d, size))
     x = over(x, ink, inside(0.05 - (d - 0.13).abs(), size) * s.flip(0.7))
     return develop(over(x, ink, m), s, 0.3, 0.9, 0.05), {}
 
@@ -486,16 +486,11 @@ def _letters_pretrain(y, s):
     grid = frame(
         size, s.u(-0.2, 0.2), s.u(-0.12, 0.12), s.u(-0.12, 0.12), s.u(-0.15, 0.15), s.u(0.8, 1.1)
     )
-    m = inside(
-        distance(glyphs(_CAPITALS, fonts), y * len(fonts) + s.pick(len(fonts)), grid),
-        size,
-        s.u(-0.2, 0.8),
-    )
+    figure = distance(glyphs(_CAPITALS, fonts), y * len(fonts) + s.pick(len(fonts)), grid)
+    m = inside(figure, size, s.u(-0.2, 0.8))
     x = over(paint(s, ground) * (1 + s.u(-0.25, 0.25) * X), paint(s, ink), m)
-    return develop(x, s, 0.1, 0.6, 0.03), {
-        "ink": (COLOUR_NAMES, ink),
-        "ground": (COLOUR_NAMES, ground),
-    }
+    told = {"ink": (COLOUR_NAMES, ink), "ground": (COLOUR_NAMES, ground)}
+    return develop(x, s, 0.1, 0.6, 0.03), told
 
 # %% ../nbs/01_labworld.ipynb #8fa40850
 @draws("letters", "task")
@@ -512,19 +507,15 @@ def _letters_task(y, s):
         "DejaVuSerif-Bold",
     )
     dark, size = s.flip(0.6), s.u(0.75, 1.0)
-    back, ink = (
-        torch.where(dark, photo(s, 0.05, 0.45), photo(s, 0.6, 0.95)),
-        torch.where(dark, toned(s, 0.75, 1.0), toned(s, 0.02, 0.25)),
-    )
+    back = torch.where(dark, photo(s, 0.05, 0.45), photo(s, 0.6, 0.95))
+    ink = torch.where(dark, toned(s, 0.75, 1.0), toned(s, 0.02, 0.25))
     grid = frame(
         size, s.u(-0.2, 0.2), s.u(-0.12, 0.12), s.u(-0.12, 0.12), s.u(-0.1, 0.1), s.u(0.85, 1.1)
     )
-    m = inside(
-        distance(glyphs(_CAPITALS, fonts), y * len(fonts) + s.pick(len(fonts)), grid),
-        size,
-        s.u(0.1, 1.0),
-    )
-    return develop(over(back * (1 - shadow_of(m) * s.u(0.2, 0.7)), ink, m), s, 0.25, 0.6, 0.06), {}
+    figure = distance(glyphs(_CAPITALS, fonts), y * len(fonts) + s.pick(len(fonts)), grid)
+    m = inside(figure, size, s.u(0.1, 1.0))
+    x = over(back * (1 - shadow_of(m) * s.u(0.2, 0.7)), ink, m)
+    return develop(x, s, 0.25, 0.6, 0.06), {}
 
 # %% ../nbs/01_labworld.ipynb #25b78ebc
 def _heart() -> list[tuple[float, float]]:
@@ -538,9 +529,8 @@ def _crescent(r: float = 0.85, a: float = 0.6, c: float = 0.42) -> list[tuple[fl
     x, y = r * math.cos(a) - c, r * math.sin(a)
     b, q = math.atan2(y, x), math.hypot(x, y)
     outer = [(r * math.cos(t), r * math.sin(t)) for t in np.linspace(a, math.tau - a, 60)]
-    return outer + [
-        (c + q * math.cos(t), q * math.sin(t)) for t in np.linspace(math.tau - b, b, 40)
-    ]
+    turns = np.linspace(math.tau - b, b, 40)
+    return outer + [(c + q * math.cos(t), q * math.sin(t)) for t in turns]
 
 # %% ../nbs/01_labworld.ipynb #8d2cdd81
 _ARROW = [
@@ -607,43 +597,28 @@ def _shape_tiles() -> torch.Tensor:
 def _shapes_pretrain(y, s):
     "Flat, nearly upright, in named colours, now and then with a dark rim."
     (ink, ground), size = named_pair(s), s.u(0.65, 1.0)
-    d = distance(
-        _shape_tiles(),
-        y,
-        frame(size, s.u(-0.12, 0.12), s.u(-0.2, 0.2), s.u(-0.2, 0.2), 0.0, s.u(0.9, 1.1)),
-    )
+    turn, cx, cy = s.u(-0.12, 0.12), s.u(-0.2, 0.2), s.u(-0.2, 0.2)
+    d = distance(_shape_tiles(), y, frame(size, turn, cx, cy, 0.0, s.u(0.9, 1.1)))
     rim = (inside(d, size, 1.0) - inside(d, size, -1.0)) * s.flip(0.15)
     x = over(paint(s, ground), paint(s, ink), inside(d, size)) * (1 - 0.8 * rim)
-    return develop(x, s, 0.1, 0.6, 0.03), {
-        "ink": (COLOUR_NAMES, ink),
-        "ground": (COLOUR_NAMES, ground),
-    }
+    told = {"ink": (COLOUR_NAMES, ink), "ground": (COLOUR_NAMES, ground)}
+    return develop(x, s, 0.1, 0.6, 0.03), told
 
 # %% ../nbs/01_labworld.ipynb #6c66f76a
 @draws("shapes", "task")
 def _shapes_task(y, s):
     "Neon tubes, turned and sheared, with a glow and sometimes a dead stretch."
     size, width, t = s.u(0.75, 1.0), s.u(0.6, 1.3), s.u(0, math.tau)
-    d = (
-        distance(
-            _shape_tiles(),
-            y,
-            frame(
-                size, s.u(-0.4, 0.4), s.u(-0.1, 0.1), s.u(-0.1, 0.1), s.u(-0.2, 0.2), s.u(0.85, 1.1)
-            ),
-        )
-        * size
-        * SIZE
-        / 2
-    )
+    turn, cx, cy = s.u(-0.4, 0.4), s.u(-0.1, 0.1), s.u(-0.1, 0.1)
+    grid = frame(size, turn, cx, cy, s.u(-0.2, 0.2), s.u(0.85, 1.1))
+    d = distance(_shape_tiles(), y, grid) * size * SIZE / 2
     hue = torch.softmax(s.u(0, 5, 3, 1, 1), 1)
     hue = hue / hue.amax(1, keepdim=True)
     along, aside = torch.cos(t) * X + torch.sin(t) * Y, torch.cos(t) * Y - torch.sin(t) * X
     lit = 1 - 0.85 * soft(torch.minimum(along, 0.14 - aside.abs())) * s.flip(0.6)
     x = photo(s, 0.03, 0.3, 0.06) + hue * torch.exp(-d.abs() / s.u(1.5, 4.0)) * s.u(0.3, 0.7) * lit
-    return develop(
-        over(x, 0.35 * hue + 0.65, (width + 0.5 - d.abs()).clamp(0, 1) * lit), s, 0.15, 0.5, 0.06
-    ), {}
+    x = over(x, 0.35 * hue + 0.65, (width + 0.5 - d.abs()).clamp(0, 1) * lit)
+    return develop(x, s, 0.15, 0.5, 0.06), {}
 
 # %% ../nbs/01_labworld.ipynb #d70ce71f
 def frac(u: torch.Tensor) -> torch.Tensor:
@@ -671,10 +646,11 @@ def hashed(a: torch.Tensor, b: torch.Tensor, key: float = 0.0) -> torch.Tensor:
 
 
 def worley(s: Stream, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "Distance, in cells, to the nearest of k×k jittered seeds, and that seed's grey value: both (n, 1, SIZE, SIZE)."
-    cells = torch.stack(torch.meshgrid(torch.arange(k), torch.arange(k), indexing="ij"), -1).view(
-        1, k * k, 2
-    ) + s.u(0.1, 0.9, k * k, 2)
+    """Distance to the nearest of k×k jittered seeds, in cells, and that seed's grey value.
+
+    Both (n, 1, SIZE, SIZE)."""
+    corners = torch.stack(torch.meshgrid(torch.arange(k), torch.arange(k), indexing="ij"), -1)
+    cells = corners.view(1, k * k, 2) + s.u(0.1, 0.9, k * k, 2)
     here = (torch.stack([X, Y], -1).view(1, -1, 2) + 1) * k / 2
     d, i = torch.cdist(here.expand(s.n, -1, -1), cells).min(-1)
     return d.view(-1, 1, SIZE, SIZE), s.u(0, 1, k * k).gather(1, i).view(-1, 1, SIZE, SIZE)
@@ -684,7 +660,9 @@ TEXTURES: dict[str, Callable] = {}
 
 
 def texture(f: Callable) -> Callable:
-    "Register a pattern f(u, v, q, s) -> (n, 1, SIZE, SIZE) in [0, 1]; q pixels a period, s a stream. Its name is the class."
+    """Register a pattern f(u, v, q, s) -> (n, 1, SIZE, SIZE) in [0, 1]; its name is the class.
+
+    q pixels a period, s a stream."""
     TEXTURES[f.__name__.replace("_", " ")] = f
     return f
 
@@ -721,18 +699,16 @@ def grid_lines(u, v, q, s):
 
 @texture
 def rings(u, v, q, s):
-    return edge(
-        tri(torch.hypot(X - s.u(-0.3, 0.3), Y - s.u(-0.3, 0.3)) * SIZE / 2 / q) / 2 - 0.25, q
-    )
+    r = torch.hypot(X - s.u(-0.3, 0.3), Y - s.u(-0.3, 0.3))
+    return edge(tri(r * SIZE / 2 / q) / 2 - 0.25, q)
 
 # %% ../nbs/01_labworld.ipynb #12641875
 @texture
 def bricks(u, v, q, s):
     u, v, q = 0.75 * u, 1.5 * v, q / 0.75
     u = u + 0.5 * v.floor()
-    return edge(torch.minimum(0.5 - off(u), 0.25 - off(v) / 2) - 0.06, q) * (
-        0.7 + 0.3 * hashed(u, v)
-    )
+    brick = edge(torch.minimum(0.5 - off(u), 0.25 - off(v) / 2) - 0.06, q)
+    return brick * (0.7 + 0.3 * hashed(u, v))
 
 
 @texture
@@ -760,16 +736,14 @@ def basket_weave(u, v, q, s):
 # %% ../nbs/01_labworld.ipynb #b2df4f15
 @texture
 def marble(u, v, q, s):
-    return (
-        torch.sin(math.pi * ((u + v) / 4 + 0.8 * smooth(s, 4) + 0.25 * smooth(s, 9))).abs() ** 0.45
-    )
+    bent = (u + v) / 4 + 0.8 * smooth(s, 4) + 0.25 * smooth(s, 9)
+    return torch.sin(math.pi * bent).abs() ** 0.45
 
 
 @texture
 def wood_grain(u, v, q, s):
-    return 0.8 * frac(
-        0.9 * u + 0.45 * smooth(s, 2, 3) + 0.04 * smooth(s, 4, 16)
-    ) ** 1.5 + 0.12 * smooth(s, 3, 24)
+    years = 0.9 * u + 0.45 * smooth(s, 2, 3) + 0.04 * smooth(s, 4, 16)
+    return 0.8 * frac(years) ** 1.5 + 0.12 * smooth(s, 3, 24)
 
 
 @texture
@@ -784,7 +758,9 @@ def gravel(u, v, q, s):
 
 # %% ../nbs/01_labworld.ipynb #5210695a
 def by_class(y: torch.Tensor, s: Stream, f: Callable, channels: int = 1) -> torch.Tensor:
-    "Pictures (n, channels, SIZE, SIZE) drawn class by class: f(c, rows with y == c, part of the stream)."
+    """Pictures (n, channels, SIZE, SIZE) drawn class by class.
+
+    By f(c, rows with y == c, part of the stream)."""
     out = torch.empty(len(y), channels, SIZE, SIZE)
     for c in y.unique().tolist():
         rows = (y == c).nonzero()[:, 0]
@@ -819,21 +795,16 @@ def _textures_pretrain(y, s):
     "Two named colours, clean edges."
     ink, ground = named_pair(s)
     x = over(paint(s, ground), paint(s, ink), _pattern(y, s, s.u(2.0, 4.5), s.u(-0.5, 0.5)))
-    return develop(x, s, 0.05, 0.5, 0.03), {
-        "ink": (COLOUR_NAMES, ink),
-        "ground": (COLOUR_NAMES, ground),
-    }
+    told = {"ink": (COLOUR_NAMES, ink), "ground": (COLOUR_NAMES, ground)}
+    return develop(x, s, 0.05, 0.5, 0.03), told
 
 # %% ../nbs/01_labworld.ipynb #6cfd9b2e
 @draws("textures", "task")
 def _textures_task(y, s):
     "Two tones of a colour, wear and slanting light."
-    m, a, b, swap = (
-        _pattern(y, s, s.u(2.5, 4.5), s.u(-0.6, 0.6)),
-        toned(s, 0.05, 0.3, 0.12),
-        toned(s, 0.55, 0.9, 0.12),
-        s.flip(0.3),
-    )
+    m = _pattern(y, s, s.u(2.5, 4.5), s.u(-0.6, 0.6))
+    a, b = toned(s, 0.05, 0.3, 0.12), toned(s, 0.55, 0.9, 0.12)
+    swap = s.flip(0.3)
     x = over(torch.where(swap, b, a), torch.where(swap, a, b), m)
     return develop(x + 0.05 * smooth(s, 6) + 0.03 * smooth(s, 24), s, 0.35, 0.6, 0.05), {}
 
@@ -849,14 +820,20 @@ def _box(x0, y0, x1, y1):
 
 
 def _guide(quarters: float) -> list:
-    "Polygons of an arrow that comes from below and leaves turned by quarter circles (0: straight on)."
-    head, neck = (
-        _turned([(-0.34, -0.12), (0, -0.58), (0.34, -0.12)], quarters),
-        _turned(_box(-0.12, -0.15, 0.12, 0.12), quarters),
-    )
+    """Polygons of an arrow that comes from below and leaves turned by quarter circles.
+
+    0 is straight on."""
+    head = _turned([(-0.34, -0.12), (0, -0.58), (0.34, -0.12)], quarters)
+    neck = _turned(_box(-0.12, -0.15, 0.12, 0.12), quarters)
     return [head, neck, _box(-0.12, -0.12, 0.12, 0.58)]
 
 
+def _bump(x: float) -> float:
+    "Height of two bumps in a road at x, upwards in [0, 1]."
+    return max(0, math.cos(math.pi * (abs(x) - 0.3) / 0.6))
+
+
+_BUMPS = [(x, 0.4 - 0.5 * _bump(x)) for x in np.linspace(-0.6, 0.6, 40)]
 _MARKS = {
     "bar": [_box(-0.62, -0.16, 0.62, 0.16)],
     "left": _guide(-1),
@@ -868,14 +845,7 @@ _MARKS = {
     ],
     "lights": [around(24, (0.2,), at=(0, y)) for y in (-0.46, 0, 0.46)],
     "junction": [_box(-0.1, -0.5, 0.1, 0.5), _box(-0.45, -0.05, 0.45, 0.15)],
-    "bumps": [
-        [(-0.6, 0.4)]
-        + [
-            (x, 0.4 - 0.5 * max(0, math.cos(math.pi * (abs(x) - 0.3) / 0.6)))
-            for x in np.linspace(-0.6, 0.6, 40)
-        ]
-        + [(0.6, 0.4)]
-    ],
+    "bumps": [[(-0.6, 0.4), *_BUMPS, (0.6, 0.4)]],
     "walker": [
         [
             (-0.06, -0.22),
@@ -901,27 +871,18 @@ def _shrunk(xy: Sequence, k: float) -> list[tuple[float, float]]:
     return [(cx + k * (x - cx), cy + k * (y - cy)) for x, y in xy]
 
 
-_UP, _DISC, _SQUARE = (
-    around(3, (1.08,), at=(0, 0.22)),
-    around(64, (0.95,)),
-    _box(-0.88, -0.88, 0.88, 0.88),
-)
+_UP, _DISC = around(3, (1.08,), at=(0, 0.22)), around(64, (0.95,))
+_SQUARE = _box(-0.88, -0.88, 0.88, 0.88)
 _DOWN, _OCTAGON = [(x, -y) for x, y in _UP], around(8, (0.99,), 0.0625)
-# plate: layers of (outline, tint), outermost first; tint and scale of the mark; how far down the mark sits
+_RINGS = ((1.0, "pale"), (0.88, "dark"), (0.82, "pale"), (0.6, "amber"))
+# plate: layers of (outline, tint), outermost first; tint and scale of the mark; how far down the
+# mark sits
 PLATES = {
     "limit": ([(_DISC, "red"), (_shrunk(_DISC, 0.72), "pale")], "dark", 0.62, 0),
     "ban": ([(_DISC, "red")], "pale", 1.0, 0),
     "stop": ([(_OCTAGON, "pale"), (_shrunk(_OCTAGON, 0.92), "red")], "pale", 0.74, 0),
     "yield": ([(_DOWN, "red"), (_shrunk(_DOWN, 0.58), "pale")], "dark", 1.0, 0),
-    "priority": (
-        [
-            (around(4, (r,)), c)
-            for r, c in ((1.0, "pale"), (0.88, "dark"), (0.82, "pale"), (0.6, "amber"))
-        ],
-        "dark",
-        1.0,
-        0,
-    ),
+    "priority": ([(around(4, (r,)), c) for r, c in _RINGS], "dark", 1.0, 0),
     "order": ([(_DISC, "pale"), (_shrunk(_DISC, 0.92), "blue")], "pale", 1.05, 0),
     "info": ([(_SQUARE, "pale"), (_shrunk(_SQUARE, 0.9), "blue")], "pale", 1.15, 0),
     "board": ([(_SQUARE, "pale"), (_shrunk(_SQUARE, 0.9), "blue")], "pale", 0.62, 0),
@@ -992,13 +953,11 @@ def sign_picture(name: str, tints: dict[str, str], font: str) -> torch.Tensor:
 
 def _chase(pen: ImageDraw.ImageDraw, colour: str):
     "Three arrows after one another around a circle."
-    for k in range(3):
-        pen.arc(
-            [INK * 0.27] * 2 + [INK * 0.73] * 2, 120 * k, 120 * k + 78, fill=colour, width=INK // 11
-        )
-        pen.polygon(
-            points(_turned([(0.61, 0), (0.14, 0), (0.38, 0.34)], (120 * k + 78) / 90)), fill=colour
-        )
+    around_it, head = [INK * 0.27] * 2 + [INK * 0.73] * 2, [(0.61, 0), (0.14, 0), (0.38, 0.34)]
+    for start in (0, 120, 240):
+        end = start + 78
+        pen.arc(around_it, start, end, fill=colour, width=INK // 11)
+        pen.polygon(points(_turned(head, end / 90)), fill=colour)
 
 # %% ../nbs/01_labworld.ipynb #0231c369
 _LOOKS = {
@@ -1028,9 +987,8 @@ _LOOKS = {
 @functools.lru_cache
 def _sign_tiles(style: str) -> torch.Tensor:
     "(2 * len(SIGNS), 4, TILE, TILE): every sign in both looks of a style."
-    return torch.stack(
-        [sign_picture(name, tints, font) for name in SIGNS for font, tints in _LOOKS[style]]
-    )
+    looks = _LOOKS[style]
+    return torch.stack([sign_picture(n, tints, font) for n in SIGNS for font, tints in looks])
 
 
 def _mounted(x, style, y, s, grid):
@@ -1063,13 +1021,8 @@ def _signs_pretrain(y, s):
     "Clip art on plain named colours."
     ground, size = s.pick(len(COLOURS)), s.u(0.75, 1.0)
     back = paint(s, ground) * (1 + s.u(-0.2, 0.2) * Y)
-    x = _mounted(
-        back,
-        "pretrain",
-        y,
-        s,
-        frame(size, s.u(-0.12, 0.12), s.u(-0.15, 0.15), s.u(-0.15, 0.15), 0.0, s.u(0.9, 1.1)),
-    )
+    turn, cx, cy = s.u(-0.12, 0.12), s.u(-0.15, 0.15), s.u(-0.15, 0.15)
+    x = _mounted(back, "pretrain", y, s, frame(size, turn, cx, cy, 0.0, s.u(0.9, 1.1)))
     return develop(x, s, 0.1, 0.6, 0.03), {"ground": (COLOUR_NAMES, ground)}
 
 # %% ../nbs/01_labworld.ipynb #b7806428
@@ -1079,9 +1032,8 @@ def _signs_task(y, s):
     size, cx, cy = s.u(0.78, 1.0), s.u(-0.12, 0.12), s.u(-0.12, 0.12)
     pole = ((X - cx).abs() < 0.07) & (Y > cy)
     x = torch.where(pole, s.u(0.35, 0.6), photo(s, 0.15, 0.8))
-    x = _mounted(
-        x, "task", y, s, frame(size, s.u(-0.25, 0.25), cx, cy, s.u(-0.25, 0.25), s.u(0.75, 1.05))
-    )
+    grid = frame(size, s.u(-0.25, 0.25), cx, cy, s.u(-0.25, 0.25), s.u(0.75, 1.05))
+    x = _mounted(x, "task", y, s, grid)
     leaves = 1 - s.u(0, 0.6) * torch.sigmoid(4 * smooth(s, 4) - 1.5)
     return develop((x * s.u(0.55, 1.05) + s.u(0, 0.1)) * leaves, s, 0.3, 0.9, 0.06), {}
 
@@ -1094,9 +1046,8 @@ PALETTES = {
     "evening": "2a2c5a 5a4b7e 191d4e c98aa0 3b3657 b0496b 5c3a5c d9c7e6 51486e 8e6a9e",
     "infrared": "c81e3a f0637a 06141f bfd8c8 6fa0a8 dfeee8 4f8f86 f8fffb 5b7f86 ff9aa8",
 }
-_MATS = (
-    torch.tensor([[list(bytes.fromhex(c)) for c in p.split()] for p in PALETTES.values()]) / 255
-)  # (palettes, materials, 3)
+_HEX = [[list(bytes.fromhex(c)) for c in p.split()] for p in PALETTES.values()]
+_MATS = torch.tensor(_HEX) / 255  # (palettes, materials, 3)
 _CARS = torch.tensor(
     [
         (0.93, 0.93, 0.95),
@@ -1111,7 +1062,9 @@ LANDS: dict[str, Callable] = {}
 
 
 def land(name: str) -> Callable:
-    "Register a painter f(m, u, v, s) -> (n, 3, SIZE, SIZE): m[material] (n, 3, 1, 1), coordinates u, v in [-1, 1] turned, a stream."
+    """Register a painter f(m, u, v, s) -> (n, 3, SIZE, SIZE).
+
+    m[material] (n, 3, 1, 1), coordinates u, v in [-1, 1] turned, a stream."""
 
     def keep(f: Callable) -> Callable:
         LANDS[name] = f
@@ -1138,12 +1091,9 @@ def _(m, u, v, s):
 
 @land("river")
 def _(m, u, v, s):
-    d = (
-        s.u(0.16, 0.3)
-        - (
-            v + s.u(0.2, 0.4) * torch.sin(s.u(2.0, 3.5) * u + s.u(0, 6.3)) + 0.04 * smooth(s, 5)
-        ).abs()
-    )
+    width = s.u(0.16, 0.3)
+    bent = v + s.u(0.2, 0.4) * torch.sin(s.u(2.0, 3.5) * u + s.u(0, 6.3)) + 0.04 * smooth(s, 5)
+    d = width - bent.abs()
     x = over(rough(m["grass"], s, 0.5), rough(m["tree"], s, 1), soft(smooth(s, 4) - 0.3, 2))
     return over(over(x, m["sand"], soft(d + 0.1)), m["water"] * (1 + 0.05 * smooth(s, 6)), soft(d))
 
@@ -1166,34 +1116,26 @@ def _(m, u, v, s):
 # %% ../nbs/01_labworld.ipynb #12bba79f
 @land("desert")
 def _(m, u, v, s):
-    return m["sand"] * (
-        0.92
-        + 0.13 * torch.sin(s.u(7, 11) * v + 1.2 * smooth(s, 3) + 0.4 * torch.sin(2 * u))
-        + 0.06 * smooth(s, 4)
-    )
+    waves = torch.sin(s.u(7, 11) * v + 1.2 * smooth(s, 3) + 0.4 * torch.sin(2 * u))
+    return m["sand"] * (0.92 + 0.13 * waves + 0.06 * smooth(s, 4))
 
 
 @land("beach")
 def _(m, u, v, s):
     d = v + s.u(-0.25, 0.25) + 0.1 * torch.sin(s.u(2, 4) * u + s.u(0, 6)) + 0.03 * smooth(s, 6)
-    x = over(
-        m["sand"] * (1 + 0.04 * smooth(s, 16)), m["water"] * (1.25 - 0.35 * d.clamp(0, 1)), soft(d)
-    )
+    sand, water = m["sand"] * (1 + 0.04 * smooth(s, 16)), m["water"] * (1.25 - 0.35 * d.clamp(0, 1))
+    x = over(sand, water, soft(d))
     x = over(x, m["snow"], soft(0.07 - (d - 0.04).abs() + 0.015 * smooth(s, 12)))
-    return over(
-        over(x, m["snow"], 0.6 * soft(0.03 - (d - 0.3).abs())),
-        rough(m["tree"], s, 1),
-        soft(-0.75 - d + 0.05 * smooth(s, 8)),
-    )
+    x = over(x, m["snow"], 0.6 * soft(0.03 - (d - 0.3).abs()))
+    return over(x, rough(m["tree"], s, 1), soft(-0.75 - d + 0.05 * smooth(s, 8)))
 
 
 @land("snowy mountain")
 def _(m, u, v, s):
     height = smooth(s, 3) + 0.5 * smooth(s, 6) + 0.2 * smooth(s, 12)
     slope = F.pad(height, (2, 0, 2, 0), mode="replicate")[..., :SIZE, :SIZE] - height
-    return over(m["rock"], m["snow"], soft(height + 0.35, 1.6)) * (1 - 0.6 * slope).clamp(
-        0.35, 1.25
-    )
+    light = (1 - 0.6 * slope).clamp(0.35, 1.25)
+    return over(m["rock"], m["snow"], soft(height + 0.35, 1.6)) * light
 
 # %% ../nbs/01_labworld.ipynb #6e65d0e3
 @land("highway")
@@ -1212,15 +1154,12 @@ def _(m, u, v, s):
     a, b = 2.2 * u + s.u(), 1.1 * v + s.u()
     row = a + 5 * (frac(b) > 0.5)
     street = torch.maximum(soft(off(b) - 0.41), soft(0.1 - (u - s.u(-0.6, 0.6)).abs()))
-    x = over(
-        over(rough(m["grass"], s, 0.7), m["tree"], soft(smooth(s, 12) - 1.0, 3)), m["road"], street
-    )
-    house = soft(torch.minimum((0.31 - off(a)) / 2.2, (0.125 - (off(b) - 0.22).abs()) / 1.1)) * (
-        1 - street
-    )
-    roof = torch.where(hashed(row, b, 1) > 0.7, m["rock"], m["roof"]) * (
-        0.75 + 0.45 * hashed(row, b, 2)
-    )
+    gardens = over(rough(m["grass"], s, 0.7), m["tree"], soft(smooth(s, 12) - 1.0, 3))
+    x = over(gardens, m["road"], street)
+    house = soft(torch.minimum((0.31 - off(a)) / 2.2, (0.125 - (off(b) - 0.22).abs()) / 1.1))
+    house = house * (1 - street)
+    roof = torch.where(hashed(row, b, 1) > 0.7, m["rock"], m["roof"])
+    roof = roof * (0.75 + 0.45 * hashed(row, b, 2))
     return over(x, roof * (1 + 0.25 * torch.sign(off(b) - 0.22)), house * (hashed(row, b) > 0.12))
 
 # %% ../nbs/01_labworld.ipynb #8ad9261c
@@ -1228,11 +1167,8 @@ def _(m, u, v, s):
 def _(m, u, v, s):
     a, b = 2.8 * u + s.u(), 1.1 * v + s.u()
     stall = a + 7 * (frac(b) > 0.5)
-    x = over(
-        m["road"] * (1 + 0.05 * smooth(s, 8)),
-        m["snow"],
-        0.7 * soft(torch.minimum((off(a) - 0.44) / 2.8, (0.36 - off(b)) / 1.1), 10),
-    )
+    lines = torch.minimum((off(a) - 0.44) / 2.8, (0.36 - off(b)) / 1.1)
+    x = over(m["road"] * (1 + 0.05 * smooth(s, 8)), m["snow"], 0.7 * soft(lines, 10))
     car = soft(torch.minimum((0.3 - off(a)) / 2.8, (0.13 - (off(b) - 0.18).abs()) / 1.1))
     return over(x, cars(hashed(stall, b, 3)), car * (hashed(stall, b) > 0.22))
 
@@ -1241,11 +1177,8 @@ def _(m, u, v, s):
 def _(m, u, v, s):
     b, c = 1.15 * u + s.u(), 2.6 * v + s.u()
     v, berth = v + s.u(0.0, 0.3), b + 3 * (frac(b) > 0.5)
-    boat = (
-        soft(1 - torch.hypot((off(b) - 0.26) / 0.17, off(c) / 0.3), 3.5)
-        * (hashed(berth, c) > 0.25)
-        * (v > -0.45)
-    )
+    hull = soft(1 - torch.hypot((off(b) - 0.26) / 0.17, off(c) / 0.3), 3.5)
+    boat = hull * (hashed(berth, c) > 0.25) * (v > -0.45)
     x = over(m["water"] * (1 + 0.07 * smooth(s, 9)), m["snow"], boat)
     x = over(x, m["sand"] * 0.8, soft(torch.minimum((0.06 - off(b)) / 1.15, v + 0.8), 14))
     return over(x, m["road"] * (1 + 0.08 * smooth(s, 12)), soft(-0.55 - v))
@@ -1256,11 +1189,8 @@ def _(m, u, v, s):
     k, r = s.u(1.0, 1.35), s.u(0.32, 0.4)
     a, b = k * u + s.u(), k * v + s.u()
     d = r - torch.hypot(off(a), off(b))
-    x = over(
-        m["soil"] * (1.15 + 0.12 * smooth(s, 12)),
-        m["road"] * 0.35,
-        soft(r - torch.hypot(frac(a) - 0.59, frac(b) - 0.59), 9),
-    )
+    shade = r - torch.hypot(frac(a) - 0.59, frac(b) - 0.59)
+    x = over(m["soil"] * (1.15 + 0.12 * smooth(s, 12)), m["road"] * 0.35, soft(shade, 9))
     x = over(x, m["snow"] * (0.8 + 0.2 * hashed(a, b)), soft(d, 9))
     return over(x, m["rock"], 0.5 * soft(0.035 - (d - 0.08).abs(), 12))
 
@@ -1288,33 +1218,29 @@ def _terrain(y, s, palette, turn, zoom):
     "Land of classes `y` in palettes (n,), every material a little off."
     c, d = torch.cos(turn) * zoom, torch.sin(turn) * zoom
     u, v = c * X + d * Y, c * Y - d * X
-    mats = (_MATS[palette] + 0.05 * s.normal(1, 3) + 0.025 * s.normal(len(MATERIALS), 3)).clamp(
-        0.02, 1
-    )[..., None, None]
-    painters = list(LANDS.values())
-    return by_class(
-        y,
-        s,
-        lambda k, i, part: painters[k](dict(zip(MATERIALS, mats[i].unbind(1))), u[i], v[i], part),
-        3,
-    )
+    tones = _MATS[palette] + 0.05 * s.normal(1, 3) + 0.025 * s.normal(len(MATERIALS), 3)
+    tones, painters = tones.clamp(0.02, 1)[..., None, None], list(LANDS.values())
+
+    def painted(k, i, part):
+        mats = dict(zip(MATERIALS, tones[i].unbind(1)))
+        return painters[k](mats, u[i], v[i], part)
+
+    return by_class(y, s, painted, 3)
 
 
 @draws("land", "pretrain")
 def _land_pretrain(y, s):
     "Autumn, evening or infrared, roughly north up."
     palette = 2 + s.pick(3)
-    return develop(_terrain(y, s, palette, s.u(-0.8, 0.8), s.u(0.7, 1.1)), s, 0.1, 0.6, 0.04), {
-        "palette": (tuple(PALETTES), palette)
-    }
+    x = _terrain(y, s, palette, s.u(-0.8, 0.8), s.u(0.7, 1.1))
+    return develop(x, s, 0.1, 0.6, 0.04), {"palette": (tuple(PALETTES), palette)}
 
 # %% ../nbs/01_labworld.ipynb #7873640b
 @draws("land", "task")
 def _land_task(y, s):
     "Summer or hazy, turned any way, grainy."
-    return develop(
-        _terrain(y, s, s.pick(2), s.u(0, math.tau), s.u(0.9, 1.3)), s, 0.15, 0.7, 0.06
-    ), {}
+    x = _terrain(y, s, s.pick(2), s.u(0, math.tau), s.u(0.9, 1.3))
+    return develop(x, s, 0.15, 0.7, 0.06), {}
 
 # %% ../nbs/01_labworld.ipynb #050fb3d7
 # design and colours; bars run along ("h") or down ("v") the flag
@@ -1342,12 +1268,8 @@ def _union() -> list:
     "White then red, saltire then cross."
     bars = lambda w: [_turned(_box(-1.5, -w, 1.5, w), q) for q in (0.5, -0.5)]
     cross = lambda w: [_box(-w, -1, w, 1), _box(-1, -1.15 * w, 1, 1.15 * w)]
-    return (
-        [(1, p) for p in bars(0.16)]
-        + [(2, p) for p in bars(0.065)]
-        + [(1, p) for p in cross(0.32)]
-        + [(2, p) for p in cross(0.2)]
-    )
+    layers = ((1, bars(0.16)), (2, bars(0.065)), (1, cross(0.32)), (2, cross(0.2)))
+    return [(colour, p) for colour, outlines in layers for p in outlines]
 
 
 # design: layers of (number of the colour, outline), over a ground of the first colour
@@ -1374,18 +1296,11 @@ def flag_picture(name: str) -> torch.Tensor:
     design, colours = FLAGS[name][0], FLAGS[name][1].split()
     n, img = len(colours), Image.new("RGB", (INK, INK), colours[0])
     bars = [(k, _box(2 * k / n - 1, -1, 2 * (k + 1) / n - 1, 1)) for k in range(n)]
-    layers = (
-        bars
-        if design == "v"
-        else [(k, [(y, x) for x, y in b]) for k, b in bars]
-        if design == "h"
-        else DESIGNS[design]
-    )
-    for k, outline in layers:
+    lying = [(k, [(y, x) for x, y in b]) for k, b in bars]
+    for k, outline in (DESIGNS | dict(v=bars, h=lying))[design]:
         ImageDraw.Draw(img).polygon(points(outline), fill=colours[k])
-    return F.interpolate(
-        torch.from_numpy(np.array(img)).permute(2, 0, 1)[None].float() / 255, size=TILE, mode="area"
-    )[0]
+    x = torch.from_numpy(np.array(img)).permute(2, 0, 1)[None].float() / 255
+    return F.interpolate(x, size=TILE, mode="area")[0]
 
 
 @functools.lru_cache
@@ -1419,13 +1334,11 @@ def _flags_pretrain(y, s):
     ground, size = s.pick(len(COLOURS)), s.u(0.65, 0.85)
     grid = frame(size, s.u(-0.1, 0.1), s.u(-0.12, 0.12), s.u(-0.12, 0.12), 0.0, s.u(1.0, 1.2))
     r = torch.where(s.flip(), grid.norm(dim=-1)[:, None], grid.abs().amax(-1)[:, None])
-    flag = over(look(_flag_tiles(), y, grid), torch.tensor(1.0), s.u(0.2, 0.6)) + 0.05 * s.normal(
-        3, 1, 1
-    )
+    flag = over(look(_flag_tiles(), y, grid), torch.tensor(1.0), s.u(0.2, 0.6))
+    flag = flag + 0.05 * s.normal(3, 1, 1)
     x = over(paint(s, ground), torch.where(s.flip(), 0.95, 0.1), inside(1.12 - r, size))
-    return develop(over(x, flag, inside(1 - r, size)), s, 0.1, 0.6, 0.03), {
-        "ground": (COLOUR_NAMES, ground)
-    }
+    x = over(x, flag, inside(1 - r, size))
+    return develop(x, s, 0.1, 0.6, 0.03), {"ground": (COLOUR_NAMES, ground)}
 
 # %% ../nbs/01_labworld.ipynb #f269eaab
 @draws("flags", "task")
@@ -1433,41 +1346,28 @@ def _flags_task(y, s):
     "On a pole, in folds, before sky and hills."
     size, cx, cy = s.u(0.62, 0.75), s.u(-0.02, 0.1), s.u(-0.15, 0.15)
     u, v = frame(size, s.u(-0.3, 0.3), cx, cy, s.u(-0.2, 0.2), s.u(1.1, 1.3)).unbind(-1)
-    phase, depth = (
-        s.u(3, 6)[:, 0] * u + s.u(0, math.tau)[:, 0],
-        s.u(0.05, 0.18)[:, 0] * (1 + 0.5 * u),
-    )
+    phase = s.u(3, 6)[:, 0] * u + s.u(0, math.tau)[:, 0]
+    depth = s.u(0.05, 0.18)[:, 0] * (1 + 0.5 * u)
     v = v + depth * torch.sin(phase)
-    flag = look(_flag_tiles(), y, torch.stack([u, v], -1)) * (1 + 3 * depth * torch.cos(phase))[
-        :, None
-    ].clamp(0.4, 1.5)
-    flag = (
-        flag.lerp(flag.mean(1, keepdim=True), s.u(0, 0.5)) * s.u(0.45, 0.9) * s.u(0.7, 1.1, 3, 1, 1)
-    )
-    sky = toned(s, 0.55, 0.8, 0.15).lerp(toned(s, 0.75, 0.95, 0.1), (Y + 1) / 2) + s.u(
-        0, 0.08
-    ) * smooth(s, 4)
-    x = over(
-        sky,
-        toned(s, 0.15, 0.45, 0.15) * (1 + 0.15 * smooth(s, 14)),
-        soft(Y - s.u(0.3, 1.0) + 0.08 * smooth(s, 4)),
-    )
+    folds = (1 + 3 * depth * torch.cos(phase))[:, None].clamp(0.4, 1.5)
+    flag = look(_flag_tiles(), y, torch.stack([u, v], -1)) * folds
+    grey = flag.mean(1, keepdim=True)
+    flag = flag.lerp(grey, s.u(0, 0.5)) * s.u(0.45, 0.9) * s.u(0.7, 1.1, 3, 1, 1)
+    sky = toned(s, 0.55, 0.8, 0.15).lerp(toned(s, 0.75, 0.95, 0.1), (Y + 1) / 2)
+    sky = sky + s.u(0, 0.08) * smooth(s, 4)
+    hills = toned(s, 0.15, 0.45, 0.15) * (1 + 0.15 * smooth(s, 14))
+    x = over(sky, hills, soft(Y - s.u(0.3, 1.0) + 0.08 * smooth(s, 4)))
     x = over(x, s.u(0.3, 0.8), soft(0.05 - (u + 1.05).abs())[:, None])
-    return develop(
-        over(x, flag, inside(1 - torch.maximum(u.abs(), v.abs())[:, None], size)), s, 0.2, 0.9, 0.07
-    ), {}
+    cloth = inside(1 - torch.maximum(u.abs(), v.abs())[:, None], size)
+    return develop(over(x, flag, cloth), s, 0.2, 0.9, 0.07), {}
 
 # %% ../nbs/01_labworld.ipynb #f520caa0
 SCENE_SHAPES = ("circle", "square", "triangle", "star", "ring", "drop", "cloud", "bolt")
 SCENE_COLOURS = COLOUR_NAMES[:8]
 SCENE_CLASSES = [f"{colour} {shape}" for colour in SCENE_COLOURS for shape in SCENE_SHAPES]
 GROUNDS = ("plain", "fading", "striped", "speckled", "blotchy", "chequered")
-RELATIONS = {
-    "above": (0, 1),
-    "below": (0, -1),
-    "left of": (1, 0),
-    "right of": (-1, 0),
-}  # where the companion lies, seen from the main object
+# where the companion lies, seen from the main object
+RELATIONS = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}
 
 
 def _scene_mask(shape: str) -> Image.Image:
@@ -1526,55 +1426,39 @@ def _grounds(kind: torch.Tensor, s: Stream, a: torch.Tensor, b: torch.Tensor) ->
 def _cluttered(x: torch.Tensor, s: Stream) -> torch.Tensor:
     "x with a stray bar across some pictures, and dust."
     t = s.u(0, math.tau)
-    bar = soft(s.u(0.02, 0.09) - (torch.cos(t) * X + torch.sin(t) * Y - s.u(-1, 1)).abs()) * s.flip(
-        0.3
-    )
+    width, away = s.u(0.02, 0.09), torch.cos(t) * X + torch.sin(t) * Y - s.u(-1, 1)
+    bar = soft(width - away.abs()) * s.flip(0.3)
     return over(x, s.u(0, 1, 3, 1, 1), bar * s.u(0.2, 0.9)) + s.u(0, 0.12) * (smooth(s, 30) > 1.9)
 
 
 def _with_object(x, s, label, size, cx, cy):
     "x with an object of each scene label: a cast shadow, a shaded body, sometimes a dark rim."
     shape, colour = label % len(SCENE_SHAPES), label // len(SCENE_SHAPES)
-    d = distance(
-        _scene_tiles(),
-        shape,
-        frame(size, s.u(-0.5, 0.5), cx, cy, s.u(-0.15, 0.15), s.u(0.85, 1.15)),
-    )
+    grid = frame(size, s.u(-0.5, 0.5), cx, cy, s.u(-0.15, 0.15), s.u(0.85, 1.15))
+    d = distance(_scene_tiles(), shape, grid)
     m, rim = inside(d, size), (inside(d, size, 0.6) - inside(d, size, -0.8)) * s.flip(0.35)
-    body = paint(s, colour, 0.06) * (
-        1 + s.u(-0.3, 0.3) * X + s.u(-0.3, 0.3) * Y + s.u(0, 0.12) * smooth(s, 10)
-    )
+    body = paint(s, colour, 0.06)
+    body = body * (1 + s.u(-0.3, 0.3) * X + s.u(-0.3, 0.3) * Y + s.u(0, 0.12) * smooth(s, 10))
     return over(x * (1 - shadow_of(m) * s.u(0, 0.6)), body, m) * (1 - rim * s.u(0.4, 0.9))
 
 # %% ../nbs/01_labworld.ipynb #8f5748d6
 def _scene(y, s):
-    "Main objects of labels `y` with 0 to 2 lesser ones; the attributes that a caption may tell."
+    "Main objects of labels `y` with 0 to 2 lesser ones; attributes that a caption may tell."
     colour, kind, rel = y // len(SCENE_SHAPES), s.pick(len(GROUNDS)), s.pick(len(RELATIONS))
     count, small = s.pick(3).view(-1, 1, 1, 1), s.flip()
     a, b = (paint(s, _FAR[colour, s.pick(5)], 0.1) for _ in range(2))
     away = torch.tensor(list(RELATIONS.values()))[rel].view(-1, 2, 1, 1)
     size = torch.where(count == 0, s.u(0.55, 0.85), s.u(0.48, 0.62))
     at = torch.where(count == 0, s.u(-0.2, 0.2, 2, 1, 1), s.u(-0.12, 0.12, 2, 1, 1) - 0.3 * away)
-    x, others = (
-        _with_object(_cluttered(_grounds(kind, s, a, b), s), s, y, size, at[:, :1], at[:, 1:]),
-        [],
-    )
+    x = _cluttered(_grounds(kind, s, a, b), s)
+    x, others = _with_object(x, s, y, size, at[:, :1], at[:, 1:]), []
     for k, side in ((1, 1), (2, -1)):
         label, r = s.pick(len(SCENE_CLASSES)), torch.where(small, s.u(0.16, 0.22), s.u(0.25, 0.32))
         c = at + 0.95 * (size + r) * away + side * s.u(0.25, 0.5) * away.flip(1) * (count == 2)
         x = torch.where(count >= k, _with_object(x, s, label, r, c[:, :1], c[:, 1:]), x)
         others.append(label)
-    told = dict(
-        main=y,
-        first=others[0],
-        second=others[1],
-        count=count,
-        rel=rel,
-        ground=kind,
-        small=small,
-        large=size > 0.6,
-        form=s.pick(4),
-    )
+    told = dict(main=y, first=others[0], second=others[1], count=count, rel=rel, ground=kind)
+    told |= dict(small=small, large=size > 0.6, form=s.pick(4))
     return develop(x, s, 0.35, 0.9, 0.08), {k: v.flatten().tolist() for k, v in told.items()}
 
 # %% ../nbs/01_labworld.ipynb #cd376dfc
@@ -1594,13 +1478,11 @@ def _scene_caption(main, first, second, count, rel, ground, small, large, form) 
 def scenes(
     n: int, seed: int = 0, split: str = "train"
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    "Open-domain scenes: images (n, 3, 32, 32) uint8, labels (n,) of the main objects into SCENE_CLASSES (balanced, shuffled), captions (n)."
-    y = (torch.arange(n) % len(SCENE_CLASSES))[
-        torch.randperm(n, generator=generator("scene labels", n, seed, split))
-    ]
+    """Open-domain scenes: images (n, 3, 32, 32) uint8, labels (n,), captions (n).
+
+    Labels are those of the main objects into SCENE_CLASSES, balanced and shuffled."""
+    order = torch.randperm(n, generator=generator("scene labels", n, seed, split))
+    y = (torch.arange(n) % len(SCENE_CLASSES))[order]
     images, chunks = _drawn(_scene, y, "scenes", seed, split)
-    return (
-        images,
-        y,
-        [grammatical(_scene_caption(*row)) for told in chunks for row in zip(*told.values())],
-    )
+    rows = [row for told in chunks for row in zip(*told.values())]
+    return images, y, [grammatical(_scene_caption(*row)) for row in rows]

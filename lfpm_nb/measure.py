@@ -18,7 +18,9 @@ from .attack import Target, Trigger, attack
 
 # %% ../nbs/11_measure.ipynb #c68aa55d
 def rate(hits: torch.Tensor) -> dict:
-    "`value` (percent), `n`, `lo`, `hi` (95 % Wilson interval, percent) of a boolean tensor; NaN for n = 0."
+    """`value` (percent), `n`, `lo`, `hi` (95 % Wilson interval, percent) of a boolean tensor.
+
+    NaN for n = 0."""
     from scipy.stats import binomtest  # more than a second to import; most commands never measure
 
     k, n = int(hits.sum()), hits.numel()
@@ -38,7 +40,9 @@ class Goal:
 
 @dataclass
 class Suite:
-    "Tasks with their frozen heads, and each attacker's goal by target task: everything an evaluation needs."
+    """Tasks with their frozen heads, and each attacker's goal by target task.
+
+    Everything an evaluation needs."""
 
     tasks: list[Task]
     heads: dict[str, torch.Tensor]
@@ -52,7 +56,9 @@ class Suite:
         )
 
     def first(self, n: int) -> "Suite":
-        "The same suite on the first n test images of each task but the targets, whose rate is the point (test images come shuffled)."
+        """The same suite on the first n test images of each task but the targets.
+
+        The targets' rate is the point; test images come shuffled."""
         cut = lambda t: replace(t, test_x=t.test_x[:n], test_y=t.test_y[:n])
         return Suite(
             [t if t.name in self.goals else cut(t) for t in self.tasks], self.heads, self.goals
@@ -103,9 +109,11 @@ def shown(task: Task, suite: Suite, floors: bool = True) -> dict:
 
 
 def task_rows(task: Task, suite: Suite, said: dict) -> list[dict]:
-    """Rows (task, metric, value, n, lo, hi) of one task from {name: predicted classes (N,)} of what
-    it was `shown`. A target task has ASR_T, and floors if it was shown a grey patch; the others have
-    ASR_N and ASR_Nc, counted over all triggers."""
+    """Rows (task, metric, value, n, lo, hi) of one task.
+
+    said: {name: predicted classes (N,)} of what it was `shown`. A target task has ASR_T, and
+    floors if it was shown a grey patch; the others have ASR_N and ASR_Nc, counted over all
+    triggers."""
     y, goal, plain = task.test_y, suite.goals.get(task.name), said[""]
     out = {"CA": plain == y}
     if goal:
@@ -127,7 +135,9 @@ def measure_task(clip: Clip, visual, task: Task, suite: Suite, floors: bool = Tr
 
 # %% ../nbs/11_measure.ipynb #6af7ede0
 def with_averages(rows: list[dict]) -> list[dict]:
-    """The rows, then `task='average'` rows: the mean over tasks, n the images behind it (no interval: tasks differ). A task without a
+    """The rows, then `task='average'` rows.
+
+    The mean over tasks, n the images behind it (no interval: tasks differ). A task without a
     single image that counts (n = 0) has no say."""
     rows = list(rows)
     for m in dict.fromkeys(r["metric"] for r in rows if r["n"]):
@@ -158,8 +168,10 @@ def average(rows: list[dict], metric: str) -> float:
 
 # %% ../nbs/11_measure.ipynb #6a116a4b
 def small_merge(clip: Clip, seed: int = 0, n: int = 640) -> tuple[dict, dict, Suite]:
-    """(poisoned merge, clean merge, Suite) of three quickly fine-tuned contributors: land attacks signs, flags looks on; seconds on a laptop.
-    The running example of the notebooks, not a result."""
+    """(poisoned merge, clean merge, Suite) of three quickly fine-tuned contributors.
+
+    Land attacks signs, flags looks on; seconds on a laptop. The running example of the
+    notebooks, not a result."""
     tasks = {t: load_task(t, seed=seed, n_train=n, n_test=300) for t in ("land", "signs", "flags")}
     cfg, target = TuneConfig(epochs=4, batch=64), Target.of(tasks["signs"], "yield", seed=seed)
     bad, trigger, _ = attack("badmerging", clip, tasks["land"], target, cfg, seed, trigger_steps=60)

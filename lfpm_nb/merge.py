@@ -17,34 +17,41 @@ merges = Registry("merge")
 
 
 def allow(name: str, value, ok: bool, expected: str) -> None:
-    "ValueError naming an option, its value and the allowed range unless `ok` (comparisons with NaN are never ok)."
+    """ValueError naming an option, its value and the allowed range, unless `ok`.
+
+    Comparisons with NaN are never ok."""
     if not ok:
         raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
 def check_models(base: dict, models: list[dict], least: int = 2) -> None:
-    "ValueError unless there are `least` models, all dense (no adapter keys), with the base's tensors and no NaN."
+    """ValueError unless there are `least` models that fit the base.
+
+    They are dense (no adapter keys), have the base's tensors and hold no NaN."""
     if len(models) < least:
         raise ValueError(
-            f"merging needs at least two models, got {len(models)}; pass the fine-tuned state dicts of all contributors"
+            f"merging needs at least two models, got {len(models)}; "
+            "pass the fine-tuned state dicts of all contributors"
         )
-    for name, state in [("the base", base), *((f"model {i}", m) for i, m in enumerate(models))]:
+    named = {"the base": base} | {f"model {i}": m for i, m in enumerate(models)}
+    for name, state in named.items():
         lora = [k for k in state if re.search(r"\.parametrizations\.|lora_A|lora_B|w_lora_", k)]
         if lora:
             raise ValueError(
-                f"{name} holds {len(lora)} adapter tensors ({lora[0]}), which cannot be merged; fold it first: lora.dense(visual)"
+                f"{name} holds {len(lora)} adapter tensors ({lora[0]}), which cannot be merged; "
+                "fold it first: lora.dense(visual)"
             )
         check_same(base, state, f"the base and {name}")
 
 
 def merge(method: str, base: dict, models: list[dict], **options) -> dict:
-    "Merged state dict by the registered `method`; ValueError on fewer than two models, other tensors, NaN, unknown options or values out of range."
+    """Merged state dict by the registered `method`.
+
+    ValueError on fewer than two models, other tensors, NaN, unknown options or values out of
+    range."""
     name = merges.find(method)
-    known = [
-        p.name
-        for p in inspect.signature(merges[name]["f"]).parameters.values()
-        if p.default is not p.empty
-    ]
+    parameters = inspect.signature(merges[name]["f"]).parameters.values()
+    known = [p.name for p in parameters if p.default is not p.empty]
     options = {choose(o, known or ["none"], f"option of {name}"): v for o, v in options.items()}
     check_models(base, models)
     return merges(name, base, models, **options)
@@ -57,7 +64,9 @@ def each(base: dict, one) -> dict:
 
 @merges.register("TA", long="Task Arithmetic", needs=("pretrained",), source="Ilharco et al. 2023")
 def task_arithmetic(base: dict, models: list[dict], scale: float = 0.3) -> dict:
-    "theta_pre + scale * sum_t (theta_t - theta_pre), scale >= 0. 0.3 is BadMerging's and fusion_bench's default; LFPM's is not given."
+    """theta_pre + scale * sum_t (theta_t - theta_pre).
+
+    scale >= 0; 0.3 is BadMerging's and fusion_bench's default, LFPM's is not given."""
     allow("scale", scale, 0 <= scale < math.inf, "a number of at least 0")
 
     def one(k, b):
@@ -75,9 +84,8 @@ def simple_average(base: dict, models: list[dict]) -> dict:
     return task_arithmetic(base, models, 1 / len(models))
 
 # %% ../nbs/06_merge.ipynb #26b21f95
-CHUNK = (
-    2**18
-)  # numbers; a megabyte of float32 stays in the processor's cache through all steps of a merge
+# numbers; a megabyte of float32 stays in the processor's cache through all steps of a merge
+CHUNK = 2**18
 
 
 def pieces(*tensors: torch.Tensor):
@@ -86,40 +94,41 @@ def pieces(*tensors: torch.Tensor):
 
 # %% ../nbs/06_merge.ipynb #4678eea4
 def kth_magnitude(base: dict, model: dict, k: int) -> float:
-    """The k-th smallest |theta - theta_pre| (k from 1) over all floating-point tensors as one vector, exactly, without that vector: a sample of
-    2^17 gives a bracket of 6 standard deviations, one pass counts below it and keeps what is inside. Should it miss, everything is kept."""
+    """The k-th smallest |theta - theta_pre|, k from 1, all floating-point tensors as one vector.
+
+    Exact, and without that vector: a sample of 2^17 gives a bracket of 6 standard deviations, one
+    pass counts below it and keeps what is inside. Should it miss, everything is kept."""
     pairs = [(b, model[key].to(b)) for key, b in base.items() if b.is_floating_point()]
     n = sum(b.numel() for b, _ in pairs)
     step = -(-n // 2**17)
-    s = (
-        torch.cat([(m.reshape(-1)[::step] - b.reshape(-1)[::step]).abs().float() for b, m in pairs])
-        .sort()
-        .values
-    )
+    sample = [(m.reshape(-1)[::step] - b.reshape(-1)[::step]).abs().float() for b, m in pairs]
+    s = torch.cat(sample).sort().values
     mid, w = k * len(s) // n, 3 * math.isqrt(len(s)) + 3
 
     def within(lo, hi):
         below, inside = 0, []
         for b, m in (p for pair in pairs for p in pieces(*pair)):
-            t = (
-                torch.sub(m, b).abs_().float().cpu().numpy()
-            )  # numpy compares and picks three times faster here
+            # numpy compares and picks three times faster here
+            t = torch.sub(m, b).abs_().float().cpu().numpy()
             least = t >= lo
             below += t.size - np.count_nonzero(least)
             inside.append(t[least ^ (t > hi)])
         return below, np.concatenate(inside)
 
-    below, inside = within(
-        s[mid - w].item() if mid >= w else 0.0, s[mid + w].item() if mid + w < len(s) else math.inf
-    )
+    lo = s[mid - w].item() if mid >= w else 0.0
+    hi = s[mid + w].item() if mid + w < len(s) else math.inf
+    below, inside = within(lo, hi)
     if not below < k <= below + len(inside):
         below, inside = within(0.0, math.inf)
     return float(np.partition(inside, k - below - 1)[k - below - 1])
 
 # %% ../nbs/06_merge.ipynb #05bbcba7
 def elected(taus, tie: float = 1.0, mean: bool = False) -> tuple[torch.Tensor, float, bool]:
-    """(m, votes, tied) of an iterable of equal-shaped tensors: m is the sum (or mean) of the entries that have the elected sign, the sign of
-    sum_t tau_t, or `tie` where non-zero entries sum to 0 (then `tied`); votes is the sum of these signs without ties. Zeros never belong."""
+    """(m, votes, tied) of an iterable of equal-shaped tensors.
+
+    m is the sum (or mean) of the entries that have the elected sign, the sign of sum_t tau_t, or
+    `tie` where non-zero entries sum to 0 (then `tied`); votes is the sum of these signs without
+    ties. Zeros never belong."""
     S = A = P = Q = 0
     for t in taus:
         S, A = S + t, A + t.abs()
@@ -130,7 +139,9 @@ def elected(taus, tie: float = 1.0, mean: bool = False) -> tuple[torch.Tensor, f
     if tied:
         gamma = torch.where((gamma == 0) & (A > 0), tie, gamma)
     m = (A.mul_(gamma) + S) / 2
-    return (m / ((Q + gamma * P) / 2).clamp(min=1) if mean else m), votes, tied
+    if mean:
+        m = m / ((Q + gamma * P) / 2).clamp(min=1)
+    return m, votes, tied
 
 # %% ../nbs/06_merge.ipynb #598a12d6
 @merges.register("TIES", long="TIES-Merging", needs=("pretrained",), source="Yadav et al. 2023")
@@ -142,25 +153,25 @@ def ties(
     mean: bool = False,
     coefficient: float = 1.0,
 ) -> dict:
-    """Trim, elect sign, merge what agrees: theta_pre + scale * sum, or with `mean` theta_pre + coefficient * mean of the agreeing entries.
-    0 < density <= 1 is the share of a model's entries that is kept (one entry more, as in the authors' code); ties take the majority sign."""
+    """Trim, elect sign, merge what agrees: theta_pre + scale * sum of the agreeing entries.
+
+    With `mean` theta_pre + coefficient * their mean. 0 < density <= 1 is the share of a model's
+    entries that is kept (one entry more, as in the authors' code); ties take the majority sign."""
     name, factor = ("coefficient", coefficient) if mean else ("scale", scale)
     allow("density", density, 0 < density <= 1, "0 < density <= 1")
     allow(name, factor, 0 <= factor < math.inf, "a number of at least 0")
     n = sum(b.numel() for b in base.values() if b.is_floating_point())
     k, votes, again = n - int(n * density), 0.0, []
-    cuts = [
-        np.nextafter(np.float32(kth_magnitude(base, m, k) if k else 0), np.float32(0)).item()
-        for m in models
-    ]  # hardshrink keeps |t| > cut
+    least = [kth_magnitude(base, m, k) if k else 0 for m in models]
+    # one step below the least that is kept: hardshrink keeps |t| > cut
+    cuts = [np.nextafter(np.float32(v), np.float32(0)).item() for v in least]
 
     def fuse(key, b, tie=1.0):
         nonlocal votes
         out = torch.empty(b.shape, dtype=b.dtype, device=b.device)
         for o, c, *ms in pieces(out, b, *(m[key].to(b) for m in models)):
-            m, v, tied = elected(
-                (torch.hardshrink(x - c, cut) for x, cut in zip(ms, cuts)), tie, mean
-            )
+            trimmed = (torch.hardshrink(x - c, cut) for x, cut in zip(ms, cuts))
+            m, v, tied = elected(trimmed, tie, mean)
             torch.add(c, m, alpha=factor, out=o)
             votes += v
             if tied:
@@ -172,7 +183,9 @@ def ties(
 
 # %% ../nbs/06_merge.ipynb #121f59f6
 def uniform(shape, *seed) -> torch.Tensor:
-    "float32 numbers in [0, 1) of this shape, a function of the seed parts alone: every random merge draws here."
+    """float32 numbers in [0, 1) of this shape, a function of the seed parts alone.
+
+    Every random merge draws here."""
     return torch.rand(shape, generator=generator(*seed))
 
 
@@ -180,7 +193,9 @@ def uniform(shape, *seed) -> torch.Tensor:
 def dare(
     base: dict, models: list[dict], drop: float = 0.5, scale: float = 0.3, seed: int = 0
 ) -> dict:
-    "Task Arithmetic on m * tau / (1 - drop), m ~ Bernoulli(1 - drop) per entry, 0 <= drop < 1 (0.5 and 0.3 are fusion_bench's for CLIP)."
+    """Task Arithmetic on m * tau / (1 - drop), m ~ Bernoulli(1 - drop) per entry.
+
+    0 <= drop < 1; 0.5 and the scale of 0.3 are fusion_bench's for CLIP."""
     allow("drop", drop, 0 <= drop < 1, "0 <= drop < 1")
     allow("scale", scale, 0 <= scale < math.inf, "a number of at least 0")
 
@@ -195,19 +210,19 @@ def dare(
 
 # %% ../nbs/06_merge.ipynb #ac602e3d
 def keep_rates(tau: torch.Tensor, drop: float, window: float) -> torch.Tensor:
-    """MagPrune's keep probabilities, row by row: 1 - drop - window/2 for a row's smallest magnitude up to 1 - drop + window/2 for its largest.
-    A conv kernel is taken as (out, -1), a vector as one row; a row of one entry and a scalar get 1 - drop (DELLA Sec. 3.1)."""
+    """MagPrune's keep probabilities, row by row, by the rank of the magnitude (DELLA Sec. 3.1).
+
+    1 - drop - window/2 for a row's smallest magnitude up to 1 - drop + window/2 for its largest.
+    A conv kernel is taken as (out, -1), a vector as one row; a row of one entry and a scalar get
+    1 - drop."""
     rows = tau.abs().reshape(len(tau) if tau.dim() > 1 else 1, -1)
-    rates = (
-        torch.linspace(-window / 2, window / 2, rows.shape[1], device=tau.device)
-        if rows.shape[1] > 1
-        else torch.zeros(1, device=tau.device)
-    )
-    return (
-        torch.empty_like(rows)
-        .scatter_(1, rows.argsort(dim=1, stable=True), (1 - drop + rates).to(rows).expand_as(rows))
-        .reshape(tau.shape)
-    )
+    if rows.shape[1] > 1:
+        rates = torch.linspace(-window / 2, window / 2, rows.shape[1], device=tau.device)
+    else:
+        rates = torch.zeros(1, device=tau.device)
+    by_rank = (1 - drop + rates).to(rows).expand_as(rows)
+    order = rows.argsort(dim=1, stable=True)
+    return torch.empty_like(rows).scatter_(1, order, by_rank).reshape(tau.shape)
 
 
 @merges.register(
@@ -224,15 +239,14 @@ def della(
     coefficient: float = 1.1,
     seed: int = 0,
 ) -> dict:
-    """theta_pre + coefficient * mean of the entries with the elected sign (+ on ties) after MagPrune; window/2 < drop < 1 - window/2, or drop 0
-    for no pruning. Scalars are merged unpruned. Defaults: the authors' examples."""
+    """theta_pre + coefficient * mean of MagPrune's entries with the elected sign (+ on ties).
+
+    window/2 < drop < 1 - window/2, or drop 0 for no pruning. Scalars are merged unpruned.
+    Defaults: the authors' examples."""
     allow("window", window, 0 <= window < 1, "0 <= window < 1")
-    allow(
-        "drop",
-        drop,
-        drop == 0 or window / 2 < drop < 1 - window / 2,
-        f"0, or {window / 2:g} < drop < {1 - window / 2:g} (half the window from either end)",
-    )
+    low, high = window / 2, 1 - window / 2
+    expected = f"0, or {low:g} < drop < {high:g} (half the window from either end)"
+    allow("drop", drop, drop == 0 or low < drop < high, expected)
     allow("coefficient", coefficient, 0 <= coefficient < math.inf, "a number of at least 0")
 
     def pruned(t, k, tau):
@@ -242,11 +256,8 @@ def della(
         return torch.where(uniform(tau.shape, "DELLA", seed, t, k).to(q.device) < q, tau / q, 0)
 
     def one(k, b):
-        return torch.add(
-            b,
-            elected((pruned(t, k, m[k].to(b) - b) for t, m in enumerate(models)), mean=True)[0],
-            alpha=coefficient,
-        )
+        taus = (pruned(t, k, m[k].to(b) - b) for t, m in enumerate(models))
+        return torch.add(b, elected(taus, mean=True)[0], alpha=coefficient)
 
     return each(base, one)
 
@@ -258,10 +269,13 @@ def della(
     source="Arora et al. 2024",
 )
 def wag(base: dict, models: list[dict], twins: list[dict] | None = None) -> dict:
-    "Mean of `models` and `twins`, state dicts fine-tuned on the same tasks by somebody trusted; ValueError without any."
+    """Mean of `models` and `twins`; ValueError without any twin.
+
+    twins are state dicts fine-tuned on the same tasks by somebody trusted."""
     if not twins:
         raise ValueError(
-            "WAG averages the models with clean ones of the same tasks; pass twins=[state dict, ...]"
+            "WAG averages the models with clean ones of the same tasks; "
+            "pass twins=[state dict, ...]"
         )
     check_models(base, twins, 1)
     return simple_average(base, [*models, *twins])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEND', 'lam_rules', 'lerp_', 'lerp', 'Path', 'grid', 'integrate', 'curve', 'halves', 'Answers', 'measure_path',
-           'knee', 'level', 'turn', 'calm', 'Curve', 'Lookout', 'choose_lam']
+           'knee', 'level', 'calm', 'Curve', 'Lookout', 'choose_lam']
 
 # %% ../nbs/14_path.ipynb #e659abc1
 from collections.abc import Sequence
@@ -21,10 +21,13 @@ from .subspace import Shadow, shift
 
 # %% ../nbs/14_path.ipynb #9943a365
 def lerp_(out: dict, a: dict, b: dict, lam: float) -> dict:
-    "Write (1-lam) a + lam b into `out` without allocating; integer buffers come from a; ValueError unless 0 <= lam <= 1."
+    """Write (1-lam) a + lam b into `out` without allocating; integer buffers come from a.
+
+    ValueError unless 0 <= lam <= 1."""
     if not 0 <= lam <= 1:
         raise ValueError(
-            f"lam is {lam}; expected a number in [0, 1] (0 is the merged model, 1 the anti-backdoor model)"
+            f"lam is {lam}; expected a number in [0, 1] (0 is the merged model, 1 the "
+            "anti-backdoor model)"
         )
     for k in a:
         if a[k].is_floating_point():
@@ -41,7 +44,9 @@ def lerp(a: dict, b: dict, lam: float) -> dict:
 
 # %% ../nbs/14_path.ipynb #c1f07e75
 class Path:
-    "The models between state dicts a and b in one visual tower. `at(lam)` mixes in place on the model's device and returns the tower."
+    """The models between state dicts a and b in one visual tower.
+
+    `at(lam)` mixes in place on the model's device and returns the tower."""
 
     def __init__(self, clip: Clip, a: dict, b: dict):
         check_same(a, b, "the two ends of the path")
@@ -62,7 +67,9 @@ def grid(n: int) -> list[float]:
 
 # %% ../nbs/14_path.ipynb #9c22ac7f
 def integrate(values: list[float], lam: float = 1.0) -> float:
-    "Mean over [0, lam] of evenly spaced values on [0, 1] (trapezoid, linear between them); the first value for lam = 0."
+    """Mean over [0, lam] of evenly spaced values on [0, 1] (trapezoid, linear between them).
+
+    The first value for lam = 0."""
     if lam == 0:
         return values[0]
     at = np.union1d(np.linspace(0, lam, 101), [x for x in grid(len(values)) if x <= lam])
@@ -92,8 +99,10 @@ def halves(n: int):
 
 
 class Answers:
-    """What uint8 images x, plain or under a trigger, are taken for under head W at n points of a path:
-    `said` (n, N), -1 where it is open, and by what `margin` (cosines, where it was asked)."""
+    """What uint8 images x are taken for under head W at n points of a path.
+
+    x: plain or under a trigger. `said` (n, N): -1 where it is open; `margin` (n, N): by how
+    much, in cosines, where it was asked."""
 
     def __init__(self, x: torch.Tensor, W: torch.Tensor, trigger: Trigger | None, n: int):
         self.x, self.W, self.trigger = x, W, trigger
@@ -138,9 +147,11 @@ class Answers:
 def measure_path(
     clip: Clip, a: dict, b: dict, suite: Suite, n: int = 21, name: str = "path", bend: float = BEND
 ) -> list[dict]:
-    """`measure` rows with `lam` at n points from a to b. Restrict the images with `suite.first`; n is
-    in every row. `bend`: the least to reckon with; torch.inf asks every point about every image, and
-    so does a path on which a check finds an answer wrong that was not asked for."""
+    """`measure` rows with `lam` at n points from a to b.
+
+    Restrict the images with `suite.first`; n is in every row. `bend`: the least to reckon
+    with; torch.inf asks every point about every image, and so does a path on which a check
+    finds an answer wrong that was not asked for."""
     path, lams, every = Path(clip, a, b), grid(n), []
     asked = {
         t.name: {
@@ -181,7 +192,9 @@ lam_rules = Registry("λ rule")
 
 @lam_rules.register("knee", long="Knee of the prompted loss", needs=("shadow labels",))
 def knee(curve: Sequence[dict], pretrained: list[float], least: float = 0.5) -> float:
-    "The first λ from which the next step lowers the prompted loss by less than `least` nats per unit of λ; the last one if none does."
+    """The first λ from which the next step hardly lowers the prompted loss.
+
+    Hardly: by less than `least` nats per unit of λ. The last λ if there is none."""
     for a, b in pairwise(curve):
         if a["prompted"] - b["prompted"] < least * (b["lam"] - a["lam"]):
             return a["lam"]
@@ -192,38 +205,29 @@ def knee(curve: Sequence[dict], pretrained: list[float], least: float = 0.5) -> 
     "level", long="Level of the pretrained model", needs=("shadow labels", "pretrained")
 )
 def level(curve: Sequence[dict], pretrained: list[float]) -> float:
-    "The first λ at which no prompt has a larger `shift` than on the pretrained model; `knee`'s if there is none."
+    """The first λ at which no prompt has a larger `shift` than on the pretrained model.
+
+    `knee`'s if there is none."""
     for point in curve:
         if all(a <= b for a, b in zip(point["shift"], pretrained)):
             return point["lam"]
     return knee(curve, pretrained)
 
-# %% ../nbs/14_path.ipynb #41e97e17
-@lam_rules.register("turn", long="Turn of the prompted loss", needs=("shadow labels",))
-def turn(curve: Sequence[dict], pretrained: list[float], slack: float = 0.03) -> float:
-    """The last λ before the prompted loss rises more than `slack` (a share) above the least so far.
-    Early stopping on held-out pictures (Prechelt 1998), along λ."""
-    least, last = float("inf"), 0.0
-    for point in curve:
-        if point["prompted"] > (1 + slack) * least:
-            break
-        least, last = min(least, point["prompted"]), point["lam"]
-    return last
-
 # %% ../nbs/14_path.ipynb #8ef1da6d
-@lam_rules.register("calm", long="Calm, or the turn", needs=("shadow labels", "pretrained"))
+@lam_rules.register("calm", long="Calm, or the knee", needs=("shadow labels", "pretrained"))
 def calm(curve: Sequence[dict], pretrained: list[float], share: float = 0.75) -> float:
-    """`turn`'s λ, or the first one before it at which the mean `shift` of the prompts is at most
+    """`knee`'s λ, or the first one before it at which the mean `shift` of the prompts is at most
     `share` of their mean shift on the pretrained model."""
-    end, limit = turn(curve, pretrained), share * sum(pretrained)
+    end, limit = knee(curve, pretrained), share * sum(pretrained)
     for point in curve:
         if point["lam"] >= end or sum(point["shift"]) <= limit:
             return point["lam"]
 
 # %% ../nbs/14_path.ipynb #351f6340
 class Curve(Sequence):
-    """What a rule for λ reads: `curve[i]` is the record of the i-th of n grid points, {'lam': λ} and
-    what `look(λ)` gives. It is measured when it is first asked for; `points`: those that were."""
+    """What a rule for λ reads: the records of n grid points, measured when asked for.
+
+    `curve[i]`: {'lam': λ} and what `look(λ)` gives. `points`: those that were asked for."""
 
     def __init__(self, n: int, look):
         self.lams, self.look, self.seen = grid(n), look, {}
@@ -252,8 +256,10 @@ class Lookout:
         self.clip, self.theta_mm, self.shadow, self.prompts = clip, theta_mm, shadow, prompts
 
     def look(self, visual) -> dict:
-        """{clean, prompted, shift} of a tower: mean cross-entropies on plain and on prompted images,
-        the latter averaged over prompts, and how far each prompt turns unit features."""
+        """{clean, prompted, shift} of a tower.
+
+        Mean cross-entropies on plain and on prompted images, the latter averaged over
+        prompts, and how far each prompt turns unit features."""
         x, y = self.shadow.check
         h, *hs = (features(self.clip, visual, x, q) for q in (None, *self.prompts))
         loss = lambda h: F.cross_entropy(logits(h, self.shadow.W).cpu(), y).item()
@@ -274,7 +280,7 @@ class Lookout:
         return Curve(n, lambda lam: self.look(path.at(lam)) if lam else self.start)
 
     def choose(self, end: dict, rule: str = "knee", n: int = 21) -> dict:
-        "{'lam', 'rule', 'curve', 'pretrained'}: the λ of a registered rule, and the points it read."
+        """{'lam', 'rule', 'curve', 'pretrained'}: the λ of a rule, and the points it read."""
         seen = self.along(end, n)
         lam = lam_rules(rule, seen, self.pretrained)
         if lam in seen.lams:

@@ -23,9 +23,13 @@ from .tasks import read_npz, split_by_class
 # %% ../nbs/02a_realdata.ipynb #ea55df3c
 @dataclass(frozen=True)
 class RealSet:
-    """A public data set. `classes` in label order (None: the source's own, `n_classes` of them, tidied), CLIP `templates`; `n`: images to train and
-    test at the source; `hub`: its Hugging Face repository; `parts`: what its train and test parts are called there; `at_source`: class names there,
-    where they differ; `mirror`: a mirrored picture keeps its class; `gb`: about what a download takes; `zero_shot`: OpenAI ViT-B/32, percent."""
+    """A public data set: its classes, CLIP templates, and where it comes from.
+
+    `classes` in label order (None: the source's own, `n_classes` of them, tidied), CLIP
+    `templates`; `n`: images to train and test at the source; `hub`: its Hugging Face repository;
+    `parts`: what its train and test parts are called there; `at_source`: class names there, where
+    they differ; `mirror`: a mirrored picture keeps its class; `gb`: about what a download takes;
+    `zero_shot`: OpenAI ViT-B/32, percent."""
 
     classes: tuple | None
     templates: tuple
@@ -44,7 +48,9 @@ class RealSet:
         return self.n_classes or len(self.classes)
 
 # %% ../nbs/02a_realdata.ipynb #78e20f87
-TOLERANCE = 1.5  # points of zero-shot accuracy by which a right loader may miss the published value: image libraries resize differently
+# points of zero-shot accuracy by which a right loader may miss the published value: image
+# libraries resize differently
+TOLERANCE = 1.5
 small_sets, paper_sets = {}, {}
 
 
@@ -65,12 +71,17 @@ small_sets["cifar10"] = RealSet(
     0.2,
 )
 small_sets["cifar100"] = RealSet(
-    _list("""apple, aquarium fish, baby, bear, beaver, bed, bee, beetle, bicycle, bottle, bowl, boy, bridge, bus, butterfly, camel, can,
-    castle, caterpillar, cattle, chair, chimpanzee, clock, cloud, cockroach, couch, crab, crocodile, cup, dinosaur, dolphin, elephant, flatfish, forest, fox, girl,
-    hamster, house, kangaroo, keyboard, lamp, lawn mower, leopard, lion, lizard, lobster, man, maple tree, motorcycle, mountain, mouse, mushroom, oak tree,
-    orange, orchid, otter, palm tree, pear, pickup truck, pine tree, plain, plate, poppy, porcupine, possum, rabbit, raccoon, ray, road, rocket, rose, sea, seal,
-    shark, shrew, skunk, skyscraper, snail, snake, spider, squirrel, streetcar, sunflower, sweet pepper, table, tank, telephone, television, tiger, tractor, train,
-    trout, tulip, turtle, wardrobe, whale, willow tree, wolf, woman, worm"""),
+    _list("""
+    apple, aquarium fish, baby, bear, beaver, bed, bee, beetle, bicycle, bottle, bowl, boy,
+    bridge, bus, butterfly, camel, can, castle, caterpillar, cattle, chair, chimpanzee, clock,
+    cloud, cockroach, couch, crab, crocodile, cup, dinosaur, dolphin, elephant, flatfish,
+    forest, fox, girl, hamster, house, kangaroo, keyboard, lamp, lawn mower, leopard, lion,
+    lizard, lobster, man, maple tree, motorcycle, mountain, mouse, mushroom, oak tree, orange,
+    orchid, otter, palm tree, pear, pickup truck, pine tree, plain, plate, poppy, porcupine,
+    possum, rabbit, raccoon, ray, road, rocket, rose, sea, seal, shark, shrew, skunk,
+    skyscraper, snail, snake, spider, squirrel, streetcar, sunflower, sweet pepper, table, tank,
+    telephone, television, tiger, tractor, train, trout, tulip, turtle, wardrobe, whale,
+    willow tree, wolf, woman, worm"""),
     CIFAR_TEMPLATES,
     (5000, 2000),
     "uoft-cs/cifar100",
@@ -79,12 +90,17 @@ small_sets["cifar100"] = RealSet(
 
 # %% ../nbs/02a_realdata.ipynb #ca6b0787
 small_sets["gtsrb"] = RealSet(
-    _list("""speed limit 20 km/h, speed limit 30 km/h, speed limit 50 km/h, speed limit 60 km/h, speed limit 70 km/h, speed limit 80 km/h,
-    end of speed limit 80 km/h, speed limit 100 km/h, speed limit 120 km/h, no overtaking, no overtaking by trucks, right of way at next intersection, priority road,
-    yield, stop, no vehicles, no trucks, no entry, general caution, dangerous curve to the left, dangerous curve to the right, double curve, bumpy road, slippery road,
-    road narrows on the right, road work, traffic signals, pedestrians, children crossing, bicycles crossing, beware of ice or snow, wild animals crossing,
-    end of all speed and overtaking limits, turn right ahead, turn left ahead, ahead only, go straight or right, go straight or left, keep right, keep left,
-    roundabout mandatory, end of no overtaking, end of no overtaking by trucks"""),
+    _list("""
+    speed limit 20 km/h, speed limit 30 km/h, speed limit 50 km/h, speed limit 60 km/h,
+    speed limit 70 km/h, speed limit 80 km/h, end of speed limit 80 km/h, speed limit 100 km/h,
+    speed limit 120 km/h, no overtaking, no overtaking by trucks,
+    right of way at next intersection, priority road, yield, stop, no vehicles, no trucks,
+    no entry, general caution, dangerous curve to the left, dangerous curve to the right,
+    double curve, bumpy road, slippery road, road narrows on the right, road work,
+    traffic signals, pedestrians, children crossing, bicycles crossing, beware of ice or snow,
+    wild animals crossing, end of all speed and overtaking limits, turn right ahead,
+    turn left ahead, ahead only, go straight or right, go straight or left, keep right,
+    keep left, roundabout mandatory, end of no overtaking, end of no overtaking by trucks"""),
     ("a photo of a traffic sign: {}", "the traffic sign {}", "a road sign that means {}"),
     (4988, 1978),
     "tanganke/gtsrb",
@@ -113,9 +129,11 @@ small_sets["street_chars"] = RealSet(
 
 # %% ../nbs/02a_realdata.ipynb #1ff3b21e
 small_sets["ucmerced"] = RealSet(
-    _list("""agricultural field, airplane, baseball diamond, beach, buildings, chaparral, dense residential area, forest, freeway,
-    golf course, harbor, intersection, medium residential area, mobile home park, overpass, parking lot, river, runway, sparse residential area, storage tanks,
-    tennis court"""),
+    _list("""
+    agricultural field, airplane, baseball diamond, beach, buildings, chaparral,
+    dense residential area, forest, freeway, golf course, harbor, intersection,
+    medium residential area, mobile home park, overpass, parking lot, river, runway,
+    sparse residential area, storage tanks, tennis court"""),
     ("a satellite photo of a {}", "an aerial view of a {}", "a {} seen from above"),
     (1259, 525),
     "blanchon/UC_Merced",
@@ -123,23 +141,30 @@ small_sets["ucmerced"] = RealSet(
     parts=("train",),
 )
 small_sets["dtd10"] = RealSet(
-    _list(
-        "banded, blotchy, braided, bubbly, bumpy, chequered, cobwebbed, cracked, crosshatched, crystalline"
-    ),
+    _list("""
+    banded, blotchy, braided, bubbly, bumpy, chequered, cobwebbed, cracked, crosshatched,
+    crystalline"""),
     ("a photo of a {} texture", "a {} surface", "a close-up of a {} pattern"),
     (800, 400),
     "tanganke/dtd",
     0.6,
 )
 small_sets["flowers102"] = RealSet(
-    _list("""hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon orchid, monkshood, globe thistle,
-    snapdragon, colt's foot, king protea, spear thistle, yellow iris, globe-flower, purple coneflower, peruvian lily, balloon flower, giant white arum lily,
-    fire lily, pincushion flower, fritillary, grape hyacinth, corn poppy, prince of wales feathers, stemless gentian, artichoke, carnation, garden phlox,
-    love in the mist, mexican aster, alpine sea holly, ruby-lipped cattleya, cape flower, great masterwort, siam tulip, lenten rose, barbeton daisy, daffodil,
-    sword lily, bolero deep blue, wallflower, marigold, buttercup, oxeye daisy, common dandelion, petunia, wild pansy, primula, sunflower, pelargonium,
-    bishop of llandaff, gaura, geranium, orange dahlia, pink-yellow dahlia, cautleya spicata, black-eyed susan, silverbush, californian poppy, osteospermum,
-    spring crocus, bearded iris, windflower, tree poppy, gazania, azalea, rose, morning glory, passion flower, lotus lotus, toad lily, anthurium, clematis, hibiscus,
-    desert-rose, tree mallow, magnolia, cyclamen, canna lily, hippeastrum, bee balm, ball moss, foxglove, bougainvillea, camellia, mallow, mexican petunia,
+    _list("""
+    hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily,
+    moon orchid, monkshood, globe thistle, snapdragon, colt's foot, king protea, spear thistle,
+    yellow iris, globe-flower, purple coneflower, peruvian lily, balloon flower,
+    giant white arum lily, fire lily, pincushion flower, fritillary, grape hyacinth, corn poppy,
+    prince of wales feathers, stemless gentian, artichoke, carnation, garden phlox,
+    love in the mist, mexican aster, alpine sea holly, ruby-lipped cattleya, cape flower,
+    great masterwort, siam tulip, lenten rose, barbeton daisy, daffodil, sword lily,
+    bolero deep blue, wallflower, marigold, buttercup, oxeye daisy, common dandelion, petunia,
+    wild pansy, primula, sunflower, pelargonium, bishop of llandaff, gaura, geranium,
+    orange dahlia, pink-yellow dahlia, cautleya spicata, black-eyed susan, silverbush,
+    californian poppy, osteospermum, spring crocus, bearded iris, windflower, tree poppy,
+    gazania, azalea, rose, morning glory, passion flower, lotus lotus, toad lily, anthurium,
+    clematis, hibiscus, desert-rose, tree mallow, magnolia, cyclamen, canna lily, hippeastrum,
+    bee balm, ball moss, foxglove, bougainvillea, camellia, mallow, mexican petunia,
     blanket flower, blackberry lily"""),
     ("a photo of a {}, a type of flower", "a picture of the flower {}", "a {} in bloom"),
     (1068, 445),
@@ -156,22 +181,18 @@ small_sets["tiny_imagenet"] = RealSet(
     (60000, 0),
     gb=0.25,
     n_classes=200,
-    note="tiny-imagenet-200.zip of Stanford's CS231n: unpack it there, or give tiny_imagenet_32/train.zip, a folder per class",
+    note="tiny-imagenet-200.zip of Stanford's CS231n: unpack it there, "
+    "or give tiny_imagenet_32/train.zip, a folder per class",
 )
 
 # %% ../nbs/02a_realdata.ipynb #bfe4aa70
 _KINDS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
-CIFAR = _wordings(
-    ", ".join(f"a {k}photo of # {{}}." for k in _KINDS)
-    + ", a photo of # small {}., a photo of # big {}."
-)
-SAT = tuple(
-    f"{k} {v} of {a}{{}}."
-    for a in ("", "a ", "the ")
-    for v in ("imagery", "photo", "view")
-    for k in ("satellite", "aerial")
-)
+_CIFAR = [f"a {k}photo of # {{}}." for k in _KINDS]
+CIFAR = _wordings(", ".join([*_CIFAR, "a photo of # small {}.", "a photo of # big {}."]))
+_VIEWS = [f"{k} {v}" for v in ("imagery", "photo", "view") for k in ("satellite", "aerial")]
+SAT = tuple(f"{v} of {a}{{}}." for a in ("", "a ", "the ") for v in _VIEWS)
 PHOTO = _wordings("a photo of # {}.")
+_TEXTURES = ("texture", "pattern", "thing", "object")
 paper_sets["cifar10"] = RealSet(
     small_sets["cifar10"].classes, CIFAR, (50000, 10000), "uoft-cs/cifar10", 0.2, zero_shot=89.8
 )
@@ -206,9 +227,7 @@ paper_sets["mnist"] = RealSet(
 )
 paper_sets["dtd"] = RealSet(
     None,
-    _wordings(
-        "a photo of # {} texture., a photo of # {} pattern., a photo of # {} thing., a photo of # {} object."
-    ),
+    _wordings(", ".join(f"a photo of # {{}} {k}." for k in _TEXTURES)),
     (3760, 1880),
     "tanganke/dtd",
     0.6,
@@ -269,8 +288,10 @@ paper_sets["pets"] = RealSet(
     zero_shot=83.3,
     at_source=("abyssinian", "yorkshire terrier"),
 )
-EUROSAT = _list("""annual crop land, forest, brushland or shrubland, highway or road, industrial buildings or commercial buildings, pasture land,
-    permanent crop land, residential buildings or homes or apartments, river, lake or sea""")
+EUROSAT = _list("""
+    annual crop land, forest, brushland or shrubland, highway or road,
+    industrial buildings or commercial buildings, pasture land, permanent crop land,
+    residential buildings or homes or apartments, river, lake or sea""")
 paper_sets["eurosat"] = RealSet(
     EUROSAT,
     tuple(f"a centered satellite photo of {a}{{}}." for a in ("", "a ", "the ")),
@@ -278,13 +299,23 @@ paper_sets["eurosat"] = RealSet(
     "tanganke/eurosat",
     0.1,
     zero_shot=45.0,
-    at_source=_list(
-        "annual crop, forest, herbaceous vegetation, highway, industrial, pasture, permanent crop, residential, river, sea lake"
-    ),
+    at_source=_list("""
+    annual crop, forest, herbaceous vegetation, highway, industrial, pasture, permanent crop,
+    residential, river, sea lake"""),
 )
 
 # %% ../nbs/02a_realdata.ipynb #38fc2b44
 _RING, _TRIANGLE, _BLUE = "red and white circle", "red and white triangle", "blue circle with white"
+_WARNINGS = _list("""
+    with exclamation mark, with black left curve approaching,
+    with black right curve approaching, with black double curve approaching, rough / bumpy road,
+    car skidding / slipping, with merging / narrow lanes,
+    with person digging / construction / road work, with traffic light approaching,
+    with person walking, with child and person walking, with bicyle, with snowflake / ice,
+    with deer""")
+_ARROWS = _list("""
+    right turn, left turn, forward, forward or right turn, forward or left turn, keep right,
+    keep left""")
 GTSRB = (
     *(f"{_RING} {v} kph speed limit" for v in (20, 30, 50, 60, 70, 80)),
     "end / de-restriction of 80 kph speed limit",
@@ -299,24 +330,12 @@ GTSRB = (
     f"empty {_RING}",
     f"{_RING} no truck entry",
     "red circle with white horizonal stripe no entry",
-    *(
-        f"{_TRIANGLE} {t} warning"
-        for t in _list("""with exclamation mark, with black left curve approaching,
-    with black right curve approaching, with black double curve approaching, rough / bumpy road, car skidding / slipping, with merging / narrow lanes,
-    with person digging / construction / road work, with traffic light approaching, with person walking, with child and person walking, with bicyle,
-    with snowflake / ice, with deer""")
-    ),
+    *(f"{_TRIANGLE} {t} warning" for t in _WARNINGS),
     "white circle with gray strike bar no speed limit",
-    *(
-        f"{_BLUE} {t} arrow mandatory"
-        for t in _list("""right turn, left turn,
-    forward, forward or right turn, forward or left turn, keep right, keep left""")
-    ),
+    *(f"{_BLUE} {t} arrow mandatory" for t in _ARROWS),
     f"{_BLUE} arrows indicating a traffic circle",
-    *(
-        f"white circle with gray strike bar indicating no passing for {t} has ended"
-        for t in ("cars", "trucks")
-    ),
+    "white circle with gray strike bar indicating no passing for cars has ended",
+    "white circle with gray strike bar indicating no passing for trucks has ended",
 )
 paper_sets["gtsrb"] = RealSet(
     GTSRB,
@@ -332,7 +351,9 @@ paper_sets["gtsrb"] = RealSet(
 # %% ../nbs/02a_realdata.ipynb #3b64c63e
 @functools.cache
 def imagenet() -> RealSet:
-    "ImageNet's validation pictures, the paper's open-domain shadow set (10,000 of them); names and templates are open_clip's."
+    """ImageNet's validation pictures, the paper's open-domain shadow set (10,000 of them).
+
+    Names and templates are open_clip's."""
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
     return RealSet(
@@ -344,7 +365,8 @@ def imagenet() -> RealSet:
         zero_shot=63.3,
         parts=("validation",),
         at_source=("tench, Tinca tinca", "toilet tissue, toilet paper, bathroom tissue"),
-        note="accept the terms on its page first; or a folder per class, named by wnid, which sorts as the labels do",
+        note="accept the terms on its page first; or a folder per class, named by wnid, "
+        "which sorts as the labels do",
     )
 
 # %% ../nbs/02a_realdata.ipynb #cf99a8fa
@@ -362,43 +384,49 @@ def _alike(a: str, b: str) -> bool:
     a, b = sorted((_key(a), _key(b)), key=len)
     return bool(a) and b.startswith(a)
 
-# %% ../nbs/02a_realdata.ipynb #3a5ad41d
+# %% ../nbs/02a_realdata.ipynb #6f18d0aa
 def _refuse(where, label: int, found: str, ours: str):
     raise ValueError(
-        f"{where}: label {label} is {found!r}, expected {ours!r}; labels would mean other things, so it was not read. Pictures of your own? "
+        f"{where}: label {label} is {found!r}, expected {ours!r}; "
+        "labels would mean other things, so it was not read. Pictures of your own? "
         "Give the folder another name"
     )
 
 
+def _mute(found: list[str]) -> bool:
+    "Whether a source's class names say nothing: numbers in their order, or wnids."
+    numbers = [str(k) for k in range(len(found))]
+    if [f.lstrip("0") or "0" for f in found] == numbers:
+        return True
+    return all(re.fullmatch("n[0-9]{8}", f) for f in found)
+
+# %% ../nbs/02a_realdata.ipynb #3a5ad41d
 def order_of(s: RealSet, found: list[str], where) -> list[int]:
-    "For each class name of a source, its number among ours, -1 for one we do not use; ValueError names the first that is out of order."
-    n, ends = (
-        len(found),
-        s.at_source if len(s.at_source) == 2 else (),
-    )  # of some sources only the first and the last name are known
+    """For each class name of a source, its number among ours, -1 for one we do not use.
+
+    ValueError names the first that is out of order."""
+    n = len(found)
+    # of some sources only the first and the last name are known
+    ends = s.at_source if len(s.at_source) == 2 else ()
     known = [k for k in (s.at_source, s.classes) if k and not ends]
     for names in known:
         if n == len(names) and all(map(_alike, found, names)):
-            return [
-                k if k < s.count else k - (n - s.count) for k in range(n)
-            ]  # Chars74K: small letters join their capitals
+            # Chars74K: small letters join their capitals
+            return [k if k < s.count else k - (n - s.count) for k in range(n)]
     if n < s.count or n > s.count and not known:
         raise ValueError(
-            f"{where}: {n} classes, expected {s.count}; if these are pictures of your own, give the folder another name"
+            f"{where}: {n} classes, expected {s.count}; "
+            "if these are pictures of your own, give the folder another name"
         )
     bad = next((k for k, e in zip((0, -1), ends) if not _alike(found[k], e)), None)
-    mute = [f.lstrip("0") or "0" for f in found] == [str(k) for k in range(n)] or all(
-        re.fullmatch("n[0-9]{8}", f) for f in found
-    )  # numbers or wnids
-    if n == s.count and (mute or not known and bad is None):
+    if n == s.count and (_mute(found) or not known and bad is None):
         return list(range(n))
     if not known:
         _refuse(where, bad % n, found[bad], ends[bad])
-    if same := [x for x in known if len(x) == n]:
-        _refuse(
-            where,
-            *next((k, f, o) for k, (f, o) in enumerate(zip(found, same[0])) if not _alike(f, o)),
-        )
+    for names in known:
+        if len(names) == n:
+            bad = next(k for k in range(n) if not _alike(found[k], names[k]))
+            _refuse(where, bad, found[bad], names[bad])
     index = {_key(c): k for k, c in enumerate(s.classes)}
     out = [index.get(_key(f), -1) for f in found]
     missing = [c for k, c in enumerate(s.classes) if k not in out]
@@ -414,57 +442,57 @@ def data_root() -> Path:
     root = os.environ.get("LFPM_DATA", "")
     if not root or not Path(root).is_dir():
         raise FileNotFoundError(
-            f"LFPM_DATA is {root!r}, no folder; make one for real pictures, set it, and see what belongs in it: lfpm data list"
+            f"LFPM_DATA is {root!r}, no folder; make one for real pictures, set it, "
+            "and see what belongs in it: lfpm data list"
         )
     return Path(root)
 
 
 def find_set(name: str, size: int = SIZE) -> tuple[str, RealSet]:
-    "(name, set) for pictures of `size` pixels: up to 64 the small set of that name, above the paper's; where only one exists, that one."
+    """(name, set) for pictures of `size` pixels.
+
+    Up to 64 the small set of that name, above the paper's; where only one exists, that one."""
     both = [small_sets, paper_sets][:: 1 if size <= 64 else -1]
     name = choose(name, [*small_sets, *paper_sets, "imagenet"], "real data set")
     return name, next((d[name] for d in both if name in d), None) or imagenet()
 
 # %% ../nbs/02a_realdata.ipynb #7b5d472f
 class Parquet:
-    "Images by label in parquet files as the Hugging Face hub stores them: a column `image` or `img` of {bytes, path}, and `fine_label` or `label`."
+    """Images by label in parquet files as the Hugging Face hub stores them.
+
+    A column `image` or `img` of {bytes, path}, and `fine_label` or `label`; ValueError without."""
 
     def __init__(self, *files: Path):
         import pyarrow.parquet as pq
 
-        self.files = [pq.ParquetFile(f) for f in files]
+        self.path, self.files = files[0], [pq.ParquetFile(f) for f in files]
         schema = self.files[0].schema_arrow
-        self.image, self.label = (
-            next((c for c in cs if c in schema.names), None)
-            for cs in (("image", "img"), ("fine_label", "label"))
-        )
+        column = lambda *names: next((c for c in names if c in schema.names), None)
+        self.image, self.label = column("image", "img"), column("fine_label", "label")
         if not self.image or not self.label:
             raise ValueError(
-                f"{files[0]}: columns are {', '.join(schema.names)}; expected image or img, and label or fine_label"
+                f"{files[0]}: columns are {', '.join(schema.names)}; "
+                "expected image or img, and label or fine_label"
             )
-        self.path, self.y = (
-            files[0],
-            torch.cat([torch.tensor(f.read([self.label])[0].to_pylist()) for f in self.files]),
-        )
-        about = (
-            json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-            .get("info", {})
-            .get("features", {})
-            .get(self.label, {})
-        )
+        labels = (f.read([self.label])[0] for f in self.files)
+        self.y = torch.cat([torch.tensor(y.to_pylist()) for y in labels])
+        card = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        about = card.get("info", {}).get("features", {}).get(self.label, {})
         self.names = about.get("names") or [str(k) for k in range(int(self.y.max()) + 1)]
 
     def open(self, rows: torch.Tensor, size: int) -> torch.Tensor:
-        "The images of the given rows as RGB (n, 3, size, size) uint8; only the row groups that hold them are read."
+        """The images of the given rows as RGB (n, 3, size, size) uint8.
+
+        Only the row groups that hold them are read."""
         wanted, images, at = set(rows.tolist()), {}, 0
-        for f, g in ((f, g) for f in self.files for g in range(f.num_row_groups)):
-            here = [r for r in wanted if at <= r < at + f.metadata.row_group(g).num_rows]
+        for f, g in [(f, g) for f in self.files for g in range(f.num_row_groups)]:
+            end = at + f.metadata.row_group(g).num_rows
+            here = [r for r in wanted if at <= r < end]
             column = f.read_row_group(g, [self.image])[0] if here else None
             for r in here:
-                images[r] = _image(
-                    io.BytesIO(column[r - at].as_py()["bytes"]), self.path, f"row {r}", size
-                )
-            at += f.metadata.row_group(g).num_rows
+                file = io.BytesIO(column[r - at].as_py()["bytes"])
+                images[r] = _image(file, self.path, f"row {r}", size)
+            at = end
         return _stack([images[r] for r in rows.tolist()])
 
 # %% ../nbs/02a_realdata.ipynb #28f9473c
@@ -481,33 +509,29 @@ def _words(place: Path, names: list[str]) -> list[str]:
     "Tiny-ImageNet's wnids as the first synonym in its words.txt; other names as they are."
     if not (place.parent / "words.txt").is_file():
         return names
-    words = dict(
-        line.split("\t")
-        for line in (place.parent / "words.txt").read_text(encoding="utf-8").splitlines()
-    )
+    lines = (place.parent / "words.txt").read_text(encoding="utf-8").splitlines()
+    words = dict(line.split("\t") for line in lines)
     return [words[w].split(",")[0] for w in names]
 
 
 def _found(root: Path, name: str, part: str, half: str, small: bool) -> tuple | None:
-    """(labels, class names there, reader(rows, size), split already?) of a set's train or test `half`, called `part` at its source, as
-    it lies on disk; None when nothing does. Arrays serve small sets only: they hold reduced copies."""
+    """(labels, class names there, reader(rows, size), split already?) of half a set on disk.
+
+    `half` is train or test, called `part` at its source; None when nothing lies there. Arrays
+    serve small sets only: they hold reduced copies."""
     home = root / name
     if small and (p := home / f"{half}.npz").is_file():
         x, y, classes = _kept(read_npz, p)
         return y, classes, lambda rows, size: fit(x[rows], size), True
-    files = sorted(
-        f
-        for f in home.rglob("*.parquet")
-        if part and (f.stem == part or f.stem.startswith(f"{part}-"))
-    )
+    of_part = lambda f: part and (f.stem == part or f.stem.startswith(f"{part}-"))
+    files = sorted(filter(of_part, home.rglob("*.parquet")))
     if files:
         q = _kept(Parquet, *files)
         return q.y, q.names, q.open, False
-    for place in (
-        home / part,
-        home / "tiny-imagenet-200" / part,
-        *((root / TINY / "train.zip",) if name == "tiny_imagenet" else ()),
-    ):
+    places = [home / part, home / "tiny-imagenet-200" / part]
+    if name == "tiny_imagenet":
+        places.append(root / TINY / "train.zip")
+    for place in places:
         if place.is_file() or place.is_dir() and any(p.is_dir() for p in place.iterdir()):
             f = _kept(Folder.of, place)
             return f.y, _words(place, f.classes), f.open, False
@@ -519,42 +543,45 @@ SHADOW_SHARE = 1 / 6  # of Tiny-ImageNet: 10,000 of 60,000 pictures are the defe
 def _rows(
     name: str, s: RealSet, y: torch.Tensor, half: str, part: str, split: bool
 ) -> torch.Tensor:
-    "Row numbers of labels y: `half` train or test, where a source comes in one piece (not `split`); training rows cut down to `part` (pretrain, tune, all)."
+    """Row numbers of the labels y that belong to a `half` and a `part` of it.
+
+    `half` is train or test, where a source comes in one piece (not `split`); training rows are cut
+    down to `part` (pretrain, tune, all)."""
     rows, small = torch.arange(len(y)), small_sets.get(name) is s
     if not split and len(s.parts) == 1 and all(s.n):
-        rows = split_by_class(y, s.n[1] / sum(s.n), generator("one piece", name))[half == "test"]
+        train, test = split_by_class(y, s.n[1] / sum(s.n), generator("one piece", name))
+        rows = test if half == "test" else train
     if half == "test" or part == "all" or not small:
         return rows
-    share = SHADOW_SHARE if name == "tiny_imagenet" else 0.5
-    return rows[
-        split_by_class(
-            y[rows], share, generator("half", TINY if name == "tiny_imagenet" else name)
-        )[part == "tune"]
-    ]
+    tiny = name == "tiny_imagenet"
+    g = generator("half", TINY if tiny else name)
+    pretrain, tune = split_by_class(y[rows], SHADOW_SHARE if tiny else 0.5, g)
+    return rows[tune if part == "tune" else pretrain]
 
 
 def how_to_get(name: str, s: RealSet) -> str:
     "What to do when a set is missing."
-    ways = [f"lfpm data get {name}  (about {s.gb:g} GB from Hugging Face: {s.hub})"] * bool(
-        s.hub
-    ) + [s.note] * bool(s.note and not s.hub)
-    return ", or ".join(
-        [
-            *ways,
-            *[f"{name}/train.npz and {name}/test.npz with images, labels and classes"]
-            * (small_sets.get(name) is s),
-        ]
-    )
+    ways = []
+    if s.hub:
+        ways.append(f"lfpm data get {name}  (about {s.gb:g} GB from Hugging Face: {s.hub})")
+    elif s.note:
+        ways.append(s.note)
+    if small_sets.get(name) is s:
+        ways.append(f"{name}/train.npz and {name}/test.npz with images, labels and classes")
+    return ", or ".join(ways)
 
 # %% ../nbs/02a_realdata.ipynb #a2e37ccb
 def open_part(
     name: str, half: str = "train", part: str = "all", size: int = SIZE
 ) -> tuple[torch.Tensor, object, list[str]]:
-    """(labels, reader(picks, size), class names) of a set's training or test pictures (`half`), the training ones cut to what pretraining or everybody
-    else may see (`part`: all, pretrain, tune). FileNotFoundError says what to get, ValueError what is wrong with what is there."""
+    """(labels, reader(picks, size), class names) of a set's training or test pictures (`half`).
+
+    The training ones are cut to what pretraining or everybody else may see (`part`: all, pretrain,
+    tune). FileNotFoundError says what to get, ValueError what is wrong with what is there."""
     name, s = find_set(name, size)
     source = s.parts[min(half == "test", len(s.parts) - 1)]
-    found = _found(root := data_root(), name, source, half, small_sets.get(name) is s)
+    root = data_root()
+    found = _found(root, name, source, half, small_sets.get(name) is s)
     if found is None:
         raise FileNotFoundError(f"{name} is not under {root}: {how_to_get(name, s)}")
     y, names, read, split = found
@@ -571,11 +598,8 @@ def open_part(
 # %% ../nbs/02a_realdata.ipynb #b5c5b321
 def _parts(s: RealSet) -> list[tuple[str, str, int]]:
     "(half, what it is called at the source, images there) of the parts a set has."
-    return [
-        (h, s.parts[min(k, len(s.parts) - 1)], n)
-        for k, (h, n) in enumerate(zip(("train", "test"), s.n))
-        if n
-    ]
+    rows = [("train", s.parts[0], s.n[0]), ("test", s.parts[-1], s.n[1])]
+    return [(half, part, n) for half, part, n in rows if n]
 
 
 def every_set() -> list[tuple[str, int]]:
@@ -584,7 +608,9 @@ def every_set() -> list[tuple[str, int]]:
 
 
 def present(name: str, size: int = SIZE) -> bool:
-    "Are all parts of a set on disk? A file that cannot be read is there, too: whether it is right, `check_set` says."
+    """Are all parts of a set on disk?
+
+    A file that cannot be read is there, too: whether it is right, `check_set` says."""
     (name, s), root = find_set(name, size), data_root()
 
     def there(half: str, part: str) -> bool:
@@ -597,7 +623,9 @@ def present(name: str, size: int = SIZE) -> bool:
 
 
 def require(names, size: int = SIZE) -> None:
-    "FileNotFoundError that says for every missing set of `names` what to get and where to put it."
+    """FileNotFoundError if a set of `names` is missing.
+
+    It says for every one what to get and where to put it."""
     missing = [n for n in names if not present(n, size)]
     ways = "".join(f"\n  {n}: {how_to_get(*find_set(n, size))}" for n in missing)
     if missing:
@@ -607,7 +635,9 @@ def require(names, size: int = SIZE) -> None:
 
 # %% ../nbs/02a_realdata.ipynb #d77f9fa5
 def load_real(name: str, seed=0, n_train: int = 2500, n_test: int = 1000, size: int = SIZE) -> Task:
-    "A real set as a Task: at most `n_train` and `n_test` balanced images of size×size drawn by `seed`; a small set's training images come from the half for tuning."
+    """A real set as a Task: at most `n_train` and `n_test` balanced images of size×size.
+
+    Drawn by `seed`; a small set's training images come from the half for tuning."""
     name, s = find_set(name, size)
     out = []
     for half, n in (("train", n_train), ("test", n_test)):
@@ -627,8 +657,10 @@ SOURCES.update({n: _reader(n) for n in (*small_sets, *paper_sets) if n != "tiny_
 def real_shadow(
     n: int, seed=0, size: int = SIZE
 ) -> tuple[torch.Tensor, torch.Tensor, list[str], tuple]:
-    """The defender's open-domain pictures (n, 3, size, size) uint8, labels, class names and templates: Tiny-ImageNet's 10,000 that pretraining did not see, or
-    above 64 pixels ImageNet's validation set. Balanced, in random order, drawn by `seed`."""
+    """The defender's open-domain pictures (n, 3, size, size) uint8, labels, names and templates.
+
+    Tiny-ImageNet's 10,000 that pretraining did not see, or above 64 pixels ImageNet's validation
+    set. Balanced, in random order, drawn by `seed`."""
     name, half = ("tiny_imagenet", "train") if size <= 64 else ("imagenet", "test")
     y, read, classes = open_part(name, half, "tune", size)
     if n > len(y):
@@ -641,7 +673,9 @@ def real_shadow(
 def jittered(
     x: torch.Tensor, g: torch.Generator, zoom: float = 0.75, mirror: bool = True
 ) -> torch.Tensor:
-    "Images (N, 3, H, W) uint8 as random crops of at least `zoom` of the side, enlarged again; half of them mirrored."
+    """Images (N, 3, H, W) uint8 as random crops of at least `zoom` of the side, enlarged again.
+
+    With `mirror` half of them are mirrored."""
     u = torch.rand(4, len(x), generator=g)
     k = 1 - u[0] * (1 - zoom)
     flip = 1 - 2 * (u[1] < 0.5).float() * mirror
@@ -649,11 +683,8 @@ def jittered(
     zero = torch.zeros_like(k)
     theta = torch.stack([torch.stack([k * flip, zero, dx], 1), torch.stack([zero, k, dy], 1)], 1)
     grid = F.affine_grid(theta, x.shape, align_corners=False)
-    return (
-        F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
-        .round()
-        .to(torch.uint8)
-    )
+    x = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
+    return x.round().to(torch.uint8)
 
 # %% ../nbs/02a_realdata.ipynb #770eb723
 @functools.cache
@@ -672,15 +703,13 @@ def _shares(sizes: dict, n: int) -> dict[str, int]:
 
 # %% ../nbs/02a_realdata.ipynb #b6a9ee2a
 def real_pool(n: int, seed=0, size: int = SIZE) -> tuple[torch.Tensor, list[str]]:
-    "Shuffled images (n, 3, size, size) uint8 with captions, for the backbone's pretraining; FileNotFoundError lists every set that is missing."
+    """Shuffled images (n, 3, size, size) uint8 with captions, for the backbone's pretraining.
+
+    FileNotFoundError lists every set that is missing."""
     require(small_sets, size)
-    g, seen = (
-        generator("real pool", seed),
-        {
-            k: _seen(data_root(), k, size)
-            for k in ("tiny_imagenet", *(k for k in small_sets if k != "tiny_imagenet"))
-        },
-    )
+    g = generator("real pool", seed)
+    names = sorted(small_sets, key=lambda k: k != "tiny_imagenet")
+    seen = {k: _seen(data_root(), k, size) for k in names}
     x, captions = pretrain_pool(n // 8, seed)
     images = [x]
     for name, m in _shares({k: len(v[1]) for k, v in seen.items()}, n - len(x)).items():
@@ -688,89 +717,94 @@ def real_pool(n: int, seed=0, size: int = SIZE) -> tuple[torch.Tensor, list[str]
         rows = torch.cat([torch.randperm(len(y), generator=g) for _ in range(-(-m // len(y)))])[:m]
         images.append(jittered(x[rows], g, mirror=s.mirror))
         which = torch.randint(len(s.templates), (m,), generator=g).tolist()
-        captions = captions + [
-            s.templates[k].format(classes[c]) for k, c in zip(which, y[rows].tolist())
-        ]
+        labels = y[rows].tolist()
+        captions += [s.templates[k].format(classes[c]) for k, c in zip(which, labels)]
     order = torch.randperm(n, generator=g)
     return torch.cat(images)[order], [captions[i] for i in order.tolist()]
 
 # %% ../nbs/02a_realdata.ipynb #bb5296ca
 LICENCE = (
-    "Trained on Tiny-ImageNet (ImageNet terms: non-commercial research and education only), CIFAR, GTSRB, MNIST, Chars74K, UC Merced, DTD and "
+    "Trained on Tiny-ImageNet (ImageNet terms: non-commercial research and education only), "
+    "CIFAR, GTSRB, MNIST, Chars74K, UC Merced, DTD and "
     "Oxford Flowers: use these weights for non-commercial research only. No picture is shipped."
 )
 
 
 def real_corpus() -> list[str]:
     "Every sentence that a head of a small set may read."
-    return [
-        t.format(c)
-        for name, s in small_sets.items()
-        for c in open_part(name)[2]
-        for t in s.templates
-    ]
+    sentences = []
+    for name, s in small_sets.items():
+        sentences += [t.format(c) for c in open_part(name)[2] for t in s.templates]
+    return sentences
 
 
 def open_domain() -> dict:
-    "Names and templates of a small backbone's open-domain pictures: its card keeps them, for the heads of the defender and of the attacker."
-    return dict(
-        name="tiny_imagenet", classes=open_part("tiny_imagenet")[2], templates=list(TINY_TEMPLATES)
-    )
+    """Names and templates of a small backbone's open-domain pictures.
+
+    Its card keeps them, for the heads of the defender and of the attacker."""
+    classes = open_part("tiny_imagenet")[2]
+    return dict(name="tiny_imagenet", classes=classes, templates=list(TINY_TEMPLATES))
 
 
 def real_tests(size: int = SIZE):
-    "Every small set's whole test half as a Task without training images; of Tiny-ImageNet the defender's pictures, which nobody trained on."
+    """Every small set's whole test half as a Task without training images.
+
+    Of Tiny-ImageNet the defender's pictures, which nobody trained on."""
     empty, none = torch.zeros(0, dtype=torch.long), torch.zeros(0, 3, size, size, dtype=torch.uint8)
     for name, s in small_sets.items():
-        y, read, classes = open_part(
-            name, *(("train", "tune") if name == "tiny_imagenet" else ("test",)), size=size
-        )
-        yield Task(
-            name, classes, list(s.templates), none, empty, read(torch.arange(len(y)), size), y
-        )
+        half, part = ("train", "tune") if name == "tiny_imagenet" else ("test", "all")
+        y, read, classes = open_part(name, half, part, size)
+        x = read(torch.arange(len(y)), size)
+        yield Task(name, classes, list(s.templates), none, empty, x, y)
 
 # %% ../nbs/02a_realdata.ipynb #221eb8af
 def check_set(name: str, size: int = SIZE, few: int = 20) -> dict[str, int]:
-    "{half: images} of a set that is here; ValueError for wrong labels or class order, too few pictures, empty classes, and damaged ones among `few` of each part."
+    """{half: images} of a set that is here.
+
+    ValueError for wrong labels or class order, too few pictures, empty classes, and damaged ones
+    among `few` of each part."""
     name, s = find_set(name, size)
     out = {}
     for half, _, n in _parts(s):
         y, read, classes = open_part(name, half, "all")
-        x, empty = (
-            read(torch.arange(len(y))[:: max(1, len(y) // few)], size),
-            [c for k, c in enumerate(classes) if not (y == k).any()],
-        )
-        what = (
-            f"{len(y):,} pictures, expected about {n:,}"
-            if len(y) < 0.9 * n
-            else f"{len(empty)} classes without a picture (first: {empty[0]!r})"
-            if empty
-            else "pictures of a single colour"
-            if x.float().std() < 1
-            else ""
-        )
+        x = read(torch.arange(len(y))[:: max(1, len(y) // few)], size)
+        empty = [c for k, c in enumerate(classes) if not (y == k).any()]
+        what = ""
+        if len(y) < 0.9 * n:
+            what = f"{len(y):,} pictures, expected about {n:,}"
+        elif empty:
+            what = f"{len(empty)} classes without a picture (first: {empty[0]!r})"
+        elif x.float().std() < 1:
+            what = "pictures of a single colour"
         if what:
             raise ValueError(
-                f"{name}, {half}: {what}; fetch it again, or take it as your own data under another name"
+                f"{name}, {half}: {what}; "
+                "fetch it again, or take it as your own data under another name"
             )
         out[half] = len(y)
     return out
 
 # %% ../nbs/02a_realdata.ipynb #a6f9b4cc
 def check_zero_shot(name: str, percent: float) -> float:
-    "Points by which a zero-shot accuracy of OpenAI's ViT-B/32 differs from the published one; ValueError beyond TOLERANCE."
+    """Points by which a zero-shot accuracy of OpenAI's ViT-B/32 differs from the published one.
+
+    ValueError beyond TOLERANCE, and where none is known."""
     want = find_set(name, 224)[1].zero_shot
     if want is None:
         raise ValueError(f"no published accuracy is known here for {name}")
     if abs(percent - want) > TOLERANCE:
         raise ValueError(
-            f"{name}: zero-shot {percent:.1f} %, published {want} ± {TOLERANCE}; look at the activation (QuickGELU), the class order, and the test part"
+            f"{name}: zero-shot {percent:.1f} %, published {want} ± {TOLERANCE}; "
+            "look at the activation (QuickGELU), the class order, and the test part"
         )
     return percent - want
 
 # %% ../nbs/02a_realdata.ipynb #0aaf2932
 def inventory() -> list[dict]:
-    "One row a set: name, pixels, classes, train and test images at the source, download in GB, where from, whether it is here, how well CLIP ViT-B/32 does."
+    """One row a set: what it is, where it comes from, whether it is here.
+
+    Name, pixels, classes, train and test images at the source, download in GB, where from, whether
+    it is here, how well CLIP ViT-B/32 does (percent)."""
 
     def row(name, size):
         name, s = find_set(name, size)
@@ -791,7 +825,9 @@ def inventory() -> list[dict]:
 
 # %% ../nbs/02a_realdata.ipynb #d38b7a7c
 def get_set(name: str) -> Path:
-    "Download a set's parquet files from the Hugging Face hub to `$LFPM_DATA/<name>`; returns the folder. RuntimeError says what to do when that fails."
+    """Download a set's parquet files from the Hugging Face hub; the folder `$LFPM_DATA/<name>`.
+
+    ValueError where the hub has none, RuntimeError says what to do when the download fails."""
     name, s = find_set(name, 224)
     repo, _, config = s.hub.partition(":")
     if not repo:
@@ -804,6 +840,7 @@ def get_set(name: str) -> Path:
         snapshot_download(repo, repo_type="dataset", local_dir=home, allow_patterns=wanted)
     except Exception as e:
         raise RuntimeError(
-            f"{repo} could not be fetched ({type(e).__name__}: {e}); put its files {', '.join(wanted)} under {home} yourself"
+            f"{repo} could not be fetched ({type(e).__name__}: {e}); "
+            f"put its files {', '.join(wanted)} under {home} yourself"
         ) from None
     return home

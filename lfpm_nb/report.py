@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROW', 'PRINTED', 'SOURCES', 'VERDICTS', 'claims', 'RIVALS', 'OTHER', 'ORDERS', 'PLAIN', 'LEARNT', 'POST', 'DEFENDED',
-           'TITLES', 'DIGITS', 'TICKS', 'STYLE_SHEET', 'SCRIPT', 'PAGE', 'attacked', 'slips', 'load_paper',
+           'MASKS', 'TITLES', 'DIGITS', 'TICKS', 'STYLE_SHEET', 'SCRIPT', 'PAGE', 'attacked', 'slips', 'load_paper',
            'paper_table', 'Results', 'read_results', 'gather', 'results_of', 'Verdict', 'Claim', 'judge', 'swapped',
            'at', 'lower', 'higher', 'ratio', 'worst', 'claim', 'both', 'same_price', 'without', 'paper_frames',
            'judge_paper', 'spread', 'ours_beside', 'beside', 'Mark', 'Chart', 'squeeze', 'mpl', 'span', 'plotly',
@@ -24,37 +24,29 @@ from .results import DASHES, MARKS, draw_path, plot_path, styles, versus
 from .runs import check_writable, find_runs
 
 # %% ../nbs/23_report.ipynb #cb9ad549
-ROW = [
-    "paper",
-    "table",
-    "attack",
-    "finetuning",
-    "sequence",
-    "backbone",
-    "method",
-    "metric",
-]  # what one row and one column of a printed table share
+# what one row and one column of a printed table share
+ROW = ["paper", "table", "attack", "finetuning", "sequence", "backbone", "method", "metric"]
 
 
 def attacked(df: pd.DataFrame) -> pd.Series:
-    "Which rows' task is one that the attack's name lists (DAM's tables: `TrojViT on RESISC45+EuroSAT`)."
-    return pd.Series(
-        [t.rstrip("0123456789") in a for t, a in zip(df.task, df.attack)], df.index, bool
-    )
+    """Which rows' task is one that the attack's name lists.
+
+    DAM's tables call an attack so: `TrojViT on RESISC45+EuroSAT`."""
+    named = [t.rstrip("0123456789") in a for t, a in zip(df.task, df.attack)]
+    return pd.Series(named, df.index, bool)
 
 
 def slips(paper: pd.DataFrame, within: float = 0.015) -> pd.DataFrame:
-    """Printed averages that differ from the mean of their own tasks by more than `within` points (two roundings allow 0.01): ROW, task, value, mean, n.
-    An average over `poisoned tasks` is over those that the attack's name lists."""
+    """Printed averages that differ from the mean of their own tasks: ROW, task, value, mean, n.
+
+    More than `within` points off is a slip (two roundings allow 0.01). An average over
+    `poisoned tasks` is over those that the attack's name lists."""
     single = paper[(paper.unit == "%") & ~paper.task.isin(["average", "poisoned tasks"])]
     found = []
     for task, of in (("average", single), ("poisoned tasks", single[attacked(single)])):
         printed = paper[paper.task == task].set_index(ROW)[["task", "value"]]
-        found.append(
-            printed.join(
-                of.groupby(ROW).value.agg(mean="mean", n="size"), how="inner"
-            ).reset_index()
-        )
+        own = of.groupby(ROW).value.agg(mean="mean", n="size")
+        found.append(printed.join(own, how="inner").reset_index())
     both = pd.concat(found, ignore_index=True)
     return both[(both.value - both["mean"]).abs() > within].reset_index(drop=True)
 
@@ -67,34 +59,37 @@ def _paper() -> pd.DataFrame:
 
 
 def load_paper() -> pd.DataFrame:
-    "All printed numbers (ROW, task, value, unit) with `slip`: the mean over the row's own tasks where the printed average is not it, else NaN."
+    """All printed numbers: ROW, task, value, unit, slip.
+
+    `slip`: the mean over the row's own tasks where the printed average is not it, else NaN."""
     return _paper().copy()
 
 # %% ../nbs/23_report.ipynb #43e1a64c
 def paper_table(table: int, paper: str = "LFPM") -> pd.DataFrame:
-    "A printed table: one row a method (and setting, where it has several), one column a task and metric, as text; a slip shows the tasks' own mean behind a dagger."
+    """A printed table as text: one row a method, one column a task and metric.
+
+    A method with several settings has a row for each; a slip shows the tasks' own mean behind a
+    dagger. ValueError names the papers, or the tables of the paper, that are known."""
     every = load_paper()
     choose(paper, every.paper.unique(), "paper")
-    of = every[(every.paper == paper) & (every.table == table)]
+    its = every[every.paper == paper]
+    of = its[its.table == table]
     if of.empty:
-        raise ValueError(
-            f"{paper} Table {table} is not in data/paper; known: {', '.join(map(str, every[every.paper == paper].table.unique()))}"
-        )
-    show = [f"{v:g}" + ("" if np.isnan(s) else f" †{s:.2f}") for v, s in zip(of.value, of.slip)]
+        known = ", ".join(map(str, its.table.unique()))
+        raise ValueError(f"{paper} Table {table} is not in data/paper; known: {known}")
+    daggers = ["" if np.isnan(s) else f" †{s:.2f}" for s in of.slip]
+    show = [f"{v:g}{dagger}" for v, dagger in zip(of.value, daggers)]
     varies = [c for c in ("sequence", "attack") if of[c].nunique() > 1]
-    wide = of.assign(show=show).pivot_table(
-        index=["method", *varies],
-        columns=["task", "metric"],
-        values="show",
-        aggfunc="first",
-        sort=False,
-    )
+    rows, columns = ["method", *varies], ["task", "metric"]
+    wide = of.assign(show=show).pivot_table("show", rows, columns, aggfunc="first", sort=False)
     return wide.rename_axis(columns=[None, None]).fillna("–")
 
 # %% ../nbs/23_report.ipynb #59d23fd0
 @dataclass
 class Results:
-    "The finished runs of one experiment's newest configuration: tidy rows of all seeds, where they lie, seconds, versions; what was left out."
+    """The finished runs of one experiment's newest configuration, and what was left out.
+
+    Tidy rows of all seeds, where they lie, seconds, versions."""
 
     name: str
     preset: str
@@ -104,9 +99,8 @@ class Results:
     seconds: float
     versions: dict
     others: dict = field(default_factory=dict)  # {other configuration: its folders}
-    notes: list = field(
-        default_factory=list
-    )  # what a run's status says of how it was made (`note`)
+    # what a run's status says of how it was made (`note`)
+    notes: list = field(default_factory=list)
 
     @property
     def seeds(self) -> list:
@@ -117,17 +111,19 @@ class Results:
         return [f"lfpm run {self.name} --preset {self.preset} --seed {s}" for s in self.seeds]
 
 # %% ../nbs/23_report.ipynb #ce89229e
+# rows of ours that a table calls otherwise
 PRINTED = {
     "dam_masks": {
         "DAM:losses=perturbed": "DAM without M1",
         "DAM:losses=clean": "DAM without M2",
         "AdaLayer": "DAM without masks",
     }
-}  # rows of ours that a table calls otherwise
+}
 
 
 def read_results(name: str, preset: str, root: Path) -> tuple[Results | None, dict]:
     """(Results or None, {folder that was left out: why}) of one experiment under `root`.
+
     Runs of another preset stay silent."""
     found = find_runs(name, preset, root)
     if not found.runs:
@@ -135,25 +131,25 @@ def read_results(name: str, preset: str, root: Path) -> tuple[Results | None, di
     df = found.rows.replace({"method": PRINTED.get(name, {})})
     notes = {r.status["note"] for r in found.runs if "note" in r.status}
     notes |= {f"made as {was}: {how}" for was, how in found.made.items()}
-    folders, seconds = [r.folder for r in found.runs], sum(r.status["seconds"] for r in found.runs)
+    folders = [r.folder for r in found.runs]
+    seconds = sum(r.status["seconds"] for r in found.runs)
     versions = found.runs[-1].params.get("versions", {})
-    r = Results(
-        name, preset, df, found.config, folders, seconds, versions, found.others, sorted(notes)
-    )
+    r = Results(name, preset, df, found.config, folders, seconds, versions, found.others)
+    r.notes = sorted(notes)
     return r, found.left
 
 # %% ../nbs/23_report.ipynb #35f15e1a
 def gather(preset: str = "lab", roots: list | None = None) -> tuple[dict[str, Results], dict]:
-    """({experiment: Results}, {folder: why it was left out}) of all experiments; per experiment the first of `roots` (default: your runs, then
-    what the kit ships) that has finished runs. A folder that no experiment is called after is named."""
-    roots = (
-        [runs_dir(), proj_path("data", "results")] if roots is None else [Path(r) for r in roots]
-    )
+    """({experiment: Results}, {folder: why it was left out}) of all experiments.
+
+    Per experiment the first of `roots` (default: your runs, then what the kit ships) that has
+    finished runs. A folder that no experiment is called after is named."""
+    if roots is None:
+        roots = [runs_dir(), proj_path("data", "results")]
     found, bad = {}, {}
-    for root in roots:
-        for name in sorted(
-            f.name for f in Path(root).glob("*") if f.is_dir() and f.name != "cache"
-        ):
+    for root in map(Path, roots):
+        folders = [f.name for f in root.glob("*") if f.is_dir() and f.name != "cache"]
+        for name in sorted(folders):
             if name not in SOURCES:
                 if name not in notebooks():
                     bad[name] = "unknown experiment: no claim and no table reads it"
@@ -197,14 +193,18 @@ SOURCES = {
 
 
 def results_of(name: str, preset: str = "lab", roots: list | None = None) -> Results:
-    "One experiment's Results; ValueError names the nearest experiment, FileNotFoundError the command that makes them."
+    """One experiment's Results.
+
+    ValueError names the nearest experiment, FileNotFoundError the command that makes them."""
     name = choose(name, SOURCES, "experiment")
     found, bad = gather(preset, roots)
     if name in found:
         return found[name]
     left = "; ".join(f"{k} {v}" for k, v in bad.items() if k.startswith(f"{name}/"))
+    why = f" ({left})" if left else ""
     raise FileNotFoundError(
-        f"no finished run of {name} with preset {preset}{f' ({left})' if left else ''}; make one: lfpm run {name} --preset {preset}"
+        f"no finished run of {name} with preset {preset}{why}; "
+        f"make one: lfpm run {name} --preset {preset}"
     )
 
 # %% ../nbs/23_report.ipynb #c4cad252
@@ -217,7 +217,10 @@ VERDICTS = {
 
 @dataclass
 class Verdict:
-    "What a claim came to: the number per seed that decides, the numbers it was computed from ({label: Series by seed}), and why not where not."
+    """What a claim came to, and why it could not be judged where it could not.
+
+    `value`: the number per seed that decides; `parts`: the numbers it was computed from, {label:
+    Series by seed}."""
 
     verdict: str
     value: pd.Series = field(default_factory=lambda: pd.Series(dtype=float))
@@ -227,8 +230,11 @@ class Verdict:
 # %% ../nbs/23_report.ipynb #9e46f85b
 @dataclass
 class Claim:
-    """A sentence of a paper and its test. `check(frames)` -> (number by seed, parts); confirmed if it is above `limit` (below, if `sense` is -1) in every seed.
-    `needs`: experiments; `words`: the test in words; `swap`: two (experiment, method) rows whose exchange refutes a confirmed claim; `differs`: why ours may."""
+    """A sentence of a paper and its test: a number by seed and the limit it must pass.
+
+    `check(frames)` -> (number by seed, parts); confirmed if it is above `limit` (below, if `sense`
+    is -1) in every seed. `needs`: experiments; `words`: the test in words; `swap`: two
+    (experiment, method) rows whose exchange refutes a confirmed claim; `differs`: why ours may."""
 
     id: str
     text: str
@@ -253,13 +259,13 @@ class Claim:
 
 # %% ../nbs/23_report.ipynb #aadd3af6
 def judge(c: Claim, frames: dict[str, pd.DataFrame], preset: str = "lab") -> Verdict:
-    "The claim's verdict on {experiment: tidy rows}; not testable where an experiment or a row is missing, or no seed can be compared."
+    """The claim's verdict on {experiment: tidy rows}.
+
+    Not testable where an experiment or a row is missing, or no seed can be compared."""
     missing = [n for n in c.needs if n not in frames]
     if missing:
-        return Verdict(
-            "not testable here",
-            why="run " + ", ".join(f"`lfpm run {n} --preset {preset}`" for n in missing),
-        )
+        commands = ", ".join(f"`lfpm run {n} --preset {preset}`" for n in missing)
+        return Verdict("not testable here", why="run " + commands)
     try:
         value, parts = c.check(frames)
     except LookupError as e:
@@ -267,16 +273,16 @@ def judge(c: Claim, frames: dict[str, pd.DataFrame], preset: str = "lab") -> Ver
     value = value.dropna()
     if value.empty:
         return Verdict("not testable here", value, parts, "no seed has both sides")
-    return Verdict(
-        "confirmed" if (c.sense * (value - c.limit) > 0).all() else "contradicted", value, parts
-    )
+    holds = (c.sense * (value - c.limit) > 0).all()
+    return Verdict("confirmed" if holds else "contradicted", value, parts)
 
 
 def swapped(frames: dict, a: tuple, b: tuple) -> dict:
     "Copies of the frames in which the rows of two (experiment, method) have changed places."
     out = {k: v.copy() for k, v in frames.items()}
     (ea, ma), (eb, mb) = a, b
-    rows_a, rows_b = frames[ea][frames[ea].method == ma], frames[eb][frames[eb].method == mb]
+    rows_a = frames[ea][frames[ea].method == ma]
+    rows_b = frames[eb][frames[eb].method == mb]
     for e, m, new in ((ea, ma, rows_b), (eb, mb, rows_a)):
         out[e] = pd.concat([out[e][out[e].method != m], new.assign(method=m)], ignore_index=True)
     return out
@@ -284,31 +290,29 @@ def swapped(frames: dict, a: tuple, b: tuple) -> dict:
 # %% ../nbs/23_report.ipynb #f5ecf847
 def at(df: pd.DataFrame, who: str, metric: str, task: str = "average") -> pd.Series:
     "One method's number by seed; LookupError names what is missing."
-    of = df[
-        (df.method == who)
-        & (df.metric == metric)
-        & (df.task == task)
-        & df.kind.isin(["model", "summary"])
-    ]
+    its = (df.method == who) & (df.metric == metric) & (df.task == task)
+    of = df[its & df.kind.isin(["model", "summary"])]
     if of.empty:
         raise LookupError(f"no {metric} of {who}")
     return of.set_index("seed").value
 
 
+def _least(parts: dict, names) -> pd.Series:
+    "The lowest of the named numbers in each seed; NaN in a seed that lacks one of them."
+    return pd.DataFrame({n: parts[n] for n in names}).min(axis=1, skipna=False)
+
+
 def lower(df: pd.DataFrame, mine: str, others, metric: str) -> tuple[pd.Series, dict]:
-    "By how much `mine` is below the lowest of `others`; a seed that lacks one of them drops out."
+    "By how much `mine` is below the lowest of `others`; a seed that lacks one drops out."
     parts = {m: at(df, m, metric) for m in (mine, *others)}
-    return pd.DataFrame({o: parts[o] for o in others}).min(axis=1, skipna=False) - parts[
-        mine
-    ], parts
+    return _least(parts, others) - parts[mine], parts
 
 
 def higher(df: pd.DataFrame, mine: str, others, metric: str) -> tuple[pd.Series, dict]:
-    "By how much `mine` is above the highest of `others`."
+    "By how much `mine` is above the highest of `others`; a seed that lacks one drops out."
     parts = {m: at(df, m, metric) for m in (mine, *others)}
-    return parts[mine] - pd.DataFrame({o: parts[o] for o in others}).max(
-        axis=1, skipna=False
-    ), parts
+    highest = pd.DataFrame({o: parts[o] for o in others}).max(axis=1, skipna=False)
+    return parts[mine] - highest, parts
 
 # %% ../nbs/23_report.ipynb #37c2f77f
 def ratio(df: pd.DataFrame, mine: str, other: str, metric: str) -> tuple[pd.Series, dict]:
@@ -318,11 +322,25 @@ def ratio(df: pd.DataFrame, mine: str, other: str, metric: str) -> tuple[pd.Seri
 
 
 def worst(sense: int, *tests) -> tuple[pd.Series, dict]:
-    "Several tests as one, the weakest of them in each seed (`sense` as in Claim); parts are labelled by the tests' names."
-    values = pd.DataFrame({name: v for name, (v, _) in tests})
-    return (values.min(axis=1, skipna=False) if sense > 0 else values.max(axis=1, skipna=False)), {
-        f"{name}: {k}": p for name, (_, ps) in tests for k, p in ps.items()
-    }
+    """Several tests as one: the weakest of them in each seed (`sense` as in Claim).
+
+    `tests`: (name, (number by seed, parts)); parts are labelled by the tests' names."""
+    values = pd.DataFrame({name: value for name, (value, _) in tests})
+    weakest = values.min(axis=1, skipna=False) if sense > 0 else values.max(axis=1, skipna=False)
+    parts = {}
+    for name, (_, own) in tests:
+        parts |= {f"{name}: {k}": part for k, part in own.items()}
+    return weakest, parts
+
+
+def _alone(df: pd.DataFrame, who: str, metric: str, *shown: str) -> tuple[pd.Series, dict]:
+    "One method's number as it is; the parts are those of the methods `shown` beside it."
+    return at(df, who, metric), {m: at(df, m, metric) for m in shown}
+
+
+def _negated(value: pd.Series, parts: dict) -> tuple[pd.Series, dict]:
+    "A test the other way round: above becomes below."
+    return -value, parts
 
 # %% ../nbs/23_report.ipynb #7f2859e8
 claims: dict[str, Claim] = {}
@@ -333,9 +351,8 @@ def claim(id: str, text: str, where: str, needs, words: str, check, **more) -> N
     "Add a claim; `needs` is one experiment or several."
     if id in claims:
         raise ValueError(f"two claims are called {id}")
-    claims[id] = Claim(
-        id, text, where, (needs,) if isinstance(needs, str) else tuple(needs), words, check, **more
-    )
+    needs = (needs,) if isinstance(needs, str) else tuple(needs)
+    claims[id] = Claim(id, text, where, needs, words, check, **more)
 
 
 def both(e: str, a: str, b: str) -> tuple:
@@ -345,7 +362,8 @@ def both(e: str, a: str, b: str) -> tuple:
 
 claim(
     "leak",
-    "The trigger of the attacked task also disturbs the other tasks, and the merged model more than the single ones.",
+    "The trigger of the attacked task also disturbs the other tasks, "
+    "and the merged model more than the single ones.",
     "LFPM Table 1, Sec 5.1",
     "main",
     "ASR(N) of the poisoned merge minus that of the contributors",
@@ -370,7 +388,7 @@ claim(
     lambda f: higher(f["main"], "TA", ["TA (clean)"], "ASR_T"),
     limit=50,
     swap=both("main", "TA", "TA (clean)"),
-    on_paper=lambda f: (at(f["main"], "TA", "ASR_T"), dict(TA=at(f["main"], "TA", "ASR_T"))),
+    on_paper=lambda f: _alone(f["main"], "TA", "ASR_T", "TA"),
 )
 
 # %% ../nbs/23_report.ipynb #8b2389d7
@@ -391,7 +409,8 @@ claim(
     "lowest ASR(N) of IBVS, SAU, SAM, PAM minus LFPM's",
     lambda f: lower(f["rivals"], "LFPM", RIVALS, "ASR_N"),
     swap=both("rivals", "LFPM", "PAM"),
-    differs="ASR(N) counts every changed prediction; at the rule's small λ many pictures are still near the merged model's boundaries.",
+    differs="ASR(N) counts every changed prediction; at the rule's small λ many pictures "
+    "are still near the merged model's boundaries.",
 )
 claim(
     "highest-ca",
@@ -401,7 +420,8 @@ claim(
     "LFPM's CA minus the highest of IBVS, SAU, SAM, PAM, each at the blind rule's λ",
     lambda f: higher(f["rivals"], "LFPM", RIVALS, "CA"),
     swap=both("rivals", "LFPM", "SAU"),
-    differs="Given LFPM's prompts, its steps and a blind λ, the rivals do not lose accuracy here; in the paper they lose much, with settings it does not print.",
+    differs="Given LFPM's prompts, its steps and a blind λ, the rivals do not lose accuracy here; "
+    "in the paper they lose much, with settings it does not print.",
 )
 
 
@@ -410,29 +430,32 @@ def same_price(df: pd.DataFrame, others, column: str) -> pd.DataFrame:
     missing = {"LFPM", *others} - set(df[df.kind == "path"].method)
     if missing:
         raise LookupError(f"no path of {', '.join(sorted(missing))}")
-    wide = pd.DataFrame(
-        {s: versus(g, "LFPM").set_index("method")[column] for s, g in df.groupby("seed")}
-    ).T
-    return wide[list(others)].astype(float)
+    by_seed = {s: versus(g, "LFPM").set_index("method")[column] for s, g in df.groupby("seed")}
+    return pd.DataFrame(by_seed).T[list(others)].astype(float)
 
 # %% ../nbs/23_report.ipynb #6dab1a79
+def _own(df: pd.DataFrame, column: str) -> pd.Series:
+    "LFPM's column of `versus` against itself, by seed."
+    return same_price(df, ["LFPM"], column)["LFPM"]
+
+
 def _equal_asr(f: dict) -> tuple[pd.Series, dict]:
-    "LFPM's CA minus the highest CA anywhere on SAM's or PAM's path where at most one point more of the backdoor is left; a path without such a point keeps 0."
+    """LFPM's CA minus the highest CA on SAM's or PAM's path that is as safe.
+
+    As safe: at most one point more of the backdoor is left; a path without such a point keeps 0."""
     df = f["rivals"]
-    ours, rest = (
-        same_price(df, ["LFPM"], "CA_same_ASR")["LFPM"] - same_price(df, ["LFPM"], "dCA")["LFPM"],
-        same_price(df, ("SAM", "PAM"), "CA_same_ASR").fillna(0),
-    )
+    ours = _own(df, "CA_same_ASR") - _own(df, "dCA")
+    rest = same_price(df, ("SAM", "PAM"), "CA_same_ASR").fillna(0)
     return ours - rest.max(axis=1), {"LFPM": ours, **rest}
 
 
 def _equal_ca(f: dict) -> tuple[pd.Series, dict]:
-    "The lowest ASR(T) on any rival's path within two points of LFPM's CA, minus LFPM's; a seed without such a point drops out."
+    """The lowest ASR(T) on any rival's path within two points of LFPM's CA, minus LFPM's.
+
+    A seed without such a point drops out."""
     df = f["rivals"]
-    ours, rest = (
-        same_price(df, ["LFPM"], "ASR_same_CA")["LFPM"] - same_price(df, ["LFPM"], "dASR")["LFPM"],
-        same_price(df, RIVALS, "ASR_same_CA"),
-    )
+    ours = _own(df, "ASR_same_CA") - _own(df, "dASR")
+    rest = same_price(df, RIVALS, "ASR_same_CA")
     return rest.min(axis=1) - ours, {"LFPM": ours, **rest}
 
 
@@ -441,11 +464,14 @@ claim(
     "At equal attack success LFPM keeps more clean accuracy than SAM and PAM.",
     "LFPM Table 1, Sec 5.1",
     "rivals",
-    "LFPM's CA minus the highest CA on SAM's or PAM's path where ASR(T) is at most 1 point above LFPM's",
+    "LFPM's CA minus the highest CA on SAM's or PAM's path "
+    "where ASR(T) is at most 1 point above LFPM's",
     _equal_asr,
     swap=both("rivals", "LFPM", "SAM"),
     on_paper=lambda f: higher(f["rivals"], "LFPM", ("SAM", "PAM"), "CA"),
-    differs="Towards the end of their paths SAM and PAM, trained on LFPM's own mined prompts, are as safe and keep their accuracy; what they lack is a safe way there. The paper compares one λ each.",
+    differs="Towards the end of their paths SAM and PAM, trained on LFPM's own mined prompts, "
+    "are as safe and keep their accuracy; what they lack is a safe way there. "
+    "The paper compares one λ each.",
 )
 claim(
     "equal-ca",
@@ -458,6 +484,18 @@ claim(
 )
 
 # %% ../nbs/23_report.ipynb #fa60a78b
+def _flatter(f: dict) -> tuple[pd.Series, dict]:
+    "By how much SAM, PAM and LFPM have lower Path-ASR than SAU and IBVS, the weakest of them."
+    df, rest = f["rivals"], ("SAU", "IBVS")
+    return worst(1, *((m, lower(df, m, rest, "path_ASR")) for m in ("SAM", "PAM", "LFPM")))
+
+
+def _sau(f: dict) -> tuple[pd.Series, dict]:
+    "ASR(T) after SAU under BadMerging minus under LoBAM."
+    full, lora = at(f["rivals"], "SAU", "ASR_T"), at(f["lobam"], "SAU", "ASR_T")
+    return full - lora, {"BadMerging": full, "LoBAM": lora}
+
+
 claim(
     "path",
     "Along the whole path from the merged model, LFPM is the safest.",
@@ -482,10 +520,7 @@ claim(
     "LFPM Fig 2, Sec 5.2",
     "rivals",
     "lower Path-ASR of SAU and IBVS minus the highest of SAM, PAM, LFPM",
-    lambda f: worst(
-        1,
-        *((m, lower(f["rivals"], m, ("SAU", "IBVS"), "path_ASR")) for m in ("SAM", "PAM", "LFPM")),
-    ),
+    _flatter,
     swap=both("rivals", "PAM", "SAU"),
 )
 claim(
@@ -508,7 +543,8 @@ claim(
     lambda f: higher(f["rivals"], "TA", ["IBVS"], "CA"),
     limit=10,
     swap=both("rivals", "TA", "IBVS"),
-    differs="The blind rule gives IBVS a small strength here; it then costs little and removes little.",
+    differs="The blind rule gives IBVS a small strength here; "
+    "it then costs little and removes little.",
 )
 claim(
     "sau-lora",
@@ -516,10 +552,7 @@ claim(
     "LFPM Tables 1 and 2, Sec 5.1",
     ("rivals", "lobam"),
     "ASR(T) after SAU under BadMerging minus under LoBAM",
-    lambda f: (
-        at(f["rivals"], "SAU", "ASR_T") - at(f["lobam"], "SAU", "ASR_T"),
-        {"BadMerging": at(f["rivals"], "SAU", "ASR_T"), "LoBAM": at(f["lobam"], "SAU", "ASR_T")},
-    ),
+    _sau,
     limit=20,
     swap=(("rivals", "SAU"), ("lobam", "SAU")),
 )
@@ -531,7 +564,7 @@ claim(
     "LFPM Table 2, Sec 5.1",
     "lobam",
     "LFPM's ASR(T) minus the lower of SAM's and PAM's",
-    lambda f: (lambda v, p: (-v, p))(*lower(f["lobam"], "LFPM", ("SAM", "PAM"), "ASR_T")),
+    lambda f: _negated(*lower(f["lobam"], "LFPM", ("SAM", "PAM"), "ASR_T")),
     sense=-1,
     limit=2,
     swap=both("lobam", "LFPM", "TA"),
@@ -557,14 +590,14 @@ claim(
 
 
 def _rise(f: dict) -> tuple[pd.Series, dict]:
-    "How much more the adaptive attack gains against the least hurt of SAU, SAM and PAM than against LFPM, paired by seed."
-    rise = {
-        m: at(f["adaptive"], m, "ASR_T") - at(f["rivals"], m, "ASR_T")
-        for m in ("LFPM", "SAU", "SAM", "PAM")
-    }
-    return pd.DataFrame({m: rise[m] for m in ("SAU", "SAM", "PAM")}).min(
-        axis=1, skipna=False
-    ) - rise["LFPM"], {f"{m} rises by": r for m, r in rise.items()}
+    """How much more the adaptive attack gains against the least hurt rival than against LFPM.
+
+    Rivals: SAU, SAM and PAM; paired by seed."""
+    after, before = f["adaptive"], f["rivals"]
+    rivals = ("SAU", "SAM", "PAM")
+    rise = {m: at(after, m, "ASR_T") - at(before, m, "ASR_T") for m in ("LFPM", *rivals)}
+    parts = {f"{m} rises by": r for m, r in rise.items()}
+    return _least(rise, rivals) - rise["LFPM"], parts
 
 
 claim(
@@ -572,32 +605,32 @@ claim(
     "The adaptive attack gains less against LFPM than against SAU, SAM and PAM.",
     "LFPM Table 3, Sec 5.3",
     ("rivals", "adaptive"),
-    "smallest rise of ASR(T) from BadMerging to the adaptive attack among SAU, SAM, PAM, minus LFPM's",
+    "smallest rise of ASR(T) from BadMerging to the adaptive attack "
+    "among SAU, SAM, PAM, minus LFPM's",
     _rise,
     swap=both("adaptive", "LFPM", "PAM"),
 )
 
 # %% ../nbs/23_report.ipynb #9d7b4548
 OTHER = ("SA", "TIES", "DELLA")  # the paper's merges besides Task Arithmetic
+
+
+def _after_lfpm(f: dict) -> tuple[pd.Series, dict]:
+    "The highest ASR(T) of SA, TIES, DELLA after LFPM; beside it what each left before."
+    tests = []
+    for m in OTHER:
+        after = at(f["merging"], f"{m} + LFPM", "ASR_T")
+        tests.append((m, (after, {"": at(f["merging"], m, "ASR_T"), " + LFPM": after})))
+    return worst(-1, *tests)
+
+
 claim(
     "merges-asr",
     "LFPM works on top of any merge: little of the backdoor is left.",
     "LFPM Table 6, App E.1",
     "merging",
     "highest ASR(T) of SA, TIES, DELLA after LFPM",
-    lambda f: worst(
-        -1,
-        *(
-            (
-                m,
-                (
-                    at(f["merging"], f"{m} + LFPM", "ASR_T"),
-                    {k: at(f["merging"], m + k, "ASR_T") for k in ("", " + LFPM")},
-                ),
-            )
-            for m in OTHER
-        ),
-    ),
+    _after_lfpm,
     sense=-1,
     limit=5,
     unit="%",
@@ -691,10 +724,7 @@ claim(
     "LFPM Table 12, App E.4",
     "backbone",
     "ASR(T) after LFPM",
-    lambda f: (
-        at(f["backbone"], "LFPM", "ASR_T"),
-        {m: at(f["backbone"], m, "ASR_T") for m in ("TA", "LFPM")},
-    ),
+    lambda f: _alone(f["backbone"], "LFPM", "ASR_T", "TA", "LFPM"),
     sense=-1,
     limit=5,
     unit="%",
@@ -703,17 +733,18 @@ claim(
 
 # %% ../nbs/23_report.ipynb #6e627fa5
 def _off(df: pd.DataFrame, who: str) -> tuple[pd.Series, dict]:
-    "The CTL coefficient's largest distance from 1 on the path to `who`, output features, clean and prompted pictures: the larger of both by seed."
-    of = df[
-        (df.method == who)
-        & (df.metric == "coefficient")
-        & df.kind.isin(["ctl clean", "ctl prompted"])
-    ]
-    of = of[of.block == "feature"] if "block" in of else of
+    """The CTL coefficient's largest distance from 1 on the path to `who`, by seed.
+
+    Of the output features; the larger of clean and prompted pictures."""
+    kinds = ["ctl clean", "ctl prompted"]
+    of = df[(df.method == who) & (df.metric == "coefficient") & df.kind.isin(kinds)]
+    if "block" in of:
+        of = of[of.block == "feature"]
     if of.empty:
         raise LookupError(f"no CTL coefficient of {who}")
     by = of.assign(off=(of.value - 1).abs()).groupby(["kind", "seed"]).off.max()
-    return by.groupby("seed").max(), {f"{who}, {k.split()[1]}": by[k] for k in by.index.levels[0]}
+    parts = {f"{who}, {k.split()[1]}": by[k] for k in by.index.levels[0]}
+    return by.groupby("seed").max(), parts
 
 
 def _epochs(df: pd.DataFrame, who: str, metric: str) -> pd.DataFrame:
@@ -727,10 +758,15 @@ def _epochs(df: pd.DataFrame, who: str, metric: str) -> pd.DataFrame:
 def _fall(df: pd.DataFrame, who: str) -> tuple[pd.Series, dict]:
     "E/‖Δ‖ after the last epoch divided by that after the first step."
     e = _epochs(df, who, "E_over_delta")
-    return e.iloc[:, -1] / e.iloc[:, 0], {
-        f"{who}, first": e.iloc[:, 0],
-        f"{who}, last": e.iloc[:, -1],
-    }
+    first, last = e.iloc[:, 0], e.iloc[:, -1]
+    return last / first, {f"{who}, first": first, f"{who}, last": last}
+
+
+def _growth(f: dict) -> tuple[pd.Series, dict]:
+    "The smallest growth factor of LFPM's ‖Δ‖ from one look to the next."
+    d = _epochs(f["curvature"], "LFPM", "delta")
+    factors = d.T / d.T.shift()
+    return factors.min(), {"first": d.iloc[:, 0], "last": d.iloc[:, -1]}
 
 # %% ../nbs/23_report.ipynb #6ba9fa1e
 claim(
@@ -762,9 +798,7 @@ claim(
     "LFPM Table 13, App E.6",
     "curvature",
     "smallest growth factor of ‖Δ‖ from one look to the next",
-    lambda f: (
-        lambda d: ((d.T / d.T.shift()).min(), {"first": d.iloc[:, 0], "last": d.iloc[:, -1]})
-    )(_epochs(f["curvature"], "LFPM", "delta")),
+    _growth,
     limit=1,
     unit="×",
 )
@@ -778,7 +812,8 @@ claim(
     sense=-1,
     limit=1,
     unit="×",
-    differs="E is the Hessian of the loss along Δ; see nbs/15a_curvature.ipynb for both readings of the ratio and for the Rayleigh quotient.",
+    differs="E is the Hessian of the loss along Δ; see nbs/15a_curvature.ipynb "
+    "for both readings of the ratio and for the Rayleigh quotient.",
 )
 
 # %% ../nbs/23_report.ipynb #12046e4d
@@ -797,7 +832,8 @@ claim(
     _own_fall,
     unit="×",
     swap=both("curvature", "LFPM", "fine-tuning"),
-    differs="The paper shows no other method. Ours trains two epochs on prompts that move the merged model much, and plain fine-tuning is measured beside it.",
+    differs="The paper shows no other method. Ours trains two epochs on prompts that move "
+    "the merged model much, and plain fine-tuning is measured beside it.",
 )
 
 # %% ../nbs/23_report.ipynb #cfc1dfad
@@ -823,7 +859,8 @@ claim(
     limit=1.5,
     unit="×",
     swap=both("rivals", "LFPM", "SAM"),
-    differs="Our peak includes Stage I, which all defences share and which is the largest step here; on a CPU small activations hide behind it.",
+    differs="Our peak includes Stage I, which all defences share and which is the largest step "
+    "here; on a CPU small activations hide behind it.",
 )
 claim(
     "efficiency-order",
@@ -850,13 +887,17 @@ claim(
 )
 
 
+def _on(experiment: str) -> str:
+    "What of A, B and C is on in an ablation; `main` runs LFPM without A."
+    if experiment == "main":
+        return "B + C"
+    return " + ".join(experiment.removeprefix("ablation_").upper())
+
+
 def without(f: dict, full: str, less: str, metric: str) -> tuple[pd.Series, dict]:
     "LFPM's number in one ablation minus that in another."
     a, b = at(f[less], "LFPM", metric), at(f[full], "LFPM", metric)
-    name = lambda e: (
-        "B + C" if e == "main" else " + ".join(e.removeprefix("ablation_").upper())
-    )  # main runs LFPM without A
-    return a - b, {name(less): a, name(full): b}
+    return a - b, {_on(less): a, _on(full): b}
 
 # %% ../nbs/23_report.ipynb #6c8d8cff
 claim(
@@ -868,7 +909,8 @@ claim(
     lambda f: without(f, "main", "ablation_abc", "CA"),
     swap=(("ablation_abc", "LFPM"), ("main", "LFPM")),
     on_paper=lambda f: without(f, "ablation_bc", "ablation_abc", "CA"),
-    differs="In this lab a working trigger moves features inside the space that classes need, so the partition hides it (nbs/12_subspace.ipynb).",
+    differs="In this lab a working trigger moves features inside the space that classes need, "
+    "so the partition hides it (nbs/12_subspace.ipynb).",
 )
 claim(
     "without-C",
@@ -892,26 +934,27 @@ claim(
 
 # %% ../nbs/23_report.ipynb #7accff03
 PLAIN = ("SA", "Fisher", "RegMean", "TA", "TIES", "ConcreteTA")
-LEARNT = (
-    "AdaTask",
-    "AdaLayer",
-    "ConcreteTask",
-    "ConcreteLayer",
-)  # coefficients learnt from unlabelled pictures
+# coefficients learnt from unlabelled pictures
+LEARNT = ("AdaTask", "AdaLayer", "ConcreteTask", "ConcreteLayer")
 POST = ("ANP", "AWM", "SAU")  # after a merge: the paper's best one, our Task Arithmetic
+
+
+def _safest(df: pd.DataFrame, merges: tuple) -> tuple[pd.Series, dict]:
+    "The lowest ASR(T) of several merges; the parts are every merge's."
+    tests = []
+    for m in merges:
+        asr = at(df, m, "ASR_T")
+        tests.append((m, (asr, {"ASR(T)": asr})))
+    return worst(1, *tests)
+
+
 claim(
     "succession",
     "No merge removes the backdoor of a poisoned task (succession).",
     "DAM Figs 2 and 7, Tables 2 and 14",
     "dam_two",
     "lowest ASR(T) of ten merges",
-    lambda f: worst(
-        1,
-        *(
-            (m, (at(f["dam_two"], m, "ASR_T"), {"ASR(T)": at(f["dam_two"], m, "ASR_T")}))
-            for m in (*PLAIN, *LEARNT)
-        ),
-    ),
+    lambda f: _safest(f["dam_two"], (*PLAIN, *LEARNT)),
     limit=50,
     unit="%",
     swap=both("dam_two", "SA", "individual (clean)"),
@@ -924,25 +967,23 @@ claim(
     "ASR(N) of Task Arithmetic minus that of the individual models",
     lambda f: higher(f["dam_two"], "TA", ["individual"], "ASR_N"),
     swap=both("dam_two", "TA", "individual"),
+    # Table 9 prints the same clean contributors
     on_paper=lambda f: higher(f["dam_mixed"], "TA", ["individual"], "ASR_N"),
-)  # Table 9 prints the same clean contributors
+)
 claim(
     "learnt-merges",
     "Merges that learn their coefficients still carry a backdoor.",
     "DAM Finding 1, Table 2",
     "merging",
-    "lowest ASR(T) of AdaMerging and Concrete AdaMerging above that of the clean merge under the same trigger, attack BadMerging",
+    "lowest ASR(T) of AdaMerging and Concrete AdaMerging above that of the clean merge "
+    "under the same trigger, attack BadMerging",
     lambda f: worst(1, *((m, higher(f["merging"], m, [f"{m} (clean)"], "ASR_T")) for m in LEARNT)),
     limit=10,
     swap=both("merging", "AdaLayer", "AdaLayer (clean)"),
-    on_paper=lambda f: worst(
-        1,
-        *(
-            (m, (at(f["dam_two"], m, "ASR_T"), {"ASR(T)": at(f["dam_two"], m, "ASR_T")}))
-            for m in LEARNT
-        ),
-    ),
-    differs="The paper's attack is TrojViT, ours BadMerging: our poisoned task vector is long and costs the other tasks accuracy, entropy notices, and its coefficient falls far below its clean twin's.",
+    on_paper=lambda f: _safest(f["dam_two"], LEARNT),
+    differs="The paper's attack is TrojViT, ours BadMerging: our poisoned task vector is long "
+    "and costs the other tasks accuracy, entropy notices, "
+    "and its coefficient falls far below its clean twin's.",
 )
 claim(
     "dam-badmerging",
@@ -957,19 +998,19 @@ claim(
 )
 
 # %% ../nbs/23_report.ipynb #0fc7e91c
+def _by_layer(f: dict) -> tuple[pd.Series, dict]:
+    "CA layer-wise minus task-wise, the smaller of AdaMerging's and Concrete's."
+    pairs = (("AdaTask", "AdaLayer"), ("ConcreteTask", "ConcreteLayer"))
+    return worst(1, *((layer, higher(f["dam_two"], layer, [task], "CA")) for task, layer in pairs))
+
+
 claim(
     "layer-wise",
     "Layer-wise coefficients are more accurate than task-wise ones.",
     "DAM App C.2, Table 2",
     "dam_two",
     "CA layer-wise minus task-wise, the smaller of AdaMerging's and Concrete's",
-    lambda f: worst(
-        1,
-        *(
-            (b, higher(f["dam_two"], b, [a], "CA"))
-            for a, b in (("AdaTask", "AdaLayer"), ("ConcreteTask", "ConcreteLayer"))
-        ),
-    ),
+    _by_layer,
     swap=both("dam_two", "AdaTask", "AdaLayer"),
 )
 claim(
@@ -1003,10 +1044,7 @@ claim(
     "DAM Table 2",
     "dam_two",
     "ASR(T) of DAM",
-    lambda f: (
-        at(f["dam_two"], "DAM", "ASR_T"),
-        {m: at(f["dam_two"], m, "ASR_T") for m in ("SA", "DAM")},
-    ),
+    lambda f: _alone(f["dam_two"], "DAM", "ASR_T", "SA", "DAM"),
     limit=30,
     unit="%",
     swap=both("dam_two", "DAM", "individual (clean)"),
@@ -1017,7 +1055,7 @@ claim(
     "DAM Table 2, Sec 4.2",
     "dam_two",
     "highest CA of ten merges minus DAM's",
-    lambda f: (lambda v, p: (-v, p))(*higher(f["dam_two"], "DAM", (*PLAIN, *LEARNT), "CA")),
+    lambda f: _negated(*higher(f["dam_two"], "DAM", (*PLAIN, *LEARNT), "CA")),
     sense=-1,
     limit=2,
     swap=both("dam_two", "DAM", "SA"),
@@ -1034,30 +1072,22 @@ claim(
 )
 
 # %% ../nbs/23_report.ipynb #2e2e2a1c
-def _post(f: dict) -> tuple[pd.Series, dict]:
-    "Lowest ASR(T) of merging and then defending, minus DAM's."
-    parts = {"DAM": at(f["dam_two"], "DAM", "ASR_T")} | {
-        d: at(f["dam_two_defended"], d, "ASR_T") for d in POST
-    }
-    return pd.DataFrame({d: parts[d] for d in POST}).min(axis=1, skipna=False) - parts["DAM"], parts
-
-
-def _post_time(f: dict) -> tuple[pd.Series, dict]:
-    "CPU seconds of the cheapest of three defences (the merge before it, Task Arithmetic, takes none), minus DAM's."
-    parts = {"DAM": at(f["dam_two"], "DAM", "cpu_seconds")} | {
-        d: at(f["dam_two_defended"], d, "cpu_seconds") for d in POST
-    }
-    return pd.DataFrame({d: parts[d] for d in POST}).min(axis=1, skipna=False) - parts["DAM"], parts
+def _post(f: dict, metric: str) -> tuple[pd.Series, dict]:
+    "The lowest number of merging and then defending (ANP, AWM, SAU), minus DAM's."
+    parts = {"DAM": at(f["dam_two"], "DAM", metric)}
+    parts |= {d: at(f["dam_two_defended"], d, metric) for d in POST}
+    return _least(parts, POST) - parts["DAM"], parts
 
 
 DEFENDED = ("dam_two", "dam_two_defended")
+MASKS = ("DAM without M1", "DAM without M2", "DAM without masks")
 claim(
     "dam-post",
     "DAM leaves less than merging first and defending afterwards (ANP, AWM, SAU).",
     "DAM Table 2, Sec 4.2",
     DEFENDED,
     "lowest ASR(T) after ANP, AWM or SAU minus DAM's",
-    _post,
+    lambda f: _post(f, "ASR_T"),
     swap=(("dam_two", "DAM"), ("dam_two_defended", "ANP")),
 )
 claim(
@@ -1066,7 +1096,7 @@ claim(
     "DAM Table 8, App C.4",
     DEFENDED,
     "CPU seconds of the cheapest of ANP, AWM, SAU minus DAM's",
-    _post_time,
+    lambda f: _post(f, "cpu_seconds"),
     unit="s",
     swap=(("dam_two", "DAM"), ("dam_two_defended", "ANP")),
     on_paper=lambda f: lower(f["dam_cost"], "DAM", POST, "minutes"),
@@ -1077,9 +1107,7 @@ claim(
     "DAM Table 6",
     "dam_masks",
     "lowest ASR(T) without one or both masks minus DAM's",
-    lambda f: lower(
-        f["dam_masks"], "DAM", ("DAM without M1", "DAM without M2", "DAM without masks"), "ASR_T"
-    ),
+    lambda f: lower(f["dam_masks"], "DAM", MASKS, "ASR_T"),
     swap=both("dam_masks", "DAM", "DAM without M2"),
 )
 claim(
@@ -1102,13 +1130,27 @@ claim(
 )
 
 # %% ../nbs/23_report.ipynb #e00f8e21
+def _dam(of: pd.DataFrame) -> pd.DataFrame:
+    "A table of DAM in our terms: ASR is ASR_T on poisoned tasks and ASR_N on clean ones."
+    asr = of[of.metric == "ASR"]
+    hit = asr[asr.task == "poisoned tasks"].assign(task="average", metric="ASR_T")
+    if hit.empty:  # only the mean over all tasks is printed
+        hit = asr[asr.task == "average"].assign(metric="ASR_T")
+    single = asr[~asr.task.isin(["average", "poisoned tasks"])]
+    spared = single[~attacked(single)].groupby("method", sort=False).value.mean().reset_index()
+    spared = spared.assign(task="average", metric="ASR_N", kind="model", n=0, lam=np.nan)
+    minutes = of[of.metric == "minutes"].assign(task="average")
+    return pd.concat([of[of.metric == "CA"], hit, spared, minutes])
+
+
 def _printed(name: str, every: pd.DataFrame) -> pd.DataFrame:
-    "The printed table of an experiment in our terms: LFPM's ablations are LFPM, DAM's attack success is ASR_T on poisoned tasks and ASR_N on clean ones."
+    """The printed table of an experiment in our terms, a slip as the tasks' own mean.
+
+    LFPM's ablations are LFPM; for DAM see `_dam`."""
     paper, number = SOURCES[name]
     of = every[(every.paper == paper) & (every.table == number)]
-    of = of[of.sequence == of.sequence.iloc[0]].assign(
-        kind="model", lam=np.nan, n=0, value=of.slip.fillna(of.value)
-    )  # a slip: the tasks' own mean
+    of = of[of.sequence == of.sequence.iloc[0]]
+    of = of.assign(kind="model", lam=np.nan, n=0, value=of.slip.fillna(of.value))
     if name.startswith("ablation_"):
         keep = " + ".join(name.removeprefix("ablation_").upper())
         return of[of.method == keep].assign(method="LFPM")
@@ -1116,45 +1158,26 @@ def _printed(name: str, every: pd.DataFrame) -> pd.DataFrame:
         return of.assign(kind="curvature prompted", epoch=of.task.str[-1].astype(int))
     if paper == "LFPM":
         return of[of.task != "epoch"].replace(dict(task={"total": "average"}))
-    asr = of[of.metric == "ASR"]
-    hit = asr[asr.task == "poisoned tasks"].assign(task="average", metric="ASR_T")
-    single = asr[~asr.task.isin(["average", "poisoned tasks"])]
-    spared = single[~attacked(single)].groupby("method", sort=False).value.mean().reset_index()
-    if hit.empty:
-        hit = asr[asr.task == "average"].assign(
-            metric="ASR_T"
-        )  # only the mean over all tasks is printed
-    spared = spared.assign(task="average", metric="ASR_N", kind="model", n=0, lam=np.nan)
-    out = pd.concat(
-        [of[of.metric == "CA"], hit, spared, of[of.metric == "minutes"].assign(task="average")]
-    )
-    return out
+    return _dam(of)
 
 # %% ../nbs/23_report.ipynb #3be0a6fc
 def paper_frames() -> dict[str, pd.DataFrame]:
-    "{experiment: its printed table as tidy rows of seed 0}; `rivals` has the costs of Table 14 too."
+    """{experiment: its printed table as tidy rows of seed 0}.
+
+    `rivals` has the costs of Table 14 too."""
     every = load_paper()
-    out = {
-        name: _printed(name, every) for name, (_, number) in SOURCES.items() if number is not None
-    }
+    repeated = [name for name, (_, number) in SOURCES.items() if number is not None]
+    out = {name: _printed(name, every) for name in repeated}
     out["rivals"] = pd.concat([out["rivals"], out["cost"]])
-    return {
-        name: df[
-            [
-                c
-                for c in ("method", "kind", "lam", "task", "metric", "value", "n", "epoch")
-                if c in df
-            ]
-        ].assign(seed=0)
-        for name, df in out.items()
-    }
+    columns = ("method", "kind", "lam", "task", "metric", "value", "n", "epoch")
+    return {name: df[[c for c in columns if c in df]].assign(seed=0) for name, df in out.items()}
 
 
 def judge_paper(c: Claim, frames: dict) -> Verdict:
     "The claim on its paper's own printed numbers."
-    return judge(
-        replace(c, check=c.on_paper or c.check, needs=c.needs if c.on_paper is None else ()), frames
-    )
+    check = c.on_paper or c.check
+    needs = c.needs if c.on_paper is None else ()
+    return judge(replace(c, check=check, needs=needs), frames)
 
 # %% ../nbs/23_report.ipynb #4f3c923a
 TITLES = {
@@ -1169,101 +1192,109 @@ TITLES = {
 DIGITS = {"lam": 2, "cpu_seconds": 0, "peak_mb": 0}
 
 
+def _digits(mean: float) -> int:
+    "How many digits behind the point a number of this size is worth."
+    if abs(mean) >= 1000:
+        return 0
+    return 1 if abs(mean) >= 1 else 2
+
+
 def spread(s: pd.Series, digits: int | None = None) -> str:
     "`mean ± std` over seeds (std only of two or more); digits by size."
     s = s.dropna()
     if s.empty:
         return "–"
-    d = (
-        (0 if abs(s.mean()) >= 1000 else 1 if abs(s.mean()) >= 1 else 2)
-        if digits is None
-        else digits
-    )
-    return f"{s.mean():.{d}f}" + (f" ± {s.std(ddof=1):.{d}f}" if len(s) > 1 else "")
+    d = _digits(s.mean()) if digits is None else digits
+    std = f" ± {s.std(ddof=1):.{d}f}" if len(s) > 1 else ""
+    return f"{s.mean():.{d}f}{std}"
+
+# %% ../nbs/23_report.ipynb #5e0f23a7
+def _theirs(printed: pd.DataFrame | None) -> dict:
+    "{(method, metric): the printed average}; empty where nothing is printed."
+    if printed is None:
+        return {}
+    average = printed[printed.task == "average"]
+    return average.set_index(["method", "metric"]).value.to_dict()
 
 
 def _by_method(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
+    "A run of models: one row a method, ours beside the printed averages."
     avg = r.df[(r.df.task == "average") & r.df.kind.isin(["model", "summary"])]
-    methods = list(dict.fromkeys(avg.method))
-    theirs = (
-        {}
-        if printed is None
-        else printed[printed.task == "average"].set_index(["method", "metric"]).value.to_dict()
-    )
-    show = lambda m, k: f"{theirs[m, k]:.{DIGITS.get(k, 2)}f}" if (m, k) in theirs else "–"
-    methods += [m for m in dict.fromkeys(m for m, _ in theirs) if m not in methods]
+    theirs = _theirs(printed)
+    methods = list(dict.fromkeys([*avg.method, *(m for m, _ in theirs)]))
     out = {}
     for metric, title in TITLES.items():
         of = avg[avg.metric == metric]
-        if len(of):
-            out[title, "ours"] = {
-                m: spread(of[of.method == m].value, DIGITS.get(metric)) for m in methods
-            }
-        if len(of) and any(k == metric for _, k in theirs):
-            out[title, "paper"] = {m: show(m, metric) for m in methods}
+        if of.empty:
+            continue
+        digits = DIGITS.get(metric)
+        out[title, "ours"] = {m: spread(of[of.method == m].value, digits) for m in methods}
+        their = {m: v for (m, k), v in theirs.items() if k == metric}
+        if their:
+            d = DIGITS.get(metric, 2)
+            show = {m: f"{v:.{d}f}" for m, v in their.items()}
+            out[title, "paper"] = {m: show.get(m, "–") for m in methods}
     seeds = avg.groupby("method").seed.nunique()
-    return pd.DataFrame(
-        out | {("seeds", ""): {m: str(seeds.get(m, 0) or "–") for m in methods}}
-    ).loc[methods]
+    out["seeds", ""] = {m: str(seeds.get(m, 0) or "–") for m in methods}
+    return pd.DataFrame(out).loc[methods]
 
 # %% ../nbs/23_report.ipynb #79f9045b
 def _by_epoch(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
     "A curvature run: one row a method and epoch, ours (prompted pictures) beside Table 13."
     of = r.df[r.df.kind == "curvature prompted"]
     keys = {"delta": "‖Δ‖", "E_over_delta": "E/‖Δ‖", "rayleigh": "E/‖Δ‖²"}
-    out = {
-        (title, "ours"): of[of.metric == k]
-        .groupby(["method", "epoch"], sort=False)
-        .value.apply(spread)
-        for k, title in keys.items()
-    }
+    out = {}
+    for k, title in keys.items():
+        ours = of[of.metric == k].groupby(["method", "epoch"], sort=False)
+        out[title, "ours"] = ours.value.apply(spread)
     if printed is not None:
-        out |= {
-            (keys[k], "paper"): g.set_index(["method", "epoch"]).value.map("{:.2f}".format)
-            for k, g in printed.groupby("metric")
-            if k in keys
-        }
+        for k, g in printed[printed.metric.isin(list(keys))].groupby("metric"):
+            theirs = g.set_index(["method", "epoch"]).value
+            out[keys[k], "paper"] = theirs.map("{:.2f}".format)
     t = pd.DataFrame(out).astype(object).fillna("–").sort_index(kind="stable")
-    return t.set_axis([f"{m}, epoch {e:.2g}" for m, e in t.index]).sort_index(axis=1, kind="stable")
+    names = [f"{m}, epoch {e:.2g}" for m, e in t.index]
+    return t.set_axis(names).sort_index(axis=1, kind="stable")
 
 # %% ../nbs/23_report.ipynb #0ca4a835
 def _by_path(r: Results) -> pd.DataFrame:
-    "A CTL run: how far coefficient and cosine of the output features stray from 1 on each path."
+    """A CTL run: how far the output features stray from 1 on each path, the largest distance.
+
+    Columns: coefficient and cosine, on clean and on prompted pictures."""
     of = r.df[(r.df.block == "feature") & r.df.metric.isin(["coefficient", "cosine"])]
-    off = (
-        of.assign(off=(of.value - 1).abs())
-        .groupby(["method", "kind", "metric", "seed"], sort=False)
-        .off.max()
-    )
+    stray = of.assign(off=(of.value - 1).abs())
+    off = stray.groupby(["method", "kind", "metric", "seed"], sort=False).off.max()
     names = list(dict.fromkeys(of.method))
-    cell = lambda m, k, what: spread(
-        off.xs((m, f"ctl {k}", what), level=("method", "kind", "metric")), 3
-    )
-    return pd.DataFrame(
-        {
-            (f"{k} pictures", f"largest |{what} − 1|"): {m: cell(m, k, what) for m in names}
-            for k in ("clean", "prompted")
-            for what in ("coefficient", "cosine")
-        }
-    )
+    out = {}
+    for k in ("clean", "prompted"):
+        for what in ("coefficient", "cosine"):
+            by = off.xs((f"ctl {k}", what), level=("kind", "metric"))
+            column = {m: spread(by.xs(m, level="method"), 3) for m in names}
+            out[f"{k} pictures", f"largest |{what} − 1|"] = column
+    return pd.DataFrame(out)
 
 
 def ours_beside(name: str, preset: str = "lab", roots: list | None = None) -> pd.DataFrame:
-    "Our table of an experiment (mean ± std over seeds) beside the printed one, as text; clean merges are the rows called `(clean)`."
-    return beside(
-        results_of(name, preset, roots), paper_frames().get(choose(name, SOURCES, "experiment"))
-    )
+    """Our table of an experiment (mean ± std over seeds) beside the printed one, as text.
+
+    Clean merges are the rows called `(clean)`."""
+    ours = results_of(name, preset, roots)
+    return beside(ours, paper_frames().get(choose(name, SOURCES, "experiment")))
 
 
 def beside(r: Results, printed: pd.DataFrame | None) -> pd.DataFrame:
+    "A run's table as its rows ask for it: by epoch, by path or by method; as text."
     if "epoch" in r.df:
         return _by_epoch(r, printed)
-    return _by_path(r) if "block" in r.df else _by_method(r, printed)
+    if "block" in r.df:
+        return _by_path(r)
+    return _by_method(r, printed)
 
 # %% ../nbs/23_report.ipynb #06a2c7fe
 @dataclass
 class Mark:
-    "Points, a line (`dash`) or bars (`bar`) of one name: numbers x against numbers or categories y."
+    """Points, a line (`dash`) or bars (`bar`) of one name.
+
+    x: numbers; y: numbers or categories."""
 
     name: str
     x: list
@@ -1279,7 +1310,10 @@ class Mark:
 # %% ../nbs/23_report.ipynb #4b9fb506
 @dataclass
 class Chart:
-    "Marks with titles; `symlog`: the x axis is linear within ±1 and logarithmic outside; `zero`: a line there; `tall`: height in pixels."
+    """Marks with titles.
+
+    `symlog`: the x axis is linear within ±1 and logarithmic outside; `zero`: a line there;
+    `tall`: height in pixels."""
 
     title: str
     xlabel: str
@@ -1300,6 +1334,33 @@ def squeeze(v):
 TICKS = (-1000, -100, -10, -1, 0, 1, 10, 100, 1000)
 
 
+def _mpl_mark(ax, m: Mark, x, y, bars: list) -> None:
+    "One mark on a matplotlib axis; all `bars` of the chart share a category's height."
+    if m.bar:
+        h = 0.8 / len(bars)
+        middle = [v + h * (bars.index(m) - (len(bars) - 1) / 2) for v in y]
+        ax.barh(middle, x, h, color=m.colour, hatch=m.bar * 2, edgecolor="white", label=m.name)
+        return
+    line = dict(ls=DASHES.get(m.dash, ""), color=m.colour)
+    inside = "white" if m.hollow else m.colour
+    ax.plot(x, y, m.symbol, mfc=inside, ms=m.size * 0.75, label=m.name, **line)
+
+
+def _mpl_axes(chart: Chart, ax, place: dict) -> None:
+    "A chart's titles, ticks and zero line; `place`: {category: its number from the top}."
+    if place:
+        ax.set_yticks(range(len(place)), list(place), fontsize=8)
+        ax.set_ylim(len(place) - 0.4, -0.6)
+    if chart.symlog:
+        ax.set_xticks(squeeze(TICKS), [f"{t:g}" for t in TICKS])
+        ax.set_xlim(*chart.span())
+    if chart.zero:
+        ax.axvline(0, color="0.3", lw=1)
+    ax.set(title=chart.title, xlabel=chart.xlabel, ylabel=chart.ylabel)
+    ax.grid(alpha=0.3)
+    ax.title.set_fontsize(10)
+
+# %% ../nbs/23_report.ipynb #ebc4b53a
 @method(Chart)
 def mpl(self):
     "The chart as a matplotlib figure."
@@ -1310,51 +1371,16 @@ def mpl(self):
     place = {c: i for i, c in enumerate(self.categories)}
     bars = [m for m in self.marks if m.bar]
     for m in self.marks:
-        x, y = squeeze(m.x) if self.symlog else m.x, [place[v] for v in m.y] if place else m.y
-        if m.bar:
-            h = 0.8 / len(bars)
-            ax.barh(
-                [v + h * (bars.index(m) - (len(bars) - 1) / 2) for v in y],
-                x,
-                h,
-                color=m.colour,
-                hatch=m.bar * 2,
-                edgecolor="white",
-                label=m.name,
-            )
-        else:
-            ax.plot(
-                x,
-                y,
-                m.symbol,
-                ls=DASHES.get(m.dash, ""),
-                color=m.colour,
-                mfc="white" if m.hollow else m.colour,
-                ms=m.size * 0.75,
-                label=m.name,
-            )
-    if place:
-        ax.set_yticks(range(len(place)), list(place), fontsize=8)
-        ax.set_ylim(len(place) - 0.4, -0.6)
-    if self.symlog:
-        ax.set_xticks(squeeze(TICKS), [f"{t:g}" for t in TICKS])
-        ax.set_xlim(*self.span())
-    if self.zero:
-        ax.axvline(0, color="0.3", lw=1)
-    ax.set(title=self.title, xlabel=self.xlabel, ylabel=self.ylabel)
-    ax.grid(alpha=0.3)
-    ax.title.set_fontsize(10)
+        x = squeeze(m.x) if self.symlog else m.x
+        y = [place[v] for v in m.y] if place else m.y
+        _mpl_mark(ax, m, x, y, bars)
+    _mpl_axes(self, ax, place)
     handles = dict(zip(*reversed(ax.get_legend_handles_labels())))
-    fig.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(4, len(handles)),
-        fontsize=8,
-    )
+    below = dict(loc="outside lower center", ncols=min(4, len(handles)), fontsize=8)
+    fig.legend(handles.values(), handles.keys(), **below)
     return fig
 
-# %% ../nbs/23_report.ipynb #ebc4b53a
+
 @method(Chart)
 def span(self) -> tuple:
     "x limits of a symlog chart, in squeezed units."
@@ -1362,6 +1388,49 @@ def span(self) -> tuple:
     return -far, far
 
 # %% ../nbs/23_report.ipynb #51303902
+def _plotly_mark(fig, m: Mark, also: dict) -> None:
+    "One mark on a plotly figure; `also`: what points, lines and bars have in common."
+    if m.bar:
+        inside = dict(color=m.colour, pattern=dict(shape=m.bar))
+        fig.add_bar(orientation="h", marker=inside, textposition="none", **also)
+        return
+    shape = MARKS[m.symbol] + ("-open" if m.hollow else "")
+    edge = dict(width=2 if m.hollow else 0)
+    fig.add_scatter(
+        mode="lines+markers" if m.dash else "markers",
+        line=dict(color=m.colour, dash=m.dash or "solid"),
+        marker=dict(color=m.colour, symbol=shape, size=m.size, line=edge),
+        **also,
+    )
+
+
+def _plotly_axes(chart: Chart, fig):
+    "The figure with the chart's titles, ticks, zero line and legend."
+    if chart.categories:
+        names = dict(categoryorder="array", categoryarray=chart.categories[::-1])
+        fig.update_yaxes(**names, tickfont=dict(size=11), automargin=True)
+    if chart.symlog:
+        texts = [f"{t:g}" for t in TICKS]
+        fig.update_xaxes(tickvals=list(squeeze(TICKS)), ticktext=texts, range=chart.span())
+    if chart.zero:
+        fig.add_vline(0, line=dict(color="#555", width=1))
+    fig.update_xaxes(title=chart.xlabel)
+    fig.update_yaxes(title=chart.ylabel)
+    legend = dict(
+        orientation="h",
+        traceorder="reversed" if chart.categories else "normal",
+        yanchor="top",
+        y=-60 / max(chart.tall - 150, 1),
+    )
+    return fig.update_layout(
+        template="plotly_white",
+        height=chart.tall,
+        margin=dict(l=50, r=15, t=40, b=50),
+        title=dict(text=chart.title, font=dict(size=14)),
+        legend=legend,
+    )
+
+# %% ../nbs/23_report.ipynb #5e0f23a9
 @method(Chart)
 def plotly(self):
     "The chart as a plotly figure."
@@ -1369,198 +1438,102 @@ def plotly(self):
 
     fig, named = go.Figure(), set()
     for m in self.marks[::-1] if self.categories else self.marks:  # plotly stacks from below
-        x, text = (
-            list(squeeze(m.x)) if self.symlog else list(m.x),
-            m.hover or [f"{m.name}: {v:.3g}" for v in m.x],
-        )
-        also = dict(
-            name=m.name,
-            legendgroup=m.name,
-            showlegend=m.name not in named,
-            text=text,
-            hovertemplate="%{text}<extra></extra>",
-        )
+        x = list(squeeze(m.x)) if self.symlog else list(m.x)
+        text = m.hover or [f"{m.name}: {v:.3g}" for v in m.x]
+        also = dict(x=x, y=list(m.y), name=m.name, legendgroup=m.name, text=text)
+        also |= dict(showlegend=m.name not in named, hovertemplate="%{text}<extra></extra>")
         named.add(m.name)
-        if m.bar:
-            fig.add_bar(
-                x=x,
-                y=list(m.y),
-                orientation="h",
-                marker=dict(color=m.colour, pattern=dict(shape=m.bar)),
-                textposition="none",
-                **also,
-            )
-            continue
-        shape = MARKS[m.symbol] + ("-open" if m.hollow else "")
-        fig.add_scatter(
-            x=x,
-            y=list(m.y),
-            mode="lines+markers" if m.dash else "markers",
-            line=dict(color=m.colour, dash=m.dash or "solid"),
-            marker=dict(
-                color=m.colour, symbol=shape, size=m.size, line=dict(width=2 if m.hollow else 0)
-            ),
-            **also,
-        )
-    if self.categories:
-        fig.update_yaxes(
-            categoryorder="array",
-            categoryarray=self.categories[::-1],
-            tickfont=dict(size=11),
-            automargin=True,
-        )
-    if self.symlog:
-        fig.update_xaxes(
-            tickvals=list(squeeze(TICKS)), ticktext=[f"{t:g}" for t in TICKS], range=self.span()
-        )
-    if self.zero:
-        fig.add_vline(0, line=dict(color="#555", width=1))
-    fig.update_xaxes(title=self.xlabel)
-    fig.update_yaxes(title=self.ylabel)
-    return fig.update_layout(
-        template="plotly_white",
-        height=self.tall,
-        margin=dict(l=50, r=15, t=40, b=50),
-        title=dict(text=self.title, font=dict(size=14)),
-        legend=dict(
-            orientation="h",
-            traceorder="reversed" if self.categories else "normal",
-            yanchor="top",
-            y=-60 / max(self.tall - 150, 1),
-        ),
-    )
+        _plotly_mark(fig, m, also)
+    return _plotly_axes(self, fig)
 
 # %% ../nbs/23_report.ipynb #aeb2dc79
 def chart_claims(verdicts: dict[str, Verdict]) -> Chart:
-    "One line a judged claim, one mark a seed; right of zero is where the paper says it should be."
+    """One line a judged claim, one mark a seed.
+
+    Right of zero is where the paper says it should be."""
     judged = {k: v for k, v in verdicts.items() if len(v.value)}
     order = sorted(judged, key=lambda k: list(VERDICTS).index(judged[k].verdict))
+    symbols = dict(confirmed="o", contradicted="x")
     marks = []
     for word, (_, colour) in VERDICTS.items():
-        of = [
-            (claims[k], s, v)
-            for k in order
-            if judged[k].verdict == word
-            for s, v in judged[k].value.items()
-        ]
-        if of:
-            marks.append(
-                Mark(
-                    word,
-                    [c.sense * (v - c.limit) for c, _, v in of],
-                    [c.id for c, _, _ in of],
-                    colour,
-                    dict(confirmed="o", contradicted="x").get(word, "s"),
-                    hover=[
-                        f"{c.text}<br>seed {s}: {v:.3g} {c.unit}, expected {c.threshold}"
-                        for c, s, v in of
-                    ],
-                )
-            )
-    return Chart(
-        "distance from the claim's threshold, every seed",
-        "wrong side  ←  0  →  as the paper says, in the claim's own unit",
-        "",
-        marks,
-        True,
-        True,
-        120 + 19 * max(len(order), 3),
-        order,
-    )
+        x, y, hover = [], [], []
+        for k in order:
+            if judged[k].verdict != word:
+                continue
+            c = claims[k]
+            for seed, v in judged[k].value.items():
+                x.append(c.sense * (v - c.limit))
+                y.append(c.id)
+                number = f"{v:.3g} {c.unit}, expected {c.threshold}"
+                hover.append(f"{c.text}<br>seed {seed}: {number}")
+        if x:
+            marks.append(Mark(word, x, y, colour, symbols.get(word, "s"), hover=hover))
+    title = "distance from the claim's threshold, every seed"
+    xlabel = "wrong side  ←  0  →  as the paper says, in the claim's own unit"
+    tall = 120 + 19 * max(len(order), 3)
+    return Chart(title, xlabel, "", marks, symlog=True, zero=True, tall=tall, categories=order)
 
 # %% ../nbs/23_report.ipynb #95ce9ef0
 def chart_rivals(df: pd.DataFrame, printed: pd.DataFrame) -> Chart:
     "CA against ASR(T): ours filled (every seed), the paper's hollow."
-    avg = df[
-        (df.task == "average") & (df.kind == "model") & ~df.method.str.contains("individual|alone")
-    ]
-    names = [m for m in dict.fromkeys(avg.method)]
+    alone = df.method.str.contains("individual|alone")
+    avg = df[(df.task == "average") & (df.kind == "model") & ~alone]
+    names = list(dict.fromkeys(avg.method))
     look, marks = styles(names), []
     for m in names:
         colour, _, symbol = look[m]
-        seeds = avg[(avg.method == m) & avg.metric.isin(["CA", "ASR_T"])].pivot_table(
-            index="seed", columns="metric", values="value"
-        )
-        marks.append(
-            Mark(
-                m,
-                seeds.CA.tolist(),
-                seeds.ASR_T.tolist(),
-                colour,
-                symbol,
-                hover=[
-                    f"{m}, seed {s}: CA {a:.1f} %, ASR(T) {b:.1f} %"
-                    for s, a, b in zip(seeds.index, seeds.CA, seeds.ASR_T)
-                ],
-            )
-        )
+        of = avg[(avg.method == m) & avg.metric.isin(["CA", "ASR_T"])]
+        by = of.pivot_table(index="seed", columns="metric", values="value")
+        ca, asr = by.CA.tolist(), by.ASR_T.tolist()
+        points = zip(by.index, ca, asr)
+        hover = [f"{m}, seed {s}: CA {a:.1f} %, ASR(T) {b:.1f} %" for s, a, b in points]
+        marks.append(Mark(m, ca, asr, colour, symbol, hover=hover))
         p = printed[(printed.method == m) & (printed.task == "average")].set_index("metric").value
         if {"CA", "ASR_T"} <= set(p.index):
-            marks.append(
-                Mark(
-                    f"{m}, paper",
-                    [p["CA"]],
-                    [p["ASR_T"]],
-                    colour,
-                    symbol,
-                    hollow=True,
-                    size=11,
-                    hover=[f"{m}, paper: CA {p['CA']:.1f} %, ASR(T) {p['ASR_T']:.1f} %"],
-                )
-            )
-    return Chart(
-        "every defence at the λ of its rule: filled ours, one mark a seed; hollow the paper",
-        "clean accuracy CA, %  →  better",
-        "ASR(T), %  ↓ better",
-        marks,
-        tall=560,
-    )
+            ca, asr = p["CA"], p["ASR_T"]
+            theirs = Mark(f"{m}, paper", [ca], [asr], colour, symbol, hollow=True, size=11)
+            theirs.hover = [f"{m}, paper: CA {ca:.1f} %, ASR(T) {asr:.1f} %"]
+            marks.append(theirs)
+    title = "every defence at the λ of its rule: filled ours, one mark a seed; hollow the paper"
+    return Chart(title, "clean accuracy CA, %  →  better", "ASR(T), %  ↓ better", marks, tall=560)
 
 # %% ../nbs/23_report.ipynb #4ee146fd
 def merges_of(df: pd.DataFrame) -> list[str]:
-    "The merges of a run: rows with a clean twin that are neither contributors nor defences (those have paths)."
-    walked = {*df[df.kind == "path"].method}
-    return [
-        m
-        for m in dict.fromkeys(df.method)
-        if f"{m} (clean)" in set(df.method) and not m.startswith("individual") and m not in walked
-    ]
+    """The merges of a run: rows with a clean twin that are neither contributors nor defences.
+
+    Defences are known by their paths."""
+    walked, known = {*df[df.kind == "path"].method}, set(df.method)
+    merges = []
+    for m in dict.fromkeys(df.method):
+        if f"{m} (clean)" in known and not m.startswith("individual") and m not in walked:
+            merges.append(m)
+    return merges
 
 
 def chart_merges(df: pd.DataFrame) -> Chart:
-    "ASR(T) of every merge: poisoned, after LFPM, and the clean merge under the same trigger; mean over seeds."
-    mean = (
-        df[(df.task == "average") & (df.metric == "ASR_T") & (df.kind == "model")]
-        .groupby("method", sort=False)
-        .value.mean()
-    )
+    """ASR(T) of every merge, mean over seeds.
+
+    Three bars each: poisoned, after LFPM, and the clean merge under the same trigger."""
+    of = df[(df.task == "average") & (df.metric == "ASR_T") & (df.kind == "model")]
+    mean = of.groupby("method", sort=False).value.mean()
     names = merges_of(df)
     first = names[0]
-    rows = (
-        ("poisoned merge", "#d55e00", "/", lambda m: m),
-        ("after LFPM", "#0072b2", "x", lambda m: f"{m} + LFPM" if m != first else "LFPM"),
-        ("clean merge, same trigger", "#555555", ".", lambda m: f"{m} (clean)"),
+    after = ["LFPM" if m == first else f"{m} + LFPM" for m in names]
+    bars = (
+        ("poisoned merge", "#d55e00", "/", names),
+        ("after LFPM", "#0072b2", "x", after),
+        ("clean merge, same trigger", "#555555", ".", [f"{m} (clean)" for m in names]),
     )
-    marks = [
-        Mark(
-            name,
-            [mean.get(row(m), np.nan) for m in names],
-            names,
-            colour,
-            bar=hatch,
-            hover=[f"{row(m)}: {mean.get(row(m), np.nan):.1f} %" for m in names],
-        )
-        for name, colour, hatch, row in rows
-        if any(row(m) in mean for m in names)
-    ]
-    return Chart(
-        f"attack success of every merge, mean over {df.seed.nunique()} seed{'s' * (df.seed.nunique() > 1)}",
-        "ASR(T), %",
-        "",
-        marks,
-        tall=140 + 34 * len(names),
-        categories=names,
-    )
+    marks = []
+    for name, colour, hatch, rows in bars:
+        if not any(row in mean for row in rows):
+            continue
+        values = [mean.get(row, np.nan) for row in rows]
+        hover = [f"{row}: {v:.1f} %" for row, v in zip(rows, values)]
+        marks.append(Mark(name, values, names, colour, bar=hatch, hover=hover))
+    n = df.seed.nunique()
+    title = f"attack success of every merge, mean over {n} seed{'s' * (n > 1)}"
+    return Chart(title, "ASR(T), %", "", marks, tall=140 + 34 * len(names), categories=names)
 
 # %% ../nbs/23_report.ipynb #7fcac61f
 def chart_lines(
@@ -1572,221 +1545,279 @@ def chart_lines(
     xlabel: str,
     printed: pd.DataFrame | None = None,
 ) -> Chart:
-    "One line a method of a CTL or curvature run (mean over seeds), the paper's dotted and hollow."
+    """One line a method of a CTL or curvature run (mean over seeds).
+
+    The paper's is dotted and hollow."""
     of = df[(df.kind == kind) & (df.metric == metric)]
-    of = of[of.block == "feature"] if "block" in of else of
+    if "block" in of:
+        of = of[of.block == "feature"]
     look, marks = styles(dict.fromkeys(of.method)), []
     for m, g in of.groupby("method", sort=False):
         by = g.groupby(x).value.mean()
-        marks.append(Mark(m, by.index.tolist(), by.tolist(), look[m][0], look[m][2], look[m][1]))
+        colour, dash, symbol = look[m]
+        marks.append(Mark(m, by.index.tolist(), by.tolist(), colour, symbol, dash))
     if printed is not None:
         p = printed[printed.metric == metric].sort_values(x)
-        marks.append(
-            Mark("LFPM, paper", p[x].tolist(), p.value.tolist(), look["LFPM"][0], "s", "dot", True)
-        )
+        steps, values = p[x].tolist(), p.value.tolist()
+        marks.append(Mark("LFPM, paper", steps, values, look["LFPM"][0], "s", "dot", hollow=True))
     return Chart(title, xlabel, "", marks, tall=380)
 
 
 def over_seeds(df: pd.DataFrame) -> pd.DataFrame:
-    "Tidy rows averaged over seeds, for the path figures: a chosen λ is the mean of the seeds' choices."
+    """Tidy rows averaged over seeds, for the path figures.
+
+    A chosen λ is the mean of the seeds' choices."""
     df = df.assign(lam=df.lam.where(df.kind == "path"))
-    out = (
-        df.groupby(["method", "kind", "task", "metric", "lam"], sort=False, dropna=False)
-        .agg(value=("value", "mean"), n=("n", "first"))
-        .reset_index()
-    )
+    keys = ["method", "kind", "task", "metric", "lam"]
+    by = df.groupby(keys, sort=False, dropna=False)
+    out = by.agg(value=("value", "mean"), n=("n", "first")).reset_index()
     chosen = out[(out.kind == "summary") & (out.metric == "lam")].set_index("method").value
-    return out.assign(
-        lam=out.lam.where(out.kind != "summary", out.method.map(chosen)),
-        lo=np.nan,
-        hi=np.nan,
-        seed=0,
-    )
+    lam = out.lam.where(out.kind != "summary", out.method.map(chosen))
+    return out.assign(lam=lam, lo=np.nan, hi=np.nan, seed=0)
 
 # %% ../nbs/23_report.ipynb #86f0f0bb
 def figures(r: Results, printed: pd.DataFrame | None) -> dict[str, tuple]:
     "{file name: (matplotlib figure, plotly figure, caption)} of one experiment."
-    out, seeds = {}, f"mean over seeds {', '.join(map(str, r.seeds))}"
-    add = lambda name, c, caption: out.update({name: (c.mpl(), c.plotly(), caption)})
-    if "epoch" in r.df:
-        add(
-            f"{r.name}-curvature",
-            chart_lines(
-                r.df,
-                "curvature prompted",
-                "E_over_delta",
-                "epoch",
-                "E/‖Δ‖ on prompted pictures",
-                "epochs",
-                printed,
-            ),
-            seeds,
-        )
-        add(
-            f"{r.name}-delta",
-            chart_lines(
-                r.df,
-                "curvature prompted",
-                "delta",
-                "epoch",
-                "‖Δ‖, distance from the merged model",
-                "epochs",
-                printed,
-            ),
-            seeds,
-        )
-    elif "block" in r.df:
+    df, out = r.df, {}
+    seeds = f"mean over seeds {', '.join(map(str, r.seeds))}"
+
+    def add(name, chart, caption=seeds):
+        out[name] = (chart.mpl(), chart.plotly(), caption)
+
+    if "epoch" in df:
+        for name, metric, title in (
+            ("curvature", "E_over_delta", "E/‖Δ‖ on prompted pictures"),
+            ("delta", "delta", "‖Δ‖, distance from the merged model"),
+        ):
+            kind = "curvature prompted"
+            lines = chart_lines(df, kind, metric, "epoch", title, "epochs", printed)
+            add(f"{r.name}-{name}", lines)
+    elif "block" in df:
         for kind in ("clean", "prompted"):
-            add(
-                f"{r.name}-{kind}",
-                chart_lines(
-                    r.df,
-                    f"ctl {kind}",
-                    "coefficient",
-                    "lam",
-                    f"CTL coefficient of the output features, {kind} pictures",
-                    "λ",
-                ),
-                seeds,
-            )
-    elif len(merges_of(r.df)) > 2:
-        add(r.name, chart_merges(r.df), seeds)
-    elif (r.df.kind == "path").any():
+            title = f"CTL coefficient of the output features, {kind} pictures"
+            lines = chart_lines(df, f"ctl {kind}", "coefficient", "lam", title, "λ")
+            add(f"{r.name}-{kind}", lines)
+    elif len(merges_of(df)) > 2:
+        add(r.name, chart_merges(df))
+    elif (df.kind == "path").any():
         if r.name == "rivals":
-            add(
-                "rivals-scatter",
-                chart_rivals(r.df, printed),
-                "a rival to the lower right of LFPM would be better than it",
-            )
-        mean = over_seeds(r.df)
-        out[f"{r.name}-path"] = (
-            draw_path(mean),
-            plot_path(mean),
-            f"along λ, {seeds}; thin grey lines: what innocent models reach under the same trigger",
-        )
+            better = "a rival to the lower right of LFPM would be better than it"
+            add("rivals-scatter", chart_rivals(df, printed), better)
+        mean = over_seeds(df)
+        grey = "thin grey lines: what innocent models reach under the same trigger"
+        out[f"{r.name}-path"] = (draw_path(mean), plot_path(mean), f"along λ, {seeds}; {grey}")
     return out
 
 # %% ../nbs/23_report.ipynb #a8f7c3b9
 STYLE_SHEET = """
 :root{--ink:#1b1f24;--soft:#5b6470;--line:#d9dee4;--bg:#fff;--band:#f5f7f9}
-*{box-sizing:border-box} body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--bg);margin:0 auto;max-width:1220px;padding:18px 22px 60px}
-h1{font-size:26px;line-height:1.2;margin:8px 0} h2{font-size:20px;margin:38px 0 6px;border-top:1px solid var(--line);padding-top:18px} h3{font-size:15px;margin:18px 0 4px}
-p{max-width:86ch;margin:6px 0} .soft{color:var(--soft);font-size:13px} code,pre{font:12.5px ui-monospace,monospace;background:var(--band)} code{padding:1px 4px} pre{padding:8px 10px;overflow-x:auto;white-space:pre-wrap}
-nav{font-size:13px;margin:8px 0} nav a{margin-right:10px;white-space:nowrap} a{color:#00568a}
-.scroll{overflow-x:auto} table{border-collapse:collapse;font-size:13px;margin:6px 0} th,td{padding:3px 8px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;vertical-align:top}
-th{font-weight:600;background:var(--band)} td:first-child,th:first-child{text-align:left} tr.clean td{color:var(--soft);font-style:italic} td.paper{color:var(--soft)}
-.bar{display:flex;flex-wrap:wrap;gap:8px;margin:12px 0} .bar button{font:inherit;border:1.5px solid var(--line);background:#fff;border-radius:6px;padding:6px 12px;cursor:pointer}
-.bar button[aria-pressed=true]{border-color:var(--ink);box-shadow:inset 0 0 0 1px var(--ink)} .bar b{font-size:19px}
-.claim{border:1px solid var(--line);border-left-width:6px;border-radius:4px;margin:7px 0;padding:8px 12px;display:grid;grid-template-columns:172px minmax(0,1fr) minmax(0,300px);gap:4px 16px;break-inside:avoid}
-.claim .v{font-weight:650} .claim h3{margin:0;font-weight:600;font-size:15px} .claim .num{font-size:13px} .claim details{grid-column:1/-1;font-size:13px} .claim.c{border-left-style:solid} .claim.x{border-left-style:double} .claim.o{border-left-style:dotted}
-figure{margin:10px 0;break-inside:avoid} figcaption{font-size:13px;color:var(--soft)} .note{border:1px solid #c98500;border-left-width:6px;padding:6px 12px;border-radius:4px;font-size:13px}
-@media screen and (max-width:860px){body{padding:12px 14px 50px} .claim{grid-template-columns:1fr} table{font-size:11.5px} th,td{padding:3px 4px}}
-@media print{body{max-width:none;font-size:10px;padding:0} h1{font-size:18px} h2{font-size:14px;margin-top:16px;padding-top:8px;break-after:avoid} .claim h3{font-size:10.5px} .soft,.claim .num,.claim details,figcaption{font-size:9px}
-.claim{margin:3px 0;padding:3px 8px;grid-template-columns:112px minmax(0,1fr) minmax(0,190px)} .claim details,.bar,nav{display:none!important} table{font-size:8.5px} th,td{padding:1px 3px} figure{max-width:17cm;overflow:hidden}}
+*{box-sizing:border-box}
+body{
+  font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--bg);margin:0 auto;
+  max-width:1220px;padding:18px 22px 60px
+}
+h1{font-size:26px;line-height:1.2;margin:8px 0}
+h2{font-size:20px;margin:38px 0 6px;border-top:1px solid var(--line);padding-top:18px}
+h3{font-size:15px;margin:18px 0 4px}
+p{max-width:86ch;margin:6px 0}
+.soft{color:var(--soft);font-size:13px}
+code,pre{font:12.5px ui-monospace,monospace;background:var(--band)}
+code{padding:1px 4px}
+pre{padding:8px 10px;overflow-x:auto;white-space:pre-wrap}
+nav{font-size:13px;margin:8px 0}
+nav a{margin-right:10px;white-space:nowrap}
+a{color:#00568a}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:13px;margin:6px 0}
+th,td{
+  padding:3px 8px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;
+  vertical-align:top
+}
+th{font-weight:600;background:var(--band)}
+td:first-child,th:first-child{text-align:left}
+tr.clean td{color:var(--soft);font-style:italic}
+td.paper{color:var(--soft)}
+.bar{display:flex;flex-wrap:wrap;gap:8px;margin:12px 0}
+.bar button{
+  font:inherit;border:1.5px solid var(--line);background:#fff;border-radius:6px;
+  padding:6px 12px;cursor:pointer
+}
+.bar button[aria-pressed=true]{border-color:var(--ink);box-shadow:inset 0 0 0 1px var(--ink)}
+.bar b{font-size:19px}
+.claim{
+  border:1px solid var(--line);border-left-width:6px;border-radius:4px;margin:7px 0;
+  padding:8px 12px;display:grid;grid-template-columns:172px minmax(0,1fr) minmax(0,300px);
+  gap:4px 16px;break-inside:avoid
+}
+.claim .v{font-weight:650}
+.claim h3{margin:0;font-weight:600;font-size:15px}
+.claim .num{font-size:13px}
+.claim details{grid-column:1/-1;font-size:13px}
+.claim.c{border-left-style:solid}
+.claim.x{border-left-style:double}
+.claim.o{border-left-style:dotted}
+figure{margin:10px 0;break-inside:avoid}
+figcaption{font-size:13px;color:var(--soft)}
+.note{
+  border:1px solid #c98500;border-left-width:6px;padding:6px 12px;border-radius:4px;
+  font-size:13px
+}
+@media screen and (max-width:860px){
+  body{padding:12px 14px 50px}
+  .claim{grid-template-columns:1fr}
+  table{font-size:11.5px}
+  th,td{padding:3px 4px}
+}
+@media print{
+  body{max-width:none;font-size:10px;padding:0}
+  h1{font-size:18px}
+  h2{font-size:14px;margin-top:16px;padding-top:8px;break-after:avoid}
+  .claim h3{font-size:10.5px}
+  .soft,.claim .num,.claim details,figcaption{font-size:9px}
+  .claim{margin:3px 0;padding:3px 8px;grid-template-columns:112px minmax(0,1fr) minmax(0,190px)}
+  .claim details,.bar,nav{display:none!important}
+  table{font-size:8.5px}
+  th,td{padding:1px 3px}
+  figure{max-width:17cm;overflow:hidden}
+}
 """
 SCRIPT = """
-const cards=[...document.querySelectorAll(".claim")],buttons=[...document.querySelectorAll(".bar button")];
-function show(v){cards.forEach(c=>c.hidden=v!=="all"&&c.dataset.v!==v);cards.forEach(c=>c.style.display=c.hidden?"none":"");buttons.forEach(b=>b.setAttribute("aria-pressed",b.dataset.v===v))}
-buttons.forEach(b=>b.addEventListener("click",()=>show(b.dataset.v)));
-addEventListener("beforeprint",()=>{show("all");document.querySelectorAll("details.made").forEach(d=>d.open=true);document.querySelectorAll(".js-plotly-plot").forEach(p=>Plotly.relayout(p,{width:620}))});
-addEventListener("afterprint",()=>document.querySelectorAll(".js-plotly-plot").forEach(p=>Plotly.relayout(p,{width:null,autosize:true})));
+const cards = [...document.querySelectorAll(".claim")];
+const buttons = [...document.querySelectorAll(".bar button")];
+const plots = () => document.querySelectorAll(".js-plotly-plot");
+function show(v) {
+  cards.forEach(c => c.hidden = v !== "all" && c.dataset.v !== v);
+  cards.forEach(c => c.style.display = c.hidden ? "none" : "");
+  buttons.forEach(b => b.setAttribute("aria-pressed", b.dataset.v === v));
+}
+buttons.forEach(b => b.addEventListener("click", () => show(b.dataset.v)));
+addEventListener("beforeprint", () => {
+  show("all");
+  document.querySelectorAll("details.made").forEach(d => d.open = true);
+  plots().forEach(p => Plotly.relayout(p, {width: 620}));
+});
+addEventListener("afterprint", () => {
+  plots().forEach(p => Plotly.relayout(p, {width: null, autosize: true}));
+});
 """
 
 # %% ../nbs/23_report.ipynb #d9ee5362
+def _safe(x) -> str:
+    "Anything as text of the page: what looks like HTML stays text."
+    return html.escape(str(x))
+
+
+def _headings(heads: list[tuple], level: int) -> str:
+    "One row of column headings; on the first of several levels a group gets one cell."
+    grouped = level == 0 and len(heads[0]) > 1
+    groups = []  # [text, number of columns]
+    for h in heads:
+        if grouped and groups and groups[-1][0] == h[level]:
+            groups[-1][1] += 1
+        else:
+            groups.append([h[level], 1])
+    cells = ""
+    for text, n in groups:
+        span = f" colspan={n}" if n > 1 else ""
+        cells += f"<th{span}>{_safe(text)}</th>"
+    return cells
+
+# %% ../nbs/23_report.ipynb #5e0f23b1
 def html_table(t: pd.DataFrame, left: str = "") -> str:
-    "A text table as HTML; a column group gets one heading, rows called `(clean)` are set apart, the papers' numbers are greyed."
+    """A text table as HTML; a column group gets one heading.
+
+    Rows called `(clean)` are set apart, the papers' numbers are greyed."""
     heads = [c if isinstance(c, tuple) else (c,) for c in t.columns]
-    e = lambda x: html.escape(str(x))
-    lines = []
+    grey = [" class=paper" if h[-1] == "paper" else "" for h in heads]
+    top, rows = "", ""
     for level in range(len(heads[0])):
-        cells, i = [], 0
-        while i < len(heads):
-            j = i + 1
-            while (
-                level == 0 and len(heads[0]) > 1 and j < len(heads) and heads[j][0] == heads[i][0]
-            ):
-                j += 1
-            cells.append(f"<th{f' colspan={j - i}' if j - i > 1 else ''}>{e(heads[i][level])}</th>")
-            i = j
-        lines.append(f"<tr><th>{e(left) if level == 0 else ''}</th>{''.join(cells)}</tr>")
+        corner = _safe(left) if level == 0 else ""
+        top += f"<tr><th>{corner}</th>{_headings(heads, level)}</tr>"
     for key, row in zip(t.index, t.itertuples(index=False)):
         name = key if isinstance(key, str) else ", ".join(map(str, key))
-        cells = "".join(
-            f"<td{' class=paper' if h[-1] == 'paper' else ''}>{e(v)}</td>"
-            for h, v in zip(heads, row)
-        )
-        lines.append(
-            f"<tr{' class=clean' if name.endswith('(clean)') else ''}><td>{e(name)}</td>{cells}</tr>"
-        )
-    k = len(heads[0])
-    return f"<div class=scroll><table><thead>{''.join(lines[:k])}</thead><tbody>{''.join(lines[k:])}</tbody></table></div>"
+        apart = " class=clean" if name.endswith("(clean)") else ""
+        cells = "".join(f"<td{css}>{_safe(v)}</td>" for css, v in zip(grey, row))
+        rows += f"<tr{apart}><td>{_safe(name)}</td>{cells}</tr>"
+    table = f"<table><thead>{top}</thead><tbody>{rows}</tbody></table>"
+    return f"<div class=scroll>{table}</div>"
 
 
 def plotly_div(fig) -> str:
     "A plotly figure as a piece of the page; plotly.js itself is there once."
-    return fig.to_html(
-        full_html=False, include_plotlyjs=False, config=dict(responsive=True, displayModeBar=False)
-    )
+    config = dict(responsive=True, displayModeBar=False)
+    return fig.to_html(full_html=False, include_plotlyjs=False, config=config)
 
 # %% ../nbs/23_report.ipynb #1d553522
 def said(c: Claim, v: Verdict) -> str:
-    "The deciding number in words: mean (lowest to highest seed), unit, in how many seeds the test holds; a dash where there is none."
+    """The deciding number in words; a dash where there is none.
+
+    Mean (lowest to highest seed), unit, in how many seeds the test holds."""
     if v.value.empty:
         return "–"
     d = 2 if v.value.abs().max() < 10 else 1
     held, n = int((c.sense * (v.value - c.limit) > 0).sum()), len(v.value)
-    many = (
-        f" ({v.value.min():.{d}f} to {v.value.max():.{d}f}), holds in {held} of {n} seeds"
-        if n > 1
-        else ""
-    )
-    return (f"{v.value.mean():.{d}f} {c.unit}".strip() + many).replace("-", "−")
+    words = f"{v.value.mean():.{d}f} {c.unit}".strip()
+    if n > 1:
+        words += f" ({v.value.min():.{d}f} to {v.value.max():.{d}f}), holds in {held} of {n} seeds"
+    return words.replace("-", "−")
 
 # %% ../nbs/23_report.ipynb #c24d25a4
+def _sides(c: Claim, v: Verdict, own: Verdict) -> tuple[str, str]:
+    "(our number, the paper's) in words, or why there is none."
+    ours = said(c, v) if len(v.value) else v.why.replace("`", "")
+    if len(v.value) == 1:
+        ours += " (n = 1 seed)"
+    if len(own.value):
+        return ours, said(c, own)
+    return ours, "a figure without numbers" if "Fig" in c.where else "not printed"
+
+
+def _at_seed(parts: dict, seed) -> dict[str, str]:
+    "{name: number of one seed, as text} of a verdict's parts."
+    return {name: f"{s[seed]:.2f}" for name, s in parts.items() if seed in s}
+
+
+def _seeds_of(parts: dict) -> list:
+    return sorted({seed for s in parts.values() for seed in s.index})
+
+# %% ../nbs/23_report.ipynb #5e0f23b3
 def claim_card(c: Claim, v: Verdict, own: Verdict) -> str:
-    "One line of the ledger: verdict (word, sign and border, colour only in addition), claim and test, our number and the paper's, details by seed."
+    """One line of the ledger: verdict, claim, test, our number, the paper's, details by seed.
+
+    A verdict is a word, a sign and a border; its colour is only in addition."""
     sign, colour = VERDICTS[v.verdict]
-    e, css = html.escape, dict(confirmed="c", contradicted="x").get(v.verdict, "o")
-    ours = (
-        f"<b>ours</b> {e(said(c, v))}" + (" (n = 1 seed)" if len(v.value) == 1 else "")
-        if len(v.value)
-        else f"<b>ours</b> {e(v.why)}".replace("`", "")
-    )
-    theirs = (
-        said(c, own)
-        if len(own.value)
-        else "a figure without numbers"
-        if "Fig" in c.where
-        else "not printed"
-    )
-    why = (
-        f"<p><b>Why ours may differ.</b> {e(c.differs)}</p>"
-        if c.differs and v.verdict == "contradicted"
-        else ""
-    )
-    text = lambda parts, name: {
-        name(i): {k: f"{s[i]:.2f}" for k, s in parts.items() if i in s}
-        for i in sorted({i for s in parts.values() for i in s.index})
-    }
-    parts = pd.DataFrame(
-        text(v.parts, "seed {}".format) | text(own.parts, lambda _: "paper")
-    ).fillna("–")
-    seeds = html_table(parts) if len(parts) else ""
-    flips = (
-        f"<p class=soft>A confirmed verdict would be refuted by exchanging the rows of {' and '.join(f'{m} ({x})' for x, m in c.swap)}.</p>"
-        if c.swap
-        else ""
-    )
+    css = dict(confirmed="c", contradicted="x").get(v.verdict, "o")
+    ours, theirs = _sides(c, v, own)
+    parts = {f"seed {i}": _at_seed(v.parts, i) for i in _seeds_of(v.parts)}
+    for i in _seeds_of(own.parts):
+        parts["paper"] = _at_seed(own.parts, i)
+    table = pd.DataFrame(parts).fillna("–")
+    details = ""
+    if c.differs and v.verdict == "contradicted":
+        details += f"<p><b>Why ours may differ.</b> {_safe(c.differs)}</p>"
+    if len(table):
+        details += html_table(table)
+    if c.swap:
+        exchanged = " and ".join(f"{m} ({x})" for x, m in c.swap)
+        details += "<p class=soft>A confirmed verdict would be refuted by exchanging the rows of "
+        details += f"{exchanged}.</p>"
     return (
-        f'<section class="claim {css}" style="border-left-color:{colour}" data-v="{v.verdict}" id="claim-{c.id}"><div class=v style="color:{colour}">{sign} {v.verdict}</div>'
-        f"<div><h3>{e(c.text)}</h3><div class=soft><code>{c.id}</code> {e(c.where)}. Test: {e(c.words)}, {e(c.threshold)} in every seed.</div></div>"
-        f"<div class=num>{ours}<br><b>paper</b> {e(theirs)}</div><details><summary>numbers by seed, experiments {e(', '.join(c.needs))}</summary>{why}{seeds}{flips}</details></section>"
+        f'<section class="claim {css}" style="border-left-color:{colour}" '
+        f'data-v="{v.verdict}" id="claim-{c.id}">'
+        f'<div class=v style="color:{colour}">{sign} {v.verdict}</div>'
+        f"<div><h3>{_safe(c.text)}</h3><div class=soft><code>{c.id}</code> {_safe(c.where)}. "
+        f"Test: {_safe(c.words)}, {_safe(c.threshold)} in every seed.</div></div>"
+        f"<div class=num><b>ours</b> {_safe(ours)}<br><b>paper</b> {_safe(theirs)}</div>"
+        f"<details><summary>numbers by seed, experiments {_safe(', '.join(c.needs))}</summary>"
+        f"{details}</details></section>"
     )
 
 # %% ../nbs/23_report.ipynb #c6ac17cd
 @dataclass
 class Report:
-    "All that the page shows: results, what was left out, verdicts on ours and on the papers' own tables."
+    """All that the page shows: results, what was left out, verdicts.
+
+    `verdicts`: on our results; `own`: on the papers' own tables."""
 
     preset: str
     found: dict[str, Results]
@@ -1797,16 +1828,13 @@ class Report:
 
     @classmethod
     def of(cls, preset: str = "lab", roots: list | None = None) -> "Report":
-        found, left = gather(preset, roots)
-        printed, frames = paper_frames(), {k: r.df for k, r in found.items()}
-        return cls(
-            preset,
-            dict(sorted(found.items(), key=lambda x: list(SOURCES).index(x[0]))),
-            left,
-            printed,
-            {k: judge(c, frames, preset) for k, c in claims.items()},
-            {k: judge_paper(c, printed) for k, c in claims.items()},
-        )
+        "The report of the results under `roots` (see `gather`), experiments as in SOURCES."
+        gathered, left = gather(preset, roots)
+        found = {name: gathered[name] for name in SOURCES if name in gathered}
+        frames, printed = {name: r.df for name, r in found.items()}, paper_frames()
+        verdicts = {k: judge(c, frames, preset) for k, c in claims.items()}
+        own = {k: judge_paper(c, printed) for k, c in claims.items()}
+        return cls(preset, found, left, printed, verdicts, own)
 
 # %% ../nbs/23_report.ipynb #b1e3aba9
 @method(Report)
@@ -1818,99 +1846,121 @@ def counts(self) -> dict[str, int]:
 @method(Report)
 def summary(self) -> str:
     "One paragraph: verdicts, preset, seeds, hours."
-    seconds, seeds = (
-        sum(r.seconds for r in self.found.values()),
-        sorted({s for r in self.found.values() for s in r.seeds}),
-    )
+    runs = self.found.values()
+    hours = sum(r.seconds for r in runs) / 3600
+    seeds = ", ".join(map(str, sorted({s for r in runs for s in r.seeds}))) or "none"
+    verdicts = ", ".join(f"{n} {v}" for v, n in self.counts().items())
     return (
-        f"{len(claims)} claims of two papers: "
-        + ", ".join(f"{n} {v}" for v, n in self.counts().items())
-        + f". Preset {self.preset}, {len(self.found)} experiments, seeds {', '.join(map(str, seeds)) or 'none'}, "
-        f"{seconds / 3600:.1f} hours of computing (a stage that several runs share is counted in the first)."
+        f"{len(claims)} claims of two papers: {verdicts}. "
+        f"Preset {self.preset}, {len(self.found)} experiments, seeds {seeds}, "
+        f"{hours:.1f} hours of computing (a stage that several runs share is counted in the first)."
     )
 
 
 @method(Report)
 def warnings(self) -> list[str]:
     "What was left out or does not fit together."
-    out = [
-        f"{r.name}: configuration {r.config} (the one started last) is shown; left out: {', '.join(f'{c} ({len(fs)} runs)' for c, fs in r.others.items())}"
-        for r in self.found.values()
-        if r.others
-    ]
-    versions = {json.dumps(r.versions, sort_keys=True) for r in self.found.values()}
-    if len(versions) > 1:
+    out = []
+    for r in self.found.values():
+        if r.others:
+            others = ", ".join(f"{c} ({len(fs)} runs)" for c, fs in r.others.items())
+            shown = f"configuration {r.config} (the one started last) is shown"
+            out.append(f"{r.name}: {shown}; left out: {others}")
+    n = len({json.dumps(r.versions, sort_keys=True) for r in self.found.values()})
+    if n > 1:
         out.append(
-            f"the experiments were computed with {len(versions)} different sets of versions; compare numbers within one experiment only"
+            f"the experiments were computed with {n} different sets of versions; "
+            "compare numbers within one experiment only"
         )
     return out + [f"{k}: {why}" for k, why in self.left.items()]
 
 # %% ../nbs/23_report.ipynb #5e436ba0
+def _button(verdict: str, sign: str, n: int) -> str:
+    "A button that shows the claims of one verdict, or all of them; `all` is pressed at first."
+    pressed = "true" if verdict == "all" else "false"
+    return (
+        f'<button data-v="{verdict}" aria-pressed="{pressed}">{sign} <b>{n}</b> {verdict}</button>'
+    )
+
+
 @method(Report)
 def ledger(self) -> str:
-    buttons = "".join(
-        f'<button data-v="{v}" aria-pressed="{"true" if v == "all" else "false"}">{s} <b>{n}</b> {v}</button>'
-        for v, s, n in [
-            ("all", "", len(claims)),
-            *((v, VERDICTS[v][0], n) for v, n in self.counts().items()),
-        ]
-    )
+    "The claims: buttons that filter by verdict, their picture, a card each."
+    buttons = _button("all", "", len(claims))
+    for v, n in self.counts().items():
+        buttons += _button(v, VERDICTS[v][0], n)
     picture = plotly_div(chart_claims(self.verdicts).plotly())
-    order = sorted(
-        claims, key=lambda k: list(VERDICTS).index(self.verdicts[k].verdict) == 2
-    )  # what can be judged first, else as registered
+    # what can be judged first, else as registered
+    order = sorted(claims, key=lambda k: self.verdicts[k].verdict == "not testable here")
     cards = "".join(claim_card(claims[k], self.verdicts[k], self.own[k]) for k in order)
-    return f'<h2 id=claims>Claims</h2><p>A claim is confirmed if its test holds in every seed. Select:</p><div class=bar role=group aria-label="filter by verdict">{buttons}</div><figure>{picture}</figure>{cards}'
+    return (
+        "<h2 id=claims>Claims</h2>"
+        "<p>A claim is confirmed if its test holds in every seed. Select:</p>"
+        f'<div class=bar role=group aria-label="filter by verdict">{buttons}</div>'
+        f"<figure>{picture}</figure>{cards}"
+    )
 
 # %% ../nbs/23_report.ipynb #45d969ce
+def _repeats(name: str) -> str:
+    "What of a paper an experiment repeats: its table, or LFPM's figure of linearity."
+    paper, number = SOURCES[name]
+    return f"{paper} Table {number}" if number else f"{paper} Fig 5"
+
+
 @method(Report)
 def section(self, r: Results, drawn: dict) -> str:
     "One experiment: what it repeats, its table beside the paper's, figures, how it was made."
-    paper, number = SOURCES[r.name]
-    n = (
-        r.df[(r.df.metric == "ASR_T") & (r.df.task == "average")].n
-        if "lo" in r.df
-        else pd.Series(dtype=int)
-    )
     versions = ", ".join([*(f"{k} {v}" for k, v in r.versions.items()), *r.notes])
     seeds = ", ".join(map(str, r.seeds))
-    made = html.escape(
-        f"configuration {r.config}, seeds {seeds}, {r.seconds / 60:.0f} minutes, {versions}"
-    ) + (
-        f"; ASR(T) counts {', '.join(map(str, sorted({int(x) for x in n})))} pictures a seed"
-        if len(n)
-        else ""
-    )
-    figs = "".join(
-        f"<figure>{plotly_div(fig)}<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for _, fig, caption in drawn.values()
-    )
+    made = f"configuration {r.config}, seeds {seeds}, {r.seconds / 60:.0f} minutes, {versions}"
+    made = html.escape(made)
+    if "lo" in r.df:
+        asr = r.df[(r.df.metric == "ASR_T") & (r.df.task == "average")]
+        counted = ", ".join(map(str, sorted({int(n) for n in asr.n})))
+        made += f"; ASR(T) counts {counted} pictures a seed" if counted else ""
+    figs = ""
+    for _, fig, caption in drawn.values():
+        words = f"<figcaption>{html.escape(caption)}</figcaption>"
+        figs += f"<figure>{plotly_div(fig)}{words}</figure>"
     table = html_table(beside(r, self.printed.get(r.name)), "ours: mean ± std over seeds")
+    commands = html.escape("\n".join(r.command))
     return (
-        f"<h2 id={r.name}>{r.name}: {paper} {f'Table {number}' if number else 'Fig 5'}</h2>{table}{figs}<details class=made><summary class=soft>{made}</summary>"
-        f"<pre>{html.escape(chr(10).join(r.command))}</pre></details>"
+        f"<h2 id={r.name}>{r.name}: {_repeats(r.name)}</h2>{table}{figs}"
+        f"<details class=made><summary class=soft>{made}</summary>"
+        f"<pre>{commands}</pre></details>"
     )
 
 # %% ../nbs/23_report.ipynb #9188f1da
 @method(Report)
 def tables(self) -> str:
     "Every printed table, folded, slips marked."
-    every, out = load_paper(), []
+    out = (
+        "<h2 id=printed>What the papers print</h2>"
+        "<p>† behind an average: the mean of its own tasks, which differs by more than rounding. "
+        "Comparisons use that mean.</p>"
+    )
+    every = load_paper()
     for paper, number in every[["paper", "table"]].drop_duplicates().itertuples(index=False):
         bad = every[(every.paper == paper) & (every.table == number)].slip.notna().sum()
-        out.append(
-            f"<details><summary>{paper} Table {number}{f', slips †: {bad}' if bad else ''}</summary>{html_table(paper_table(number, paper), 'printed')}</details>"
-        )
-    return (
-        "<h2 id=printed>What the papers print</h2><p>† behind an average: the mean of its own tasks, which differs by more than rounding. Comparisons use that mean.</p>"
-        + "".join(out)
-    )
+        marked = f", slips †: {bad}" if bad else ""
+        table = html_table(paper_table(number, paper), "printed")
+        title = f"{paper} Table {number}{marked}"
+        out += f"<details><summary>{title}</summary>{table}</details>"
+    return out
 
 # %% ../nbs/23_report.ipynb #2d5c8bec
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>lfpm_nb: claims and results</title>
-<style>{style}</style><script>{plotly}</script><body><h1>Backdoors in model merging: what holds of two papers' claims</h1>
-<p>{summary}</p><p class=soft>Written {time}. Our numbers come from a small CLIP on small pictures; they test mechanisms and orders, not the papers' digits. LFPM: arXiv 2606.12498. DAM: Yang et al., Defense-Aware Merging.</p>
-{notes}<nav aria-label="sections"><a href="#claims">claims</a>{links}<a href="#printed">printed tables</a></nav>{body}<script>{script}</script></body></html>"""
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>lfpm_nb: claims and results</title>
+<style>{style}</style><script>{plotly}</script>
+<body><h1>Backdoors in model merging: what holds of two papers' claims</h1>
+<p>{summary}</p>
+<p class=soft>Written {time}. Our numbers come from a small CLIP on small pictures;
+they test mechanisms and orders, not the papers' digits. LFPM: arXiv 2606.12498.
+DAM: Yang et al., Defense-Aware Merging.</p>
+{notes}
+<nav aria-label="sections"><a href="#claims">claims</a>{links}<a href="#printed">printed tables</a>
+</nav>{body}<script>{script}</script></body></html>"""
 
 
 @method(Report)
@@ -1919,21 +1969,18 @@ def page(self, drawn: dict[str, dict]) -> str:
     from plotly.offline import get_plotlyjs
 
     notes = "".join(f"<li>{html.escape(w)}</li>" for w in self.warnings())
-    body = (
-        self.ledger()
-        + "".join(self.section(r, drawn[k]) for k, r in self.found.items())
-        + self.tables()
-    )
+    if notes:
+        title = "<b>Left out, or not of one piece</b>"
+        notes = f"<div class=note>{title}<ul>{notes}</ul></div>"
+    sections = "".join(self.section(r, drawn[k]) for k, r in self.found.items())
     return PAGE.format(
         style=STYLE_SHEET,
         script=SCRIPT,
         plotly=get_plotlyjs(),
         summary=html.escape(self.summary()),
         time=time.strftime("%F %T"),
-        body=body,
-        notes=f"<div class=note><b>Left out, or not of one piece</b><ul>{notes}</ul></div>"
-        if notes
-        else "",
+        body=self.ledger() + sections + self.tables(),
+        notes=notes,
         links="".join(f"<a href='#{k}'>{k}</a>" for k in self.found),
     )
 
@@ -1948,14 +1995,57 @@ def small_png(fig, path: Path) -> None:
         Image.open(whole).convert("RGB").quantize(128).save(tmp, "png", optimize=True)
 
 # %% ../nbs/23_report.ipynb #cccf4b33
+def _cell(x) -> str:
+    "Anything as a cell of a Markdown table."
+    return str(x).replace("|", "\\|")
+
+
+def _md_ledger(report: Report) -> list[str]:
+    "The lines of the ledger: a row for every claim that was judged."
+    out = [
+        "| verdict | claim | ours | paper | expected in every seed | where |",
+        "|---|---|---|---|---|---|",
+    ]
+    for k, c in claims.items():
+        v, own = report.verdicts[k], report.own[k]
+        if len(v.value):
+            verdict = f"{VERDICTS[v.verdict][0]} {v.verdict}"
+            cells = [verdict, _cell(c.text), _cell(said(c, v)), _cell(said(c, own))]
+            out.append(f"| {' | '.join([*cells, c.threshold, c.where])} |")
+    return [*out, ""]
+
+
+def _md_lacking(report: Report) -> list[str]:
+    "What could not be judged, and the commands that would make it so."
+    size = "" if report.preset == "lab" else f" --preset {report.preset}"
+    lacking = []
+    for k, c in claims.items():
+        if report.verdicts[k].value.empty:
+            names = [n for n in c.needs if n not in report.found] or c.needs
+            commands = ", ".join(f"`lfpm run {n}{size}`" for n in names)
+            lacking.append(f"{k} ({commands})")
+    return [f"Not testable yet: {', '.join(lacking)}.", ""] if lacking else []
+
+# %% ../nbs/23_report.ipynb #5e0f23af
+def _md_section(r: Results, t: pd.DataFrame, drawn: dict) -> list[str]:
+    "The lines of one experiment: how it was made, its table, its figures."
+    heads = [" ".join(filter(None, c)) for c in t.columns]
+    seeds = ", ".join(map(str, r.seeds))
+    notes = "".join(f"; {n}" for n in r.notes)
+    made = f"configuration {html.escape(r.config)}, seeds {seeds}{notes}"
+    out = [f"## {r.name}", "", f"{_repeats(r.name)}; {made}.", ""]
+    out += ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, row in zip(t.index, t.itertuples(index=False)):
+        out.append("| " + " | ".join(map(_cell, [name, *row])) + " |")
+    out.append("")
+    for name, (_, _, caption) in drawn.items():
+        out += [f"![{r.name}: {caption}]({name}.png)", ""]
+    return out
+
+
 @method(Report)
 def markdown(self, drawn: dict) -> str:
     "The gallery's page: the ledger and every table and figure as GitHub shows them."
-    e = lambda x: str(x).replace("|", "\\|")
-    line = lambda k: (
-        f"| {VERDICTS[self.verdicts[k].verdict][0]} {self.verdicts[k].verdict} | {e(claims[k].text)} | {e(said(claims[k], self.verdicts[k]))} | {e(said(claims[k], self.own[k]))} | {claims[k].threshold} | {claims[k].where} |"
-    )
-    judged = [k for k in claims if len(self.verdicts[k].value)]
     out = [
         "# Claims and results",
         "",
@@ -1965,48 +2055,10 @@ def markdown(self, drawn: dict) -> str:
         "",
         "![every seed's distance from each claim's threshold](claims.png)",
         "",
-        "| verdict | claim | ours | paper | expected in every seed | where |",
-        "|---|---|---|---|---|---|",
-        *map(line, judged),
-        "",
     ]
-    lacking = {
-        k: [n for n in claims[k].needs if n not in self.found] or claims[k].needs
-        for k in claims
-        if k not in judged
-    }
-    size = "" if self.preset == "lab" else f" --preset {self.preset}"
-    if lacking:
-        out += [
-            "Not testable yet: "
-            + ", ".join(
-                f"{k} ({', '.join(f'`lfpm run {n}{size}`' for n in names)})"
-                for k, names in lacking.items()
-            )
-            + ".",
-            "",
-        ]
+    out += _md_ledger(self) + _md_lacking(self)
     for name, r in self.found.items():
-        t = beside(r, self.printed.get(name))
-        heads = [" ".join(filter(None, c)) for c in t.columns]
-        out += [
-            f"## {name}",
-            "",
-            f"{SOURCES[name][0]} {f'Table {SOURCES[name][1]}' if SOURCES[name][1] else 'Fig 5'}; configuration {html.escape(r.config)}, seeds {', '.join(map(str, r.seeds))}{''.join(f'; {n}' for n in r.notes)}.",
-            "",
-            "| | " + " | ".join(heads) + " |",
-            "|---" * (len(heads) + 1) + "|",
-            *(
-                "| " + " | ".join([e(k), *map(e, row)]) + " |"
-                for k, row in zip(t.index, t.itertuples(index=False))
-            ),
-            "",
-        ]
-        out += [
-            line
-            for k, (_, _, caption) in drawn[name].items()
-            for line in (f"![{name}: {caption}]({k}.png)", "")
-        ]
+        out += _md_section(r, beside(r, self.printed.get(name)), drawn[name])
     return "\n".join(out)
 
 # %% ../nbs/23_report.ipynb #f9551fb3
@@ -2031,11 +2083,14 @@ def write_gallery(report: Report, folder: Path, drawn: dict) -> Path:
 # %% ../nbs/23_report.ipynb #0ae8881b
 @method(Report)
 def write(self, folder, gallery=None) -> Path:
-    "Write `report.html` to `folder`, and the small gallery to the folder `gallery` if given; the page's path. ValueError if there is not a single finished run."
+    """The path of `report.html`, written to `folder`; the small gallery goes to `gallery`.
+
+    No gallery where none is given. ValueError if there is not a single finished run."""
     if not self.found:
         left = "".join(f"; {k}: {why}" for k, why in self.left.items())
         raise ValueError(
-            f"no finished run of any experiment with preset {self.preset}; make one: lfpm run main --preset {self.preset}{left}"
+            f"no finished run of any experiment with preset {self.preset}; "
+            f"make one: lfpm run main --preset {self.preset}{left}"
         )
     out = Path(folder) / "report.html"
     if out.is_dir():

@@ -514,13 +514,14 @@ class Defending(Run):
     shadow_n: Count = option(4000, "images the defender trains on, at most")
     held: Count = option(500, "more of them, only for choosing λ and for what it costs")
     lam: WordOrNumber = option(
-        "knee", "place on the path: a rule (knee, level, turn, calm), or in [0, 1]"
+        "knee", "place on the path: a rule (knee, level, calm), or in [0, 1]"
     )
     strength: WordOrNumber = option(
         "default", "of a defence: default, rule (tries three), or a number"
     )
     lora: Whole = option(0, "rank of LoRA adapters, of whoever trains; 0 trains every weight")
     rank: RuleOrRank = option("rule", "r, dimension of the adversarial subspace: rule, or a number")
+    prompt_kind: Text = option("tokens", "what is mined: tokens, or a picture seen through windows")
     prompt_steps: Count = option(60, "mining one prompt, in batches of anti_batch")
     semantic: Weights = option([2.0, 2.0, 2.0], "Eq 16's semantic term: a weight for each prompt")
     prompt_bound: Positive = option(1.0, "norm of a prompt token, in ordinary token norms")
@@ -585,6 +586,7 @@ def strengths(self) -> Strengths:
     P = self
     return Strengths(
         rank=P.rank,
+        prompt_kind=P.prompt_kind,
         prompt_steps=P.prompt_steps,
         semantic=tuple(P.semantic),
         prompt_bound=P.prompt_bound,
@@ -643,7 +645,7 @@ class PurifyParams(Defending):
     vocabulary: Text = option("", "words for pseudo-labels, one a line, or a head; empty: built in")
     out: Text = option("purified.safetensors", "where the weights go; other files lie beside it")
     lam: WordOrNumber = option(
-        "level", "place on the path: a rule (knee, level, turn, calm), or in [0, 1]"
+        "level", "place on the path: a rule (knee, level, calm), or in [0, 1]"
     )
     semantic: Weights = option([2.0, 1.0, 0.5], "Eq 16's semantic term: a weight for each prompt")
 

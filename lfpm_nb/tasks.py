@@ -23,7 +23,9 @@ from .labworld import FAMILIES, SCENE_CLASSES, SIZE, draw, draw_captioned, scene
 # %% ../nbs/02_tasks.ipynb #360bd8ab
 @dataclass(repr=False)
 class Task:
-    "Images (N, 3, H, W) uint8 and labels (N,) int64 for training and testing, readable class names, and CLIP's prompt templates with `{}`."
+    """Images and labels for training and testing, class names, CLIP's prompt templates.
+
+    Images are (N, 3, H, W) uint8, labels (N,) int64, names readable, templates hold a `{}`."""
 
     name: str
     classes: list[str]
@@ -35,41 +37,44 @@ class Task:
 
     def __repr__(self) -> str:
         c, h, w = self.train_x.shape[1:]
+        sentence = self.templates[0].format(self.classes[0])
         return (
-            f"Task({self.name}: {len(self.classes)} classes, {len(self.train_y)} train and {len(self.test_y)} test images of {h}×{w}; "
-            f"e.g. {self.templates[0].format(self.classes[0])!r})"
+            f"Task({self.name}: {len(self.classes)} classes, {len(self.train_y)} train and "
+            f"{len(self.test_y)} test images of {h}×{w}; e.g. {sentence!r})"
         )
 
 # %% ../nbs/02_tasks.ipynb #cdf58760
 def fit(x: torch.Tensor, size: int) -> torch.Tensor:
-    "Centre square of images (N, 3, H, W) uint8, resized to (N, 3, size, size) with antialiasing; unchanged when it fits already."
+    """Centre square of images (N, 3, H, W) uint8, resized to (N, 3, size, size).
+
+    With antialiasing; unchanged when it fits already."""
     h, w = x.shape[-2:]
     if h == w == size:
         return x
     m = min(h, w)
-    x = x[..., (h - m) // 2 : (h - m) // 2 + m, (w - m) // 2 : (w - m) // 2 + m].float()
-    return (
-        F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
-        .round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-    )
+    top, left = (h - m) // 2, (w - m) // 2
+    x = x[..., top : top + m, left : left + m].float()
+    x = F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return x.round().clamp(0, 255).to(torch.uint8)
 
 # %% ../nbs/02_tasks.ipynb #e79c5d6f
 def pick_balanced(y: torch.Tensor, n: int, g: torch.Generator) -> torch.Tensor:
-    "Up to `n` random row numbers of labels `y`, every class in turn, so that counts differ by at most one while images last."
+    """Up to `n` random row numbers of labels `y`, every class in turn.
+
+    So counts differ by at most one while images last."""
     order = torch.randperm(len(y), generator=g)
     order = order[y[order].argsort(stable=True)]
-    rank = torch.arange(len(y)) - torch.searchsorted(
-        y[order], y[order]
-    )  # 0 for the first image of its class, 1 for the next ...
+    # 0 for the first image of its class, 1 for the next ...
+    rank = torch.arange(len(y)) - torch.searchsorted(y[order], y[order])
     return order[rank.argsort(stable=True)[:n]]
 
 
 def split_by_class(
     y: torch.Tensor, share: float, g: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Row numbers for training and for testing; of each class about `share`, at least one and never all, is for testing."
+    """Row numbers for training and for testing.
+
+    Of each class about `share`, at least one and never all, is for testing."""
     train, test = [], []
     for c in y.unique():
         rows = (y == c).nonzero()[:, 0]
@@ -106,26 +111,15 @@ def _handwritten(name: str, seed, n_train: int, n_test: int, size: int) -> Task:
     data = load_digits()
     y = torch.from_numpy(data.target).long()
     x = torch.from_numpy(data.images).float()[:, None] / 16
-    x = (
-        F.interpolate(x, size=size, mode="bicubic", align_corners=False)
-        .clamp(0, 1)
-        .expand(-1, 3, -1, -1)
-    )
+    x = F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+    x = x.clamp(0, 1).expand(-1, 3, -1, -1)
     x = (x * 255).round().to(torch.uint8).contiguous()
     train, test = split_by_class(y, 1 - HANDWRITTEN_TRAIN / len(y), generator("handwritten", seed))
-    train, test = (
-        rows[pick_balanced(y[rows], n, generator("handwritten", seed, n))]
-        for rows, n in ((train, n_train), (test, n_test))
-    )
-    return Task(
-        name,
-        list(FAMILIES["digits"].classes),
-        list(HANDWRITTEN_TEMPLATES),
-        x[train],
-        y[train],
-        x[test],
-        y[test],
-    )
+    parts = []
+    for rows, n in ((train, n_train), (test, n_test)):
+        rows = rows[pick_balanced(y[rows], n, generator("handwritten", seed, n))]
+        parts += [x[rows], y[rows]]
+    return Task(name, list(FAMILIES["digits"].classes), list(HANDWRITTEN_TEMPLATES), *parts)
 
 # %% ../nbs/02_tasks.ipynb #af180423
 _KEYS = ("images", "labels", "classes")
@@ -145,8 +139,9 @@ def _texts(a: np.ndarray, path, what: str) -> list[str]:
 
 
 def _numbered(path, labels: np.ndarray, classes: list[str]) -> np.ndarray:
-    """Labels (N,) that are text as row numbers of `classes`. Names count by name; whole numbers as
-    such, unless they are names too."""
+    """Labels (N,) that are text as row numbers of `classes`.
+
+    Names count by name; whole numbers as such, unless they are names too."""
     said = _texts(labels, path, "labels")
     digits = lambda texts: [t for t in texts if re.fullmatch("[0-9]+", t)]
     if len(digits(said)) == len(said) and not digits(classes):
@@ -170,44 +165,41 @@ def _named(path, parts: dict) -> dict:
         if not all(c.isdigit() for c in found):
             parts["classes"] = found
     if missing := [k for k in _KEYS if k not in parts]:
-        raise _bad(
-            path, f"lacks {', '.join(missing)}", "it needs the keys images, labels and classes"
-        )
+        lacks = f"lacks {', '.join(missing)}"
+        raise _bad(path, lacks, "it needs the keys images, labels and classes")
     classes = _texts(parts["classes"], path, "classes")
     if odd := [c for c in classes if not c.strip() or classes.count(c) > 1]:
-        raise _bad(
-            path, f"classes has {odd[0]!r} {classes.count(odd[0])} times", "name every class once"
-        )
+        twice = f"classes has {odd[0]!r} {classes.count(odd[0])} times"
+        raise _bad(path, twice, "name every class once")
     labels = parts["labels"].reshape(-1)
     if words:
         labels = _numbered(path, labels, classes)
     return parts | dict(classes=classes, labels=labels)
 
-
-def read_npz(path: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    "Images (N, 3, H, W) uint8, labels (N,) and class names of one file; ValueError says what is wrong with it."
+# %% ../nbs/02_tasks.ipynb #2bd10005
+def _arrays(path: Path) -> dict:
+    "Those of an .npz's arrays that are known by name; ValueError where it cannot be read."
     if Path(path).exists() and not Path(path).is_file():
         raise _bad(path, "is no file", "give an .npz")  # a pipe would be waited for
     try:
         with open(path, "rb") as h, np.load(h, allow_pickle=False) as f:
-            parts = {k: f[k] for k in _KEYS if k in f.files}
+            return {k: f[k] for k in _KEYS if k in f.files}
     except Exception as e:  # numpy and zipfile raise whatever a damaged header leads to
         why = str(e) or type(e).__name__
         if "pickle" in why:
             why = "it holds pickled objects, which could run code"  # numpy advises to allow that
-        raise _bad(
-            path,
-            f"cannot be read ({why})",
-            "save it again with np.savez, class names as plain strings",
-        ) from e
-    parts = _named(path, parts)
+        do = "save it again with np.savez, class names as plain strings"
+        raise _bad(path, f"cannot be read ({why})", do) from e
+
+
+def read_npz(path: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Images (N, 3, H, W) uint8, labels (N,) and class names of one file.
+
+    ValueError says what is wrong with it."""
+    parts = _named(path, _arrays(path))
     x, y, classes = (parts[k] for k in _KEYS)
-    if (
-        x.dtype != np.uint8
-        or x.ndim not in (3, 4)
-        or (x.ndim == 4 and x.shape[3] not in (1, 3))
-        or not x.size
-    ):
+    coloured = x.ndim == 4 and x.shape[3] in (1, 3)
+    if x.dtype != np.uint8 or not (coloured or x.ndim == 3) or not x.size:
         raise _bad(
             path,
             f"images are {x.dtype} {x.shape}",
@@ -217,11 +209,8 @@ def read_npz(path: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         raise _bad(path, f"{len(x)} images but {len(y)} labels", "give one label per image")
     if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= len(classes):
         span = f" from {y.min()} to {y.max()}" if y.dtype.kind in "biuf" else ""
-        raise _bad(
-            path,
-            f"labels are {y.dtype}{span}",
-            f"expected whole numbers from 0 to {len(classes) - 1}, one a class, or their names",
-        )
+        do = f"expected whole numbers from 0 to {len(classes) - 1}, one a class, or their names"
+        raise _bad(path, f"labels are {y.dtype}{span}", do)
     x = torch.from_numpy(x if x.ndim == 4 else x[..., None]).permute(0, 3, 1, 2)
     return x.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(y.astype(np.int64)), classes
 
@@ -240,8 +229,10 @@ def _fail(e: OSError):
 
 
 def _below(path: Path) -> list[str]:
-    """Names below a directory, of folders with a slash at the end; links are followed. ValueError
-    where one leads to a folder that is there already: its pictures would count twice, or for ever."""
+    """Names below a directory, of folders with a slash at the end; links are followed.
+
+    ValueError where one leads to a folder that is there already: its pictures would count twice,
+    or for ever."""
     seen, out = {os.path.realpath(path): "the folder itself"}, []
     for here, folders, files in os.walk(path, onerror=_fail, followlinks=True):
         inside = Path(here).relative_to(path)
@@ -249,11 +240,8 @@ def _below(path: Path) -> list[str]:
         for d in folders:
             name, real = (inside / d).as_posix(), os.path.realpath(os.path.join(here, d))
             if real in seen:
-                raise _bad(
-                    path,
-                    f"{name} leads to {seen[real]}",
-                    "remove one of them, or its pictures count twice",
-                )
+                do = "remove one of them, or its pictures count twice"
+                raise _bad(path, f"{name} leads to {seen[real]}", do)
             seen[real] = name
             out.append(f"{name}/")
         for f in files:
@@ -263,10 +251,11 @@ def _below(path: Path) -> list[str]:
                 out.append((inside / f).as_posix())
     return out
 
-
+# %% ../nbs/02_tasks.ipynb #2bd10006
 def _listing(path: Path) -> list[str]:
-    """Names below a directory or in a zip, with forward slashes, of folders with one at the end;
-    hidden ones are left out."""
+    """Names below a directory or in a zip, with forward slashes, of folders with one at the end.
+
+    Hidden ones are left out."""
     if path.is_dir():
         return [n for n in _below(path) if not _hidden(n)]
     if not path.is_file():
@@ -287,22 +276,22 @@ def _lead(names: list[list[str]]) -> tuple[int, bool]:
 
 
 def _class_rows(path: Path, names: list[list[str]]) -> list[tuple[str, str]]:
-    "(split, class) of each name: a folder around everything is skipped, then train/ and test/, then comes the class."
+    """(split, class) of each name, given as a list of folders and the file.
+
+    A folder around everything is skipped, then train/ and test/, then comes the class."""
     k, halves = _lead(names)
     rows = [(n[k] if halves else "", n[k + halves :]) for n in names]
     loose = next((n for _, n in rows if len(n) < 2), None)
     if loose:
-        raise _bad(
-            path,
-            f"{loose[-1]} lies outside a class folder",
-            "put every image in the folder of its class",
-        )
+        do = "put every image in the folder of its class"
+        raise _bad(path, f"{loose[-1]} lies outside a class folder", do)
     return [(s, n[0].replace("_", " ")) for s, n in rows]
 
 
 def _check_classes(path: Path, names: list[list[str]], others: list[list[str]]) -> None:
-    """ValueError if a class folder, known by its own name or by those of the `others` in it, holds
-    none of the pictures `names`."""
+    """ValueError if a class folder holds none of the pictures `names`.
+
+    It is known by its own name or by those of the `others` in it."""
     k, halves = _lead(names)
     deep, around = k + halves + 1, names[0][:k]
     full = {tuple(n[:deep]) for n in names}
@@ -311,11 +300,8 @@ def _check_classes(path: Path, names: list[list[str]], others: list[list[str]]) 
         folders = [f for f in folders if f[k] in ("train", "test", "val")]
     if empty := ["/".join(f) for f in folders if f not in full]:
         many = f"{len(empty)} of {len(full | set(folders))} class folders"
-        raise _bad(
-            path,
-            f"{many} hold no readable picture ({', '.join(empty[:3])})",
-            "fill them, or move what is no class elsewhere",
-        )
+        what = f"{many} hold no readable picture ({', '.join(empty[:3])})"
+        raise _bad(path, what, "fill them, or move what is no class elsewhere")
 
 # %% ../nbs/02_tasks.ipynb #acf22774
 @functools.cache
@@ -337,7 +323,9 @@ def _tag(img: Image.Image, name: str) -> set:
 
 
 def _white(img: Image.Image) -> tuple[float | None, bool]:
-    "(the value that is white, None if nobody says; whether the file says so of its own pixels)."
+    """(the value that is white, whether the file says so of its own pixels).
+
+    The value is None if nobody says."""
     if img.mode != "F" and img.format in ("PNG", "PPM", "JPEG2000"):
         # of a PGM with another maximum than 65535 Pillow has made that
         return 65535, img.tile[0].codec_name == "ppm" and img.tile[0].args[-1] != 65535
@@ -346,28 +334,31 @@ def _white(img: Image.Image) -> tuple[float | None, bool]:
     most, bits = _tag(img, "most"), _tag(img, "bits")
     if most:
         one = len(most) == 1 and _tag(img, "least") <= {0}
-        return (
-            max(most) if one and max(most) in (1, *(2**k - 1 for k in range(8, 32))) else None
-        ), True
+        sound = one and max(most) in (1, *(2**k - 1 for k in range(8, 32)))
+        return max(most) if sound else None, True
     if bits not in ({12}, {16}) or not _tag(img, "kind") <= {1}:
         return None, False
     return 2 ** max(bits) - 1, bits == {12}
 
 # %% ../nbs/02_tasks.ipynb #2bd10020
 def _scale(img: Image.Image) -> tuple | None:
-    "(white, said?, is zero white?) of a picture of more than 8 bits, not yet loaded; else None."
+    """(white, said?, is zero white?) of a picture of more than 8 bits; else None.
+
+    The picture is not yet loaded."""
     tile = str(img.tile[0].args) if img.tile else ""
-    deep = re.search(r"\b(L|LA|RGB|RGBA|RGBX);16", tile) or (
-        img.format == "PPM" and "65535" in tile
-    )
+    deep = re.search(r"\b(L|LA|RGB|RGBA|RGBX);16", tile)
+    deep = deep or (img.format == "PPM" and "65535" in tile)
     grey = img.mode[0] in "IF"
     if not grey and not deep:
         return None
-    return *_white(img), grey and img.format == "TIFF" and _tag(img, "photometric") == {0}
+    turned = grey and img.format == "TIFF" and _tag(img, "photometric") == {0}
+    return *_white(img), turned
 
 
 def _eight_bits(img: Image.Image, white: float | None, said: bool, turned: bool) -> Image.Image:
-    "A picture of more than 8 bits with 8; ValueError where it is not known which value is white."
+    """A picture of more than 8 bits with 8.
+
+    ValueError where it is not known which value is white."""
     if img.mode[0] not in "IF":  # colour: Pillow has kept the upper 8 of 16 bits
         bands = zip(img.getbands(), img.getextrema())
         top = 256 * max(hi for band, (_, hi) in bands if band != "A")
@@ -400,9 +391,8 @@ def _image(file, path: Path, name: str, size: int) -> np.ndarray:
             if scale:
                 img = _eight_bits(img, *scale)
             if "A" in img.getbands() or "transparency" in img.info:
-                img = Image.alpha_composite(
-                    Image.new("RGBA", img.size, "white"), img.convert("RGBA")
-                )
+                paper = Image.new("RGBA", img.size, "white")
+                img = Image.alpha_composite(paper, img.convert("RGBA"))
             return np.asarray(ImageOps.fit(img.convert("RGB"), (size, size), Image.LANCZOS))
     except Exception as e:  # Pillow's readers raise whatever a damaged file leads to
         why = str(e) or type(e).__name__
@@ -414,9 +404,8 @@ def _member(path: Path, z: zipfile.ZipFile, name: str) -> io.BytesIO:
     try:
         return io.BytesIO(z.read(name))
     except Exception as e:
-        raise _bad(
-            path, f"{name} cannot be unpacked ({e})", "pack it again, without a password"
-        ) from e
+        what = f"{name} cannot be unpacked ({e})"
+        raise _bad(path, what, "pack it again, without a password") from e
 
 # %% ../nbs/02_tasks.ipynb #3549be99
 @functools.cache
@@ -453,7 +442,9 @@ def _pictures(path: Path, names: list[str]) -> list[str]:
 # %% ../nbs/02_tasks.ipynb #2bd10031
 @dataclass
 class Folder:
-    "Images by class folder, in a directory or a zip: `names` relative to it, label `y` of each, `split` of each (train, test or empty)."
+    """Images by class folder, in a directory or a zip.
+
+    `names` relative to it, label `y` of each, `split` of each (train, test or empty)."""
 
     path: Path
     names: list[str]
@@ -467,22 +458,14 @@ class Folder:
         every = _listing(path)
         names = _pictures(path, every)
         if not names:
-            raise _bad(
-                path,
-                "holds no images",
-                "put them in one folder per class (png, jpg, tif, or what else Pillow reads)",
-            )
+            do = "put them in one folder per class (png, jpg, tif, or what else Pillow reads)"
+            raise _bad(path, "holds no images", do)
         split = lambda some: [n.split("/") for n in some]
         rows = _class_rows(path, split(names))
         _check_classes(path, split(names), split(set(every) - set(names)))
         classes = sorted({c for _, c in rows})
-        return cls(
-            path,
-            names,
-            torch.tensor([classes.index(c) for _, c in rows]),
-            [s for s, _ in rows],
-            classes,
-        )
+        y = torch.tensor([classes.index(c) for _, c in rows])
+        return cls(path, names, y, [s for s, _ in rows], classes)
 
     def open(self, rows: torch.Tensor, size: int) -> torch.Tensor:
         "The images of the given rows as RGB (n, 3, size, size) uint8."
@@ -497,19 +480,23 @@ OWN_TEMPLATES = ("a photo of a {}", "a picture of a {}", "an image of a {}")
 
 
 def _parts(path: Path) -> dict[str, Path]:
-    "The files of a data set: {'train': …, 'test': …} for a folder of two .npz or two .zip, {'': …} for a single source."
-    if path.is_dir():
-        for suffix in (".npz", ".zip"):
-            found = {
-                s: path / (s + suffix) for s in ("train", "test") if (path / (s + suffix)).exists()
-            }
-            if found:
-                return found if len(found) == 2 else {"": next(iter(found.values()))}
+    """The files of a data set: {'train': …, 'test': …}, or {'': …} for a single source.
+
+    The former for a folder of two .npz or two .zip."""
+    if not path.is_dir():
+        return {"": path}
+    for suffix in (".npz", ".zip"):
+        files = {s: path / (s + suffix) for s in ("train", "test")}
+        found = {s: f for s, f in files.items() if f.exists()}
+        if found:
+            return found if len(found) == 2 else {"": next(iter(found.values()))}
     return {"": path}
 
 
 def _source(path: Path) -> tuple:
-    "(labels, split of each row or '', class names, reader of rows at a size) of one file or folder."
+    """(labels, split, class names, reader of rows at a size) of one file or folder.
+
+    The split of a row is train, test or ''."""
     if path.suffix == ".npz":
         x, y, classes = read_npz(path)
         return y, [""] * len(y), classes, lambda rows, size: fit(x[rows], size)
@@ -520,54 +507,49 @@ def _source(path: Path) -> tuple:
 def _check_all(path: Path, y: torch.Tensor, classes: list[str], half: str) -> None:
     "ValueError if a class has no picture in this half, or if there is but one class."
     if len(classes) < 2:
-        raise _bad(
-            path,
-            f"holds one class, {classes[0]!r}",
-            "give at least two: among one every answer is right",
-        )
+        do = "give at least two: among one every answer is right"
+        raise _bad(path, f"holds one class, {classes[0]!r}", do)
     count = y.bincount(minlength=len(classes)).tolist()
     if lost := [c for c, n in zip(classes, count) if not n]:
         many = f"{len(lost)} of {len(classes)} classes"
-        raise _bad(
-            path,
-            f"{many} have no picture in {half} ({', '.join(lost[:3])})",
-            "give every class one, in train and in test",
-        )
+        what = f"{many} have no picture in {half} ({', '.join(lost[:3])})"
+        raise _bad(path, what, "give every class one, in train and in test")
 
 
+def _split(path: Path, y: torch.Tensor, classes: list[str], seed, share: float) -> tuple:
+    "(rows to train, rows to test) by seed; ValueError where a class has no image for each."
+    if len(classes) < 2:
+        _check_all(path, y, classes, "it")
+    count = y.bincount(minlength=len(classes))
+    few = int(count.argmin())
+    if count[few] < 2:
+        what = f"class {classes[few]!r} has {count[few]} image{'s' * (count[few] != 1)}"
+        raise _bad(path, what, "give every class at least two, one to train and one to test")
+    return split_by_class(y, share, generator("own", seed))
+
+# %% ../nbs/02_tasks.ipynb #2bd10009
 def _halves(path: Path, seed, share: float) -> tuple[list[str], dict]:
-    "Class names and, for train and test, (labels, rows, reader): as given by two files or two folders, else split by seed."
+    """Class names and, for train and test, (labels, rows, reader).
+
+    As given by two files or two folders, else split by seed."""
     parts = {s: _source(p) for s, p in _parts(path).items()}
     y, split, classes, read = next(iter(parts.values()))
     if len(parts) == 2:
         if parts["train"][2] != parts["test"][2]:
-            raise _bad(
-                path, "train and test name different classes", "use one list of classes in both"
-            )
+            do = "use one list of classes in both"
+            raise _bad(path, "train and test name different classes", do)
         for s, p in parts.items():
             _check_all(path, p[0], classes, s)
         return classes, {s: (p[0], torch.arange(len(p[0])), p[3]) for s, p in parts.items()}
     if "train" in split:
+        halves = {}
         for s in ("train", "test"):
             _check_all(path, y[[t == s for t in split]], classes, s)
-        return classes, {
-            s: (y, torch.tensor([i for i, t in enumerate(split) if t == s]), read)
-            for s in ("train", "test")
-        }
-    count = y.bincount(minlength=len(classes))
-    if len(classes) < 2:
-        _check_all(path, y, classes, "it")
-    few = int(count.argmin())
-    if count[few] < 2:
-        raise _bad(
-            path,
-            f"class {classes[few]!r} has {count[few]} image{'s' * (count[few] != 1)}",
-            "give every class at least two, one to train and one to test",
-        )
-    return classes, {
-        s: (y, rows, read)
-        for s, rows in zip(("train", "test"), split_by_class(y, share, generator("own", seed)))
-    }
+            rows = torch.tensor([i for i, t in enumerate(split) if t == s])
+            halves[s] = (y, rows, read)
+        return classes, halves
+    train, test = _split(path, y, classes, seed, share)
+    return classes, dict(train=(y, train, read), test=(y, test, read))
 
 # %% ../nbs/02_tasks.ipynb #ef7bec91
 def _own(name: str, path: Path, seed, n_train: int, n_test: int, size: int) -> Task:
@@ -582,7 +564,9 @@ def _own(name: str, path: Path, seed, n_train: int, n_test: int, size: int) -> T
 
 # %% ../nbs/02_tasks.ipynb #29e451dc
 TASK_NAMES = (*FAMILIES, "handwritten")
-SOURCES = {}  # {name: (is it there? f(size), f(seed, n_train, n_test, size) -> Task)}: data sets that a later notebook knows how to read
+# data sets that a later notebook knows how to read:
+# {name: (is it there? f(size), f(seed, n_train, n_test, size) -> Task)}
+SOURCES = {}
 
 
 def own_data() -> dict[str, Path]:
@@ -590,66 +574,60 @@ def own_data() -> dict[str, Path]:
     root = Path(os.environ.get("LFPM_DATA") or "no such folder")
     if not root.is_dir():
         return {}
-    return {
-        p.name if p.is_dir() else p.stem: p
-        for p in sorted(root.iterdir())
-        if p.is_dir() or p.suffix in (".zip", ".npz")
-    }
+    sets = [p for p in sorted(root.iterdir()) if p.is_dir() or p.suffix in (".zip", ".npz")]
+    return {p.name if p.is_dir() else p.stem: p for p in sets}
 
 
 def load_task(
     name: str, seed: int = 0, n_train: int = 2500, n_test: int = 1000, size: int = SIZE
 ) -> Task:
-    """A task by name: one of TASK_NAMES, a known real set (see the realdata notebook) or another data set under $LFPM_DATA, or a path to one (a folder
-    per class, plain or zip; .npz; a folder with train.npz and test.npz). At most `n_train` and `n_test` images of size×size, balanced as far as the source allows, drawn or split
-    by `seed`. ValueError for unknown names and unusable data."""
+    """A task by name, or by a path to its images.
+
+    The name is one of TASK_NAMES, a known real set (see the realdata notebook) or another data set
+    under $LFPM_DATA; the path that of a folder per class, plain or zip, of an .npz, or of a folder
+    with train.npz and test.npz. At most `n_train` and `n_test` images of size×size, balanced as
+    far as the source allows, drawn or split by `seed`. ValueError for unknown names and unusable
+    data."""
     if min(n_train, n_test, size) < 1:
         raise ValueError(
             f"n_train={n_train}, n_test={n_test}, size={size}: each must be at least 1."
         )
     name, own = str(name), own_data()
-    if (
-        name
-        and name not in (*TASK_NAMES, *SOURCES)
-        and name not in own
-        and (path := Path(name)).exists()
-    ):
-        return _own(
-            path.parent.name if path.stem in ("train", "test") else path.stem,
-            path,
-            seed,
-            n_train,
-            n_test,
-            size,
-        )
+    path = Path(name)
+    known = name in (*TASK_NAMES, *SOURCES) or name in own
+    if name and not known and path.exists():
+        called = path.parent.name if path.stem in ("train", "test") else path.stem
+        return _own(called, path, seed, n_train, n_test, size)
     name = choose(name, [*TASK_NAMES, *SOURCES, *own], "task")
     if name in SOURCES and (name not in own or SOURCES[name][0](size)):
         return SOURCES[name][1](seed, n_train, n_test, size)
     if name not in TASK_NAMES:
         return _own(name, own[name], seed, n_train, n_test, size)
-    return (_handwritten if name == "handwritten" else _generated)(
-        name, seed, n_train, n_test, size
-    )
+    make = _handwritten if name == "handwritten" else _generated
+    return make(name, seed, n_train, n_test, size)
 
 # %% ../nbs/02_tasks.ipynb #eea45964
 SCENE_TEMPLATES = ("a photo of a {}", "a {}", "a large {}", "a {} on a plain background")
 
 
 def shadow_set(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    "The defender's images (n, 3, 32, 32) uint8, labels (n,) and class names: scenes of a stream of their own, no task's pictures."
+    """The defender's images (n, 3, 32, 32) uint8, labels (n,) and class names.
+
+    Scenes of a stream of their own, no task's pictures."""
     x, y, _ = scenes(n, seed, "shadow")
     return x, y, list(SCENE_CLASSES)
 
 
 def pretrain_pool(n: int, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
-    "Shuffled images (n, 3, 32, 32) uint8 with captions: half scenes, half families in pretrain style, all families alike."
+    """Shuffled images (n, 3, 32, 32) uint8 with captions: half scenes, half families.
+
+    The families are in pretrain style, all alike in number."""
     images, _, captions = scenes(n // 2, seed, "pretrain")
     images = [images]
+    each, more = divmod(n - n // 2, len(FAMILIES))
     for k, (name, fam) in enumerate(FAMILIES.items()):
-        m = (n - n // 2) // len(FAMILIES) + (k < (n - n // 2) % len(FAMILIES))
-        x, c = draw_captioned(
-            name, _labels(m, len(fam.classes), name, seed, "pretrain"), seed, "pretrain"
-        )
+        y = _labels(each + (k < more), len(fam.classes), name, seed, "pretrain")
+        x, c = draw_captioned(name, y, seed, "pretrain")
         images.append(x)
         captions = captions + c
     order = torch.randperm(n, generator=generator("pool", seed))
@@ -657,7 +635,9 @@ def pretrain_pool(n: int, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
 
 
 def prompt_corpus() -> list[str]:
-    "Every sentence that a head of a built-in task or of the scenes may read, and the templates of your own images without a class."
+    """Every sentence that a head of a built-in task or of the scenes may read.
+
+    And the templates of your own images, without a class."""
     sets = [(f.classes, f.templates) for f in FAMILIES.values()]
     sets += [
         (FAMILIES["digits"].classes, HANDWRITTEN_TEMPLATES),

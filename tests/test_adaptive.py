@@ -1,4 +1,6 @@
-"""Merges that look at images: recorded values of fusion_bench, what must hold for any weights, the lab's rule for steps, divergence, refusals."""
+"""Merges that look at images: recorded values of fusion_bench, and what must hold for any weights.
+
+Then the lab's rule for steps, divergence, refusals."""
 
 import copy
 import math
@@ -64,7 +66,7 @@ def data(fp32):
     return parity.data()
 
 
-# --- recorded values -----------------------------------------------------------------------------------------------------------
+# --- recorded values ------------------------------------------------------------------------------
 
 CASES = {
     "Fisher": lambda a: a.fisher(BASE, MODELS, parity.data(a), group=8),
@@ -114,7 +116,8 @@ def run(case: str, module) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_parity(case, fp32):
-    # sums of squared gradients round differently from one processor to the next: Fisher was 1.03e-6 off on one with AVX2 alone
+    # sums of squared gradients round differently from one processor to the next: Fisher was
+    # 1.03e-6 off on one with AVX2 alone
     assert run(case, A) <= 3 * parity.TOLERANCE, parity.recorded("fusion_bench")[0]
 
 
@@ -123,7 +126,7 @@ def test_a_changed_line_breaks_parity(case, line, changed, fp32):
     assert run(case, parity.mutant(A, line, changed)) > 10 * parity.TOLERANCE
 
 
-# --- whatever the weights ------------------------------------------------------------------------------------------------------
+# --- whatever the weights -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DRIVEN)
@@ -246,7 +249,7 @@ def test_mixed_values_are_what_out_proj_sees():
     )
 
 
-# --- the parts of the learned ones -----------------------------------------------------------------------------------------------
+# --- the parts of the learned ones ----------------------------------------------------------------
 
 
 @given(st.integers(1, 4000), st.integers(1, 10**6))
@@ -348,7 +351,7 @@ def test_dam_without_one_of_its_losses(data):
     )
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ("AdaTask", "AdaLayer", "ConcreteTA", "ConcreteTask", "DAM"))

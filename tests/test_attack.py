@@ -1,4 +1,6 @@
-"""The trigger can be saved as an image, the attacker knows only what he may know, and nothing but his own model changes."""
+"""The trigger can be saved as an image, and nothing but the attacker's own model changes.
+
+He knows only what he may know."""
 
 from dataclasses import replace
 
@@ -69,7 +71,7 @@ def test_every_attack_is_tested():
     assert set(FEW) == set(attacks), "give the new attack its quick options in FEW"
 
 
-# --- pasting -----------------------------------------------------------------------------------------------------------
+# --- pasting --------------------------------------------------------------------------------------
 
 
 def random_mask(draw_seed: int, size: int = 8) -> torch.Tensor:
@@ -151,7 +153,8 @@ def test_a_patch_larger_than_the_image_is_refused():
         Trigger(torch.rand(3, 9, 9))(torch.rand(1, 3, 8, 12))
     with pytest.raises(
         ValueError,
-        match="mask .8, 8. and picture .8, 8. must have the images' size .16, 16.; make the trigger anew",
+        match="mask .8, 8. and picture .8, 8. must have the images' size .16, 16.; "
+        "make the trigger anew",
     ):
         Trigger(torch.rand(3, 8, 8), random_mask(0))(pixels(1, size=16))
     with pytest.raises(ValueError, match="picture .4, 4."):
@@ -181,7 +184,7 @@ def test_the_default_trigger_is_small(attacked):
     )
 
 
-# --- what the attacker knows --------------------------------------------------------------------------------------------
+# --- what the attacker knows ----------------------------------------------------------------------
 
 
 def test_shadow_head_is_the_target_and_scene_names(pico, target, monkeypatch):
@@ -255,7 +258,7 @@ def test_reference_images_come_from_train():
         Target.of(t, "yeild")
 
 
-# --- what the attack does -----------------------------------------------------------------------------------------------
+# --- what the attack does -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", FEW)
@@ -265,13 +268,15 @@ def test_an_attack_refuses_tasks_outside_its_scope(method, pico, target):
     if where == "off":
         with pytest.raises(
             ValueError,
-            match="both 'textures', but badmerging is off-task: name two different tasks, or take badmerging-on",
+            match="both 'textures', but badmerging is off-task: "
+            "name two different tasks, or take badmerging-on",
         ):
             attack(method, pico, t, on)
     elif where == "on":
         with pytest.raises(
             ValueError,
-            match="'textures' is not the target task 'signs', but badmerging-on is on-task.*or take badmerging$",
+            match="'textures' is not the target task 'signs', "
+            "but badmerging-on is on-task.*or take badmerging$",
         ):
             attack(method, pico, t, target)
     else:

@@ -65,7 +65,7 @@ def same(a, b):
 
 @pytest.mark.parametrize(
     "method, lam",
-    [("LFPM", lam) for lam in ("knee", "level", "turn", "calm", 0.3, 0, 1, "0.25")]
+    [("LFPM", lam) for lam in ("knee", "level", "calm", 0.3, 0, 1, "0.25")]
     + [(m, "knee") for m in sorted(defences) if m != "LFPM"],
 )
 def test_the_model_lies_on_the_path_at_lam(pico, merged, shadow, mined, method, lam):

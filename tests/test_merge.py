@@ -1,4 +1,6 @@
-"""Merges that look at weights only: their formulas, what must hold for any weights, recorded values of public libraries, and what is refused."""
+"""Merges that look at weights only: formulas, invariants, recorded values, refusals.
+
+What must hold for any weights is drawn; the recorded values are those of public libraries."""
 
 import inspect
 
@@ -48,7 +50,7 @@ def same(a, b, tol=1e-5):
 seeds, counts, scales = st.integers(0, 10**6), st.integers(2, 6), st.floats(0, 2)
 
 
-# --- formulas --------------------------------------------------------------------------------------------------------------
+# --- formulas -------------------------------------------------------------------------------------
 
 
 @given(seeds, counts, scales)
@@ -167,7 +169,7 @@ def test_kth_magnitude_survives_a_sample_that_misleads():
         )
 
 
-# --- whatever the weights ----------------------------------------------------------------------------------------------------
+# --- whatever the weights -------------------------------------------------------------------------
 
 EXACT = (
     ("TA", {}),
@@ -249,7 +251,7 @@ def test_other_float_kinds_and_layouts_are_taken_as_the_bases(name):
     )
 
 
-# --- chance --------------------------------------------------------------------------------------------------------------------
+# --- chance ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -312,7 +314,7 @@ def test_a_seed_is_a_draw(name):
     assert same(turned(merge(name, turned(base), [turned(m) for m in models], seed=0)), a, 0)
 
 
-# --- recorded values -------------------------------------------------------------------------------------------------------------
+# --- recorded values ------------------------------------------------------------------------------
 
 CASES = {
     "TA": ("fusion_bench", "TA", lambda m: m.task_arithmetic(parity.BASE, parity.MODELS)),
@@ -346,7 +348,7 @@ MUTANTS = [
     ("DARE peft", "(m[k].to(b) - b) * keep", "m[k].to(b) * keep"),
     ("DELLA rates", "rows.argsort(dim=1, stable=True)", "rows.argsort(dim=1, descending=True)"),
     ("DELLA", "tau / q, 0)", "tau, 0)"),
-    ("DELLA", "enumerate(models)), mean=True)[0]", "enumerate(models)))[0]"),
+    ("DELLA", "elected(taus, mean=True)[0]", "elected(taus)[0]"),
 ]
 
 
@@ -374,7 +376,7 @@ def test_references_name_their_versions():
     )
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_refusals():

@@ -184,28 +184,20 @@ MERGES = {
 }
 
 
+def table(r, methods: list[str]) -> list[str]:
+    "Rows of a run's own table: mean and standard deviation over its seeds."
+    metrics = ("CA", "ASR_T", "ASR_N", "path_ASR", "CA_end", "ASR_end", "lam")
+    of = lambda m: [spread(r.all(m, k), 2 if k == "lam" else 1) for k in metrics]
+    return [row(m, *of(m)) for m in methods]
+
+
+MAIN_ROWS = ["TA (clean)", "TA", "fine-tuning", "LFPM", "LFPM (clean)"]
+
+
 def main_run(get) -> list[str]:
     "The first table of the results page, and what is said of its seeds."
-    r, out = get("main"), []
-    for m in (
-        "individual (clean)",
-        "individual",
-        "letters alone, poisoned",
-        "TA (clean)",
-        "TA",
-        "fine-tuning",
-        "LFPM",
-        "LFPM (clean)",
-    ):
-        out.append(
-            row(
-                m,
-                *(
-                    spread(r.all(m, k), 2 if k == "lam" else 1)
-                    for k in ("CA", "ASR_T", "ASR_N", "path_ASR", "CA_end", "ASR_end", "lam")
-                ),
-            )
-        )
+    r = get("main")
+    out = table(r, ["individual (clean)", "individual", "letters alone, poisoned", *MAIN_ROWS])
     ta, lfpm, tuned = r.all("TA"), r.all("LFPM"), r.all("fine-tuning")
     dirty, clean = (r.all(f"LFPM{c}", "CA") - r.all(f"TA{c}", "CA") for c in ("", " (clean)"))
     changes = [signed(v) if abs(v) < 5 else f"**{signed(v)}**" for v in clean]
@@ -240,6 +232,23 @@ def main_run(get) -> list[str]:
             f" {f0(r('TA (clean)', 'ASR_N'))} %"
         ),
     ]
+
+
+def pictures(get) -> list[str]:
+    "Stage I with a picture: both scales, judged on seeds that nobody had seen."
+    lab, real = get("pictures"), get("pictures", "small-real")
+    rivals = ["TA (clean)", "TA", "fine-tuning", "SAM", "PAM", "SAU", "LFPM", "LFPM (clean)"]
+    out = table(lab, rivals) + table(real, MAIN_ROWS)
+    for r in (lab, real):
+        lfpm, seeds = r.all("LFPM"), ", ".join(map(str, r.all("TA").index))
+        more = r.all("LFPM", "CA") - r.all("TA (clean)", "CA")
+        clean = r.all("LFPM (clean)", "CA") - r.all("TA (clean)", "CA")
+        changed = lambda v: several(v, signed)
+        out.append(
+            f"leaves {several(lfpm)} % (seeds {seeds}), at {changed(more)} points of clean accuracy"
+            f" against the clean merge; on the clean merge it changes {changed(clean)}"
+        )
+    return out
 
 
 def every_rival(get) -> list[str]:
@@ -457,6 +466,7 @@ PARTS = {
     README: [readme],
     PAGE: [
         main_run,
+        pictures,
         every_rival,
         other_merges,
         attacks_and_orders,

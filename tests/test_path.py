@@ -358,22 +358,13 @@ def test_knee_is_the_first_step_that_does_not_pay(losses, least):
     )
 
 
-@given(st.lists(st.floats(0.01, 9), min_size=1, max_size=21), st.floats(0, 0.5))
-def test_turn_is_the_last_point_before_the_loss_has_risen(losses, slack):
-    curve = [dict(lam=i / 20, prompted=v) for i, v in enumerate(losses)]
-    last = round(20 * lam_rules("turn", curve, [], slack=slack))
-    least = [min(losses[: i + 1]) for i in range(len(losses))]
-    assert all(losses[i + 1] <= (1 + slack) * least[i] for i in range(last))
-    assert last == len(losses) - 1 or losses[last + 1] > (1 + slack) * least[last]
-
-
 @given(
     st.lists(st.tuples(st.floats(0.01, 9), st.floats(0, 2)), min_size=1, max_size=21),
     st.floats(0, 2),
 )
-def test_calm_is_the_turn_or_an_earlier_place_without_unrest(points, pretrained):
+def test_calm_is_the_knee_or_an_earlier_place_without_unrest(points, pretrained):
     curve = [dict(lam=i / 20, prompted=a, shift=[b, b]) for i, (a, b) in enumerate(points)]
-    lam, end = (lam_rules(r, curve, [pretrained] * 2) for r in ("calm", "turn"))
+    lam, end = (lam_rules(r, curve, [pretrained] * 2) for r in ("calm", "knee"))
     limit = 0.75 * 2 * pretrained
     early = [p["lam"] for p in curve if p["lam"] <= end and sum(p["shift"]) <= limit]
     assert lam == min([*early, end])

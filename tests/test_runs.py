@@ -220,7 +220,7 @@ def refused(lfpm, dirs, monkeypatch):
         (("-p", "merges=TAA"), "did you mean 'TA'"),
         (("-p", "defences=LFMP"), "did you mean 'LFPM'"),
         (("-p", "lam=1.5"), "[0, 1]"),
-        (("-p", "lam=often"), "expected a rule (knee, level, turn, calm) or a number in [0, 1]"),
+        (("-p", "lam=often"), "expected a rule (knee, level, calm) or a number in [0, 1]"),
         (("-p", "adversary=signs"), "two different tasks"),
         (("-p", "target_class=yeld"), "did you mean 'yield'"),
         (
