@@ -48,9 +48,10 @@ HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the ba
 
 @dataclass
 class Adapter:
-    """A LoRA adapter: {module: (A, B, how many times it is added)} in `pairs`, tensors saved `whole` by
-    name, `base` weights that lie in the file as well, and peft's `config`. Names are the model's,
-    without peft's own parts."""
+    """A LoRA adapter: `pairs`, {module: (A, B, how many times it is added)}.
+
+    A (r, in, ...), B (out, r, ...). Tensors saved `whole` by name, `base` weights that lie in the
+    file as well, and peft's `config`. Names are the model's, without peft's own parts."""
 
     pairs: dict
     whole: dict
@@ -65,8 +66,9 @@ def is_adapter(names) -> bool:
 
 # %% ../nbs/20b_adapters.ipynb #a210f605
 def read_config(path) -> dict:
-    """peft's adapter_config.json beside the file `path`; ValueError or FileNotFoundError where it cannot
-    be folded."""
+    """peft's adapter_config.json beside the file `path`.
+
+    ValueError or FileNotFoundError where it cannot be folded."""
     path = Path(path).parent / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -83,7 +85,7 @@ def read_config(path) -> dict:
         raise ValueError(f"{path} {why}")
     return config
 
-
+# %% ../nbs/20b_adapters.ipynb #40b56215
 def unfoldable(config: dict) -> str:
     "'' if a LoRA config can be folded here; else what it says that cannot."
     patterns = {k: config.get(k) or {} for k in ("rank_pattern", "alpha_pattern")}
@@ -123,7 +125,9 @@ def factor(config: dict, module: str) -> tuple[float, int]:
 
 # %% ../nbs/20b_adapters.ipynb #25ea3774
 def sort_out(state: dict, config: dict) -> Adapter:
-    "The Adapter in a peft file's tensors; ValueError on what is neither A nor B nor a weight saved whole."
+    """The Adapter in a peft file's tensors.
+
+    ValueError on what is neither A nor B nor a weight saved whole."""
     found = Adapter({}, {}, {}, config)
     thin, twice = {}, set()
     for k, v in state.items():
@@ -132,7 +136,8 @@ def sort_out(state: dict, config: dict) -> Adapter:
         unused = ".out_proj.lora_" in k and not inner
         if unused and k.replace(".out_proj.", ".base_layer.out_proj.") in state:
             continue
-        twice |= {name.split(".lora_")[0]} if inner else set()
+        if inner:
+            twice.add(name.split(".lora_")[0])
         m = re.fullmatch(r"(.+)\.lora_([AB])(\.default)?\.weight", name)
         if m:
             into, key = thin, (m[1], m[2])
@@ -144,17 +149,23 @@ def sort_out(state: dict, config: dict) -> Adapter:
             raise ValueError(f"{k} lies there twice, with different numbers")
         into[key] = v
     for module in dict.fromkeys(m for m, _ in thin):
-        A, B = thin.get((module, "A")), thin.get((module, "B"))
-        s, r = factor(config, module)
-        if A is None or B is None:
-            raise ValueError(f"{module} has only one of lora_A and lora_B; fetch the file again")
-        if A.dim() < 2 or A.dim() != B.dim() or not len(A) == B.shape[1] == r:
-            raise ValueError(
-                f"{module} has matrices {tuple(A.shape)} and {tuple(B.shape)}; "
-                f"expected rank {r}, as adapter_config.json says"
-            )
-        found.pairs[module] = A, B, 2 if module in twice else 1
+        pair = _pair(thin, module, config)
+        found.pairs[module] = *pair, 2 if module in twice else 1
     return found
+
+# %% ../nbs/20b_adapters.ipynb #b220056c
+def _pair(thin: dict, module: str, config: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    "(A, B) of a module; ValueError unless both are there, of the rank that the config says."
+    A, B = thin.get((module, "A")), thin.get((module, "B"))
+    _, r = factor(config, module)
+    if A is None or B is None:
+        raise ValueError(f"{module} has only one of lora_A and lora_B; fetch the file again")
+    if A.dim() < 2 or A.dim() != B.dim() or not len(A) == B.shape[1] == r:
+        raise ValueError(
+            f"{module} has matrices {tuple(A.shape)} and {tuple(B.shape)}; "
+            f"expected rank {r}, as adapter_config.json says"
+        )
+    return A, B
 
 # %% ../nbs/20b_adapters.ipynb #ab10618c
 def weight_of(module: str, weights: dict) -> str | None:
@@ -164,6 +175,7 @@ def weight_of(module: str, weights: dict) -> str | None:
 
 def misfit(adapter: Adapter, weights: dict, names=lambda module: module) -> str:
     """'' if every tensor of an adapter has its place in `weights`; else the first that has none.
+
     `names`: other spelling."""
     for module, (A, B, _) in adapter.pairs.items():
         key = weight_of(names(module), weights)
@@ -181,12 +193,9 @@ def misfit(adapter: Adapter, weights: dict, names=lambda module: module) -> str:
             return f"{key} {tuple(v.shape)} is no tensor of it"
     return ""
 
-
-def fold(adapter: Adapter, weights: dict, names=lambda module: module) -> dict:
-    "`weights` with the adapter in them, as peft's merge_and_unload leaves them; each in its own dtype."
-    if why := misfit(adapter, weights, names):
-        raise ValueError(why)
-    out = dict(weights)
+# %% ../nbs/20b_adapters.ipynb #bf274eb0
+def _check_base(adapter: Adapter, weights: dict, names) -> None:
+    "ValueError where the adapter's own copy of a base weight is not the one in `weights`."
     for key, v in adapter.base.items():
         mine = weights.get(names(key))
         if mine is None or mine.shape != v.shape:
@@ -196,6 +205,16 @@ def fold(adapter: Adapter, weights: dict, names=lambda module: module) -> dict:
                 f"its own copy of {key} is another than the base's: "
                 "it was trained over another base"
             )
+
+
+def fold(adapter: Adapter, weights: dict, names=lambda module: module) -> dict:
+    """`weights` with the adapter in them, as peft's merge_and_unload leaves them.
+
+    Each in its own dtype. ValueError where something does not fit."""
+    if why := misfit(adapter, weights, names):
+        raise ValueError(why)
+    _check_base(adapter, weights, names)
+    out = dict(weights)
     out |= {names(k): v.to(weights[names(k)].dtype) for k, v in adapter.whole.items()}
     for module, (A, B, times) in adapter.pairs.items():
         s, _ = factor(adapter.config, module)

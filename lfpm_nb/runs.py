@@ -27,8 +27,10 @@ from .settings import spellings
 # %% ../nbs/18b_runs.ipynb #84d2d896
 @dataclass
 class Experiment:
-    """A named result: `parameters` on top of the run notebook's, `presets` {size: more parameters}, `minutes` {size: on 2 CPU cores}, `claims` of the report that read it,
-    `also`: other names it answers to, of tables that the same run fills."""
+    """A named result: `parameters` on top of the run notebook's.
+
+    `presets`: {size: more parameters}, `minutes`: {size: on 2 CPU cores}, `claims` of the report
+    that read it, `also`: other names it answers to, of tables that the same run fills."""
 
     name: str
     title: str
@@ -46,7 +48,9 @@ MOST = 100_000  # values that a file of ours may unfold to
 
 # libyaml, where PyYAML has it, parses ten times faster
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    "Safe YAML that refuses a key given twice (YAML keeps the last) and aliases that unfold without end."
+    """Safe YAML that refuses a key given twice, and aliases that unfold without end.
+
+    Of a key given twice YAML itself keeps the last."""
 
     def get_single_node(self):
         node = super().get_single_node()
@@ -72,7 +76,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             raise yaml.YAMLError(f"its aliases unfold to more than {MOST:,} values")
         return total
 
-
+# %% ../nbs/18b_runs.ipynb #82dc42b5
 @functools.cache
 def _parsed(text: str):
     "By text: thirty files are read several times for one plan, and parsing is what takes long."
@@ -80,7 +84,9 @@ def _parsed(text: str):
 
 
 def read_yaml(path: Path, known: list[str], needed: list[str]) -> dict:
-    "A YAML mapping with no other keys than `known`; ValueError names the file, what is wrong and what is allowed."
+    """A YAML mapping with no other keys than `known`, and all those `needed`.
+
+    ValueError names the file, what is wrong and what is allowed."""
     try:
         d = copy.deepcopy(_parsed(Path(path).read_text(encoding="utf-8")))
     except yaml.YAMLError as e:
@@ -93,7 +99,8 @@ def read_yaml(path: Path, known: list[str], needed: list[str]) -> dict:
         raise ValueError(f"{path} is nested too deep; expected lines of `key: value`") from None
     if not isinstance(d, dict):
         raise ValueError(
-            f"{path} holds a {type(d).__name__}; expected lines of `key: value` with keys {', '.join(known)}"
+            f"{path} holds a {type(d).__name__}; expected lines of `key: value` "
+            f"with keys {', '.join(known)}"
         )
     for k in d:
         choose(k, known, f"key in {path}")
@@ -104,8 +111,11 @@ def read_yaml(path: Path, known: list[str], needed: list[str]) -> dict:
 
 # %% ../nbs/18b_runs.ipynb #88258e01
 def experiments() -> dict[str, Experiment]:
-    "{name: Experiment}: every YAML under data/experiments, and each run notebook that has none, under its own name."
-    keys, found, known = [f.name for f in fields(Experiment) if f.name != "name"], {}, notebooks()
+    """{name: Experiment} of every YAML under data/experiments.
+
+    And of each run notebook that has none, under its own name."""
+    keys = [f.name for f in fields(Experiment) if f.name != "name"]
+    found, known = {}, notebooks()
     for p in sorted(proj_path("data", "experiments").glob("*.yaml")):
         e = found[p.stem] = Experiment(p.stem, **read_yaml(p, keys, ["title", "notebook"]))
         choose(e.notebook, known, f"notebook in {p}")
@@ -115,17 +125,19 @@ def experiments() -> dict[str, Experiment]:
 
 
 def presets(e: Experiment) -> dict[str, dict]:
-    "{preset: parameters} of an experiment: its notebook's, with its own on top; a preset that it sets to nothing (`null`) it does not have."
+    """{preset: parameters} of an experiment: its notebook's, with its own on top.
+
+    A preset that it sets to nothing (`null`) it does not have."""
     base = experiments()[e.notebook].presets
-    return {
-        k: base.get(k, {}) | e.presets.get(k, {})
-        for k in (*base, *(k for k in e.presets if k not in base))
-        if e.presets.get(k, {}) is not None
-    }
+    names = [*base, *(k for k in e.presets if k not in base)]
+    own = {k: e.presets.get(k, {}) for k in names}
+    return {k: base.get(k, {}) | more for k, more in own.items() if more is not None}
 
 
 def resolve(name: str, what: str = "run") -> str:
-    "An experiment's own name, for it or one of the names in its `also`; ValueError names the nearest."
+    """An experiment's own name, for it or one of the names in its `also`.
+
+    ValueError names the nearest."""
     names = {a: n for n, e in experiments().items() for a in (n, *e.also)}
     return names[choose(name, names, what)]
 
@@ -133,8 +145,10 @@ def resolve(name: str, what: str = "run") -> str:
 def settings_of(
     name: str, preset: str = "lab", given: dict | None = None, seed: int | None = None
 ) -> Run:
-    """All settings of an experiment, checked: defaults, its own, the preset's, then `given` (text or values).
-    ValueError names an unknown setting or preset, and a value that does not fit."""
+    """All settings of an experiment, checked.
+
+    Defaults, on them its own, the preset's, then `given` (text or values). ValueError names an
+    unknown setting or preset, and a value that does not fit."""
     e = experiments()[resolve(name)]
     cls, sizes = settings_class(e.notebook), presets(e)
     given = dict(given or {})
@@ -173,14 +187,17 @@ def read_status(folder: Path) -> dict:
 
 
 def finish(folder: Path, **said) -> None:
-    "Write the status of a run that is done, last of all, with its table's hash (None: no table)."
+    """Write the status of a run that is done, last of all.
+
+    With its table's hash, or None for no table."""
     table = Path(folder) / "metrics.parquet"
     sha = file_sha(table) if table.exists() else None
     write_json(Path(folder) / "status.json", dict(state="done", **said, metrics=sha))
 
-
+# %% ../nbs/18b_runs.ipynb #9a9e4a3f
 def table_of(folder: Path) -> Path | None:
     """metrics.parquet of a finished run, None if its run wrote none.
+
     ValueError or OSError unless it is as the run wrote it."""
     said, table = read_status(folder), Path(folder) / "metrics.parquet"
     if "metrics" not in said:
@@ -198,7 +215,8 @@ def trouble(folder: Path) -> str:
         return str(e)
     params = Path(folder) / "params.json"
     try:
-        table and params.exists() and json.loads(params.read_text(encoding="utf-8"))
+        if table and params.exists():
+            json.loads(params.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         return f"half-written: {type(e).__name__} while reading params.json"
     return ""
@@ -218,18 +236,16 @@ SHOWING = ("results", "runs", "report")  # modules that show and file numbers bu
 def _code(notebook: str) -> tuple[list, list]:
     "(what runs in the notebook's code cells, the library modules behind it that make numbers)."
     cells = json.loads(notebooks()[notebook].read_text(encoding="utf-8"))["cells"]
-    plain = [
-        TransformerManager().transform_cell("".join(c["source"]))
-        for c in cells
-        if c["cell_type"] == "code"
-    ]
-    return [as_it_runs(c) for c in plain], sorted(
-        {m for c in plain for m in imported(c)} - {*SHOWING}
-    )
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    plain = [TransformerManager().transform_cell(s) for s in sources]
+    modules = set().union(*map(imported, plain)) - set(SHOWING)
+    return [as_it_runs(c) for c in plain], sorted(modules)
 
 
 def config_hash(name: str, P: Run) -> str:
-    """8 hex digits of all settings but the seed, the backbone's weights, the notebook, the code behind it and that of
+    """8 hex digits of all that makes a run's numbers but the seed.
+
+    All other settings, the backbone's weights, the notebook, the code behind it and that of
     plugins, the user's files, versions, device, precision and threads."""
     own = {k: v for k, v in asdict(P).items() if k not in ("seed", "plugins")}
     weights = weights_id(own["backbone"]) if "backbone" in own else None
@@ -244,7 +260,9 @@ def config_hash(name: str, P: Run) -> str:
 
 # %% ../nbs/18b_runs.ipynb #23a0a15b
 def _stamp(task: str) -> list:
-    "Name, size and time of the files of a user's own data set, so that other pictures are another configuration; [] for ours."
+    """(name, size in bytes, time in ns) of the files of a user's own data set; [] for ours.
+
+    So other pictures are another configuration."""
     if task in TASK_NAMES:
         return []
     path = own_data().get(task, Path(task))
@@ -285,7 +303,9 @@ class Plan:
 
     @property
     def computes(self) -> bool:
-        "Whether it makes numbers; a notebook that only shows those of other runs is never up to date."
+        """Whether it makes numbers.
+
+        A notebook that only shows those of other runs is never up to date."""
         return bool(set(_code(self.notebook)[1]) - {"core"})
 
     def lock(self) -> FileLock:
@@ -298,22 +318,20 @@ class Plan:
 def planned(
     name: str, preset: str = "lab", given: dict | None = None, seed: int | None = None
 ) -> Plan:
-    "The run of an experiment with these settings; refuses unknown names and bad values, computes nothing."
+    """The run of an experiment with these settings; computes nothing.
+
+    ValueError for unknown names and bad values."""
     name = resolve(name)
     settings = settings_of(name, preset, given, seed)
     config = config_hash(name, settings)
-    return Plan(
-        name,
-        preset,
-        settings,
-        config,
-        (runs_dir() / name / f"{preset}-s{settings.seed}-{config}").resolve(),
-    )
+    out = runs_dir() / name / f"{preset}-s{settings.seed}-{config}"
+    return Plan(name, preset, settings, config, out.resolve())
 
 # %% ../nbs/18b_runs.ipynb #68dcff82
 @dataclass
 class Alias:
     """Another name of one experiment and preset: today's code says `now`, older folders `was`.
+
     `old`, `new`: the commits that were compared; `compared`: on what; `numbers`: how many;
     `largest`: their largest difference."""
 
@@ -330,8 +348,10 @@ class Alias:
     date: str
 
     def __str__(self):
-        commits = f"{self.old[:8]} and {self.new[:8]}"
-        return f"{self.numbers:,} numbers compared between commits {commits}, largest difference {self.largest:g}"
+        return (
+            f"{self.numbers:,} numbers compared between commits {self.old[:8]} and "
+            f"{self.new[:8]}, largest difference {self.largest:g}"
+        )
 
 
 def aliases_file() -> Path:
@@ -365,7 +385,7 @@ def _odd(entry) -> str:
         return f"{a.was}: {a.numbers} numbers, difference {a.largest}; expected some and 0"
     return ""
 
-
+# %% ../nbs/18b_runs.ipynb #a1dde187
 @functools.cache
 def _aliases(text: str, path: Path) -> list[Alias]:
     "The aliases in a file's text, checked once."
@@ -391,6 +411,7 @@ def _aliases(text: str, path: Path) -> list[Alias]:
 
 def read_aliases(path: Path | None = None) -> list[Alias]:
     """All aliases of a file (default: of the shipped results), [] where there is none.
+
     ValueError says what is wrong with it."""
     path = Path(path or aliases_file())
     return list(_aliases(path.read_text(encoding="utf-8"), path)) if path.is_file() else []
@@ -398,6 +419,7 @@ def read_aliases(path: Path | None = None) -> list[Alias]:
 # %% ../nbs/18b_runs.ipynb #eebde565
 def chain(name: str, preset: str, config: str, known: list[Alias]) -> list[Alias]:
     """The aliases that lead from a configuration's name to its latest one, in order.
+
     ValueError if they run in a circle."""
     links = {a.was: a for a in known if (a.experiment, a.preset) == (name, preset)}
     out, at = [], config
@@ -419,6 +441,7 @@ def latest(name: str, preset: str, config: str, known: list[Alias]) -> str:
 # %% ../nbs/18b_runs.ipynb #8cb13054
 def done_folder(plan: Plan, root: Path) -> Path | None:
     """The folder of a plan's finished run under `root`, by today's name or an alias, else None.
+
     A line on stderr names a damaged one."""
     known, own = read_aliases(), (plan.name, plan.preset)
     today = latest(*own, plan.config, known)
@@ -435,7 +458,9 @@ def done_folder(plan: Plan, root: Path) -> Path | None:
 
 # %% ../nbs/18b_runs.ipynb #d8a9a3e7
 def check_writable(folder: Path) -> None:
-    "Create `folder`; PermissionError or OSError with advice, and no folder left, if nothing can be written there."
+    """Create `folder`; PermissionError or OSError with advice if nothing can be written there.
+
+    Then no folder is left."""
     new = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -447,12 +472,15 @@ def check_writable(folder: Path) -> None:
             for p in new:
                 p.rmdir()
         raise type(e)(
-            f"cannot write results to {folder} ({e.strerror}); free some space or set LFPM_RUNS to a folder you can write"
+            f"cannot write results to {folder} ({e.strerror}); "
+            "free some space or set LFPM_RUNS to a folder you can write"
         ) from None
 
 # %% ../nbs/18b_runs.ipynb #1eaad8cf
 def _own_kernel() -> type:
-    "A kernel manager for this interpreter's own kernel. A function, since Jupyter takes long to import."
+    """A kernel manager for this interpreter's own kernel.
+
+    A function, since Jupyter takes long to import."""
     import zmq
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
@@ -475,10 +503,11 @@ def _papermill(plan: Plan) -> None:
     import papermill as pm
     from nbclient.exceptions import DeadKernelError
 
+    made = plan.out / "notebook.ipynb"
     try:
         pm.execute_notebook(
             notebooks()[plan.notebook],
-            plan.out / "notebook.ipynb",
+            made,
             plan.passed,
             kernel_name="python3",
             kernel_manager_class=_own_kernel(),
@@ -490,17 +519,21 @@ def _papermill(plan: Plan) -> None:
         )
     except pm.PapermillExecutionError as e:
         raise RuntimeError(
-            f"{plan.name} failed in cell {e.exec_count}: {e.ename}: {e.evalue}\nIts notebook is {plan.out / 'notebook.ipynb'}"
+            f"{plan.name} failed in cell {e.exec_count}: {e.ename}: {e.evalue}\n"
+            f"Its notebook is {made}"
         ) from None
     except DeadKernelError:
         raise RuntimeError(
-            f"the kernel of {plan.name} died (killed, or out of memory); finished stages are kept, so the same command continues"
+            f"the kernel of {plan.name} died (killed, or out of memory); "
+            "finished stages are kept, so the same command continues"
         ) from None
 
 # %% ../nbs/18b_runs.ipynb #f69f2192
 def execute(plan: Plan, force: bool = False) -> Path:
-    """Run a plan and return its results folder; a finished run is reused, one that another process is doing is waited for.
-    Ctrl-C leaves no results folder (finished stages stay cached); a failed run leaves its notebook and a status saying why."""
+    """Run a plan and return its results folder; a finished run is reused.
+
+    One that another process is doing is waited for. Ctrl-C leaves no results folder (finished
+    stages stay cached); a failed run leaves its notebook and a status saying why."""
     with plan.lock():
         made = done_folder(plan, runs_dir())
         if made and not force and plan.computes:
@@ -513,16 +546,9 @@ def execute(plan: Plan, force: bool = False) -> Path:
             LFPM_FORCE=str(int(force)),
             LFPM_LIVE=str(int(sys.stderr.isatty())),
         )
-        t0, info = (
-            time.time(),
-            dict(
-                run=plan.name,
-                preset=plan.preset,
-                config=plan.config,
-                seed=plan.settings.seed,
-                started=time.strftime("%F %T"),
-            ),
-        )
+        info = dict(run=plan.name, preset=plan.preset, config=plan.config)
+        info |= dict(seed=plan.settings.seed, started=time.strftime("%F %T"))
+        t0 = time.time()
         try:
             _papermill(plan)
             finish(plan.out, seconds=round(time.time() - t0, 1), **info)
@@ -544,7 +570,9 @@ def run_notebook(
     seed: int | None = None,
     force: bool = False,
 ) -> Path:
-    "Run an experiment with parameters by papermill and return its results folder (`planned`, then `execute`)."
+    """Run an experiment with parameters by papermill and return its results folder.
+
+    That is `planned`, then `execute`."""
     return execute(planned(name, preset, given, seed), force)
 
 # %% ../nbs/18b_runs.ipynb #fa1e2d2e
@@ -556,7 +584,9 @@ def injected(ns: dict) -> set[str]:
 
 
 def here(notebook: str, ns: dict) -> Plan:
-    "The plan of a run notebook that is executed with globals `ns`; ValueError as `settings_of`."
+    """The plan of a run notebook that is executed with globals `ns`.
+
+    ValueError as `settings_of`, and for an experiment of another notebook."""
     cls, about = settings_class(notebook), around(notebook)
     plain, names = cls(), (*spellings(cls), *about)
     told = {choose(k, names, f"parameter of {notebook}"): ns[k] for k in injected(ns)}
@@ -587,7 +617,7 @@ class Finished:
     rows: pd.DataFrame
     params: dict
 
-
+# %% ../nbs/18b_runs.ipynb #2a78a929
 def look(folder: Path) -> Finished | str:
     "The finished run in a folder, or why there is none that can be used."
     folder, said = Path(folder), read_status(folder)
@@ -618,6 +648,7 @@ def look(folder: Path) -> Finished | str:
 @dataclass
 class Found:
     """Runs of one configuration, one a seed, in the order they were started.
+
     `made`: {older name some were made under: the alias in words}; `others`: {another
     configuration: its folders}; `left`: {folder that cannot be used: why}."""
 
@@ -631,13 +662,15 @@ class Found:
     def rows(self) -> pd.DataFrame:
         return pd.concat([r.rows for r in self.runs], ignore_index=True)
 
-
+# %% ../nbs/18b_runs.ipynb #a8bb211c
 def find_runs(
     name: str, preset: str, root: Path, config: str | None = None, known: list[Alias] | None = None
 ) -> Found:
-    """The finished runs of an experiment under `root`: of the newest configuration, or of `config`.
-    `config` may be an alias; ValueError if it is not there. Without a finished run `runs` is empty.
-    Runs of other presets stay silent. `known`: aliases, default those of the shipped results."""
+    """The finished runs of an experiment under `root`, of one configuration.
+
+    The newest, or `config`, which may be an alias; ValueError if it is not there. Without a
+    finished run `runs` is empty. Runs of other presets stay silent. `known`: aliases, default
+    those of the shipped results."""
     known = read_aliases() if known is None else known
     today = functools.partial(latest, name, preset, known=known)
     good, left = [], {}
@@ -667,10 +700,11 @@ def find_runs(
 
 # %% ../nbs/18b_runs.ipynb #eb6d5135
 def load_runs(name: str, preset: str, config: str | None = None) -> tuple[pd.DataFrame, dict]:
-    """(rows of one configuration's finished runs, default the newest; what else there is to say).
-    The dict holds `config`, `made`, `left` (see `Found`), `folders`, `others` (how many finished
-    runs of other configurations there are) and `known` (those configurations).
-    FileNotFoundError if there is no finished run."""
+    """(rows of one configuration's finished runs, what else there is to say).
+
+    `config`: default the newest. The dict holds `config`, `made`, `left` (see `Found`), `folders`,
+    `others` (how many finished runs of other configurations there are) and `known` (those
+    configurations). FileNotFoundError if there is no finished run."""
     name = resolve(name)
     preset = choose(preset, presets(experiments()[name]), f"preset of {name}")
     found = find_runs(name, preset, runs_dir(), config)

@@ -54,7 +54,7 @@ def _word_or_number(v):
         return v
     return number if math.isfinite(number) else str(v)
 
-
+# %% ../nbs/17a_settings.ipynb #4a2f423d
 def _listed(v):
     "A list from text like `a,b` or JSON, from a list or array, or from a single value."
     if isinstance(v, str):
@@ -233,7 +233,9 @@ def method_option(registry, method: str, name: str, value) -> tuple[str, Any]:
 
 # %% ../nbs/17a_settings.ipynb #a3d6ed61
 def variant(registry, text: str) -> tuple[str, dict]:
-    "(method, its own options) of `TA:scale=0.4`; ValueError names the nearest method or option."
+    """(method, its own options) of `TA:scale=0.4`.
+
+    ValueError names the nearest method or option."""
     name, *given = (t.strip() for t in text.split(":"))
     name = registry.find(name)
     own = {}
@@ -256,7 +258,9 @@ _REGISTRIES = (merges, attacks, defences, lam_rules)
 
 @dataclass
 class Plugin:
-    "A file that was imported: its content, its module, what it registered in each registry, and knobs."
+    """A file that was imported: its content, its module, what it registered, and knobs.
+
+    `content`: the hash of its bytes; `entries`: what it registered in each registry."""
 
     content: str
     module: Any
@@ -269,6 +273,7 @@ _loaded: dict[Path, Plugin] = {}
 
 def load_plugin(file) -> Plugin:
     """Import a Python file that registers methods, once for each content it has.
+
     Its methods are in the registries afterwards, and nothing else has changed there."""
     path = Path(file).expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
@@ -289,7 +294,7 @@ def load_plugin(file) -> Plugin:
     knobs.update(plugin.knobs)
     return plugin
 
-
+# %% ../nbs/17a_settings.ipynb #4706f922
 def _imported(path: Path, content: str) -> Plugin:
     "A plugin's own entries; registries and knobs are as before, whatever the file did to them."
     name = f"lfpm_plugin_{path.stem}_{content_hash(str(path))}"
@@ -314,37 +319,39 @@ def _imported(path: Path, content: str) -> Plugin:
             r.update(had)
         knobs.clear()
         knobs.update(dials)
-    others = [p.entries for where, p in _loaded.items() if where != path]
     for k, had in enumerate(before):
-        kit = had.keys() - {m for e in others for m in e[k]} - _names_of(path, k)
-        said = {n.lower() for n in kit} | {had[n]["long"].lower() for n in kit}
-        if taken := sorted(
-            n for n, v in entries[k].items() if {n.lower(), v["long"].lower()} & said
-        ):
+        if taken := _taken(k, entries[k], had):
             raise ValueError(
                 f"the plugin {path} registers {', '.join(taken)}, which is registered "
                 "already; choose another name"
             )
     return Plugin(content, module, entries, own)
 
+# %% ../nbs/17a_settings.ipynb #387e9393
+def _taken(k: int, entries: dict, had: dict) -> list[str]:
+    """Names of a plugin's `entries` that the kit has in its k-th registry.
 
-def _names_of(path: Path, k: int) -> set[str]:
-    "What an earlier content of a plugin had registered in the k-th registry."
-    return set(_loaded[path].entries[k]) if path in _loaded else set()
+    `had`: all that was there, of which other plugins' and an earlier content's is not the kit's."""
+    kit = had.keys() - set().union(*(p.entries[k] for p in _loaded.values()))
+    said = {n.lower() for n in kit} | {had[n]["long"].lower() for n in kit}
+    return sorted(n for n, v in entries.items() if {n.lower(), v["long"].lower()} & said)
 
 
 def offered(registry, plugins: list):
     "A registry without what plugins registered, but for the plugins named."
     k = next(i for i, r in enumerate(_REGISTRIES) if r is registry)
     mine = {Path(f).expanduser().resolve() for f in plugins}
-    hidden = [v for where, p in _loaded.items() if where not in mine for v in p.entries[k].values()]
+    others = [p.entries[k] for where, p in _loaded.items() if where not in mine]
+    hidden = [v for entries in others for v in entries.values()]
     out = Registry(registry.kind)
     out.update({n: v for n, v in registry.items() if not any(v is h for h in hidden)})
     return out
 
 
 def plugin_hash(file) -> tuple[str, str]:
-    "(name, hash of what runs in it and in files it imports): a plugin's part of a configuration."
+    """(name, hash of what runs in it and in files it imports).
+
+    A plugin's part of a configuration."""
     plugin = load_plugin(file)
     return Path(file).name, code_hash(plugin.module)
 
@@ -489,7 +496,7 @@ class Merging(Run):
             raise ValueError(f"an option of {name} is given twice: {given}")
         return name, own
 
-
+# %% ../nbs/17a_settings.ipynb #eb6d1dbb
 def every_method(registry, names: list[str], read) -> list[str]:
     "Names as `read` spells them, each once; `all` is every method there is."
     if [n.lower() for n in names] == ["all"]:
@@ -573,7 +580,9 @@ class MainParams(Defending, Merging, Attacked):
 # %% ../nbs/17a_settings.ipynb #b093d3ce
 @method(MainParams, once=True)
 def strengths(self) -> Strengths:
-    "Stage I and II settings; with LoRA the defender raises his rate by the contributors' factor."
+    """Stage I and II settings.
+
+    With LoRA the defender raises his rate by the contributors' factor."""
     P = self
     return Strengths(
         rank=P.rank,
@@ -599,7 +608,9 @@ def strengths(self) -> Strengths:
 
 @method(MainParams)
 def check_inputs(self) -> None:
-    "Open backbone, every task and the target class, so that bad input is refused before any work."
+    """Open backbone, every task and the target class.
+
+    So bad input is refused before any work: ValueError or FileNotFoundError."""
     clip = load_clip(self.backbone)
     d = clip.visual.proj.shape[1]
     if self.rank != "rule" and self.rank >= d:
@@ -682,7 +693,7 @@ class OnRecorded(Run):
         "The recorded lab's card, which names all that was recorded."
         return [proj_path("data", "recorded", self.lab, "card.json")]
 
-
+# %% ../nbs/17a_settings.ipynb #a22d0375
 @settings("ctl")
 class CtlParams(OnRecorded):
     "Settings of ctl: is the path linear?"
@@ -780,9 +791,8 @@ def parameters(notebook: str) -> dict[str, tuple]:
 def _of_cell(notebook: str) -> dict[str, tuple]:
     "{setting: (default, help)} as a run notebook's own tagged cell has them."
     cells = json.loads(notebooks()[notebook].read_text(encoding="utf-8"))["cells"]
-    cell = next(
-        "".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])
-    )
+    tagged = (c for c in cells if "parameters" in c["metadata"].get("tags", []))
+    cell = "".join(next(tagged)["source"])
     lines, out = cell.splitlines(), {}
     for n in ast.parse(cell).body:
         if not isinstance(n, (ast.Assign, ast.AnnAssign)):
@@ -792,10 +802,12 @@ def _of_cell(notebook: str) -> dict[str, tuple]:
         out[target.id] = ast.literal_eval(n.value), text
     return out
 
-
+# %% ../nbs/17a_settings.ipynb #9efe7c0d
 def settings_class(notebook: str) -> type:
-    """The class of a run notebook's settings. For a notebook of one's own it is read off its
-    parameters cell: the types of the defaults, no ranges."""
+    """The class of a run notebook's settings.
+
+    For a notebook of one's own it is read off its parameters cell: the types of the defaults, no
+    ranges."""
     if notebook in RUNS:
         return RUNS[notebook]
     own = {k: about for k, about in parameters(notebook).items() if k not in around(notebook)}

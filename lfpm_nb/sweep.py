@@ -37,46 +37,46 @@ def _entry(entry, spec: dict, where) -> list[Point]:
     e = {"run": entry} if isinstance(entry, str) else entry
     if not isinstance(e, dict) or "run" not in e:
         raise ValueError(
-            f"{where}: {short(entry)} is not a run; expected a name or {{run: NAME, grid: {{parameter: [values]}}}}"
+            f"{where}: {short(entry)} is not a run; expected a name or "
+            "{run: NAME, grid: {parameter: [values]}}"
         )
     for k in e:
         choose(k, ["run", "grid", "seeds", "preset"], f"key of a run in {where}")
     name, grid = resolve(e["run"], f"run in {where}"), e.get("grid") or {}
-    seeds, preset = (
-        e.get("seeds", spec.get("seeds", [0])),
-        e.get("preset", spec.get("preset", "lab")),
-    )
+    seeds = e.get("seeds", spec.get("seeds", [0]))
+    preset = e.get("preset", spec.get("preset", "lab"))
     if not isinstance(grid, dict):
         raise ValueError(
             f"{where}: grid of {name} is {short(grid)}; expected {{parameter: [values]}}"
         )
     if "seed" in grid:
         raise ValueError(
-            f"{where}: seed of {name} stands in its grid; write seeds: {short(grid['seed'])} beside it"
+            f"{where}: seed of {name} stands in its grid; "
+            f"write seeds: {short(grid['seed'])} beside it"
         )
     for k, v in (*grid.items(), ("seeds", seeds)):
         if not isinstance(v, list) or not v:
             raise ValueError(
-                f"{where}: {k} of {name} is {short(v)}; expected a list of one value or more, for example [0.2, 0.3]"
+                f"{where}: {k} of {name} is {short(v)}; "
+                "expected a list of one value or more, for example [0.2, 0.3]"
             )
     combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     points = [Point(name, preset, seed, given) for given in combinations for seed in seeds]
+    # planning checks every value
     try:
-        return [
-            replace(p, seed=p.plan().settings.seed) for p in points
-        ]  # planning checks every value
+        return [replace(p, seed=p.plan().settings.seed) for p in points]
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from None
 
 # %% ../nbs/22_sweep.ipynb #88e0c718
 def read_sweep(file) -> tuple[str, list[Point]]:
-    "(title, points) of a sweep's YAML: a path, or a name under data/sweeps. ValueError for unknown names, an empty grid or a point named twice."
+    """(title, points) of a sweep's YAML: a path, or a name under data/sweeps.
+
+    ValueError for unknown names, an empty grid or a point named twice."""
     known = {p.stem: p for p in proj_path("data", "sweeps").glob("*.yaml")}
-    path = (
-        Path(file)
-        if Path(file).suffix in (".yaml", ".yml")
-        else known[choose(str(file), known, "sweep (or give a path that ends in .yaml)")]
-    )
+    path = Path(file)
+    if path.suffix not in (".yaml", ".yml"):
+        path = known[choose(str(file), known, "sweep (or give a path that ends in .yaml)")]
     if not path.is_file():
         raise FileNotFoundError(f"no sweep at {path}; shipped ones: {', '.join(sorted(known))}")
     spec = read_yaml(path, ["title", "preset", "seeds", "runs"], ["runs"])
@@ -101,14 +101,8 @@ def interleave(points: list[Point]) -> list[Point]:
     return [p for r in rounds for p in r if p is not None]
 
 # %% ../nbs/22_sweep.ipynb #fd9ace31
-PASSED_ON = (
-    "LFPM_RUNS",
-    "LFPM_CACHE",
-    "LFPM_DATA",
-    "LFPM_DEVICE",
-    "LFPM_AMP",
-    "LFPM_QUIET",
-)  # what a worker must know of its driver
+# what a worker must know of its driver
+PASSED_ON = ("LFPM_RUNS", "LFPM_CACHE", "LFPM_DATA", "LFPM_DEVICE", "LFPM_AMP", "LFPM_QUIET")
 
 
 # Dask sets each of them to 1, and torch obeys MKL's before OpenMP's
@@ -117,7 +111,9 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @contextlib.contextmanager
 def using(threads: int, env: dict):
-    "PyTorch's threads and environment variables, here and in what is started from here; as before afterwards."
+    """PyTorch's threads and environment variables, here and in what is started from here.
+
+    As before afterwards. `env`: {variable: text, or None to leave it}."""
     before, was = torch.get_num_threads(), {k: os.environ.get(k) for k in (*env, *THREADS)}
     os.environ |= {k: v for k, v in env.items() if v is not None}
     os.environ |= dict.fromkeys(THREADS, str(threads))
@@ -127,31 +123,36 @@ def using(threads: int, env: dict):
     finally:
         torch.set_num_threads(before)
         for k, v in was.items():
-            os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
+            if v is None:
+                os.environ.pop(k, None)
+            else:
+                os.environ[k] = v
 
 # %% ../nbs/22_sweep.ipynb #40a820e5
 def _gpu() -> dict:
     "This Dask worker's own GPU as an environment variable, where there are several."
     from distributed import get_worker
 
-    n = torch.cuda.device_count()
-    name = str(get_worker().name)
-    return (
-        {"CUDA_VISIBLE_DEVICES": str(int(name) % n if name.isdigit() else hash(name) % n)}
-        if n > 1
-        else {}
-    )
+    n, name = torch.cuda.device_count(), str(get_worker().name)
+    if n < 2:
+        return {}
+    own = int(name) if name.isdigit() else hash(name)
+    return {"CUDA_VISIBLE_DEVICES": str(own % n)}
 
 
-ONE_AT_A_TIME = threading.Lock()  # threads and environment belong to the process: a worker with several Dask threads still does one run
+# threads and environment belong to the process: a worker with several Dask threads still does one
+# run
+ONE_AT_A_TIME = threading.Lock()
 
 
 def do_point(point: Point, threads: int, env: dict, force: bool = False) -> dict:
-    "Run a point on a worker: {state, seconds, folder}, or {state: failed, error}; a failed run does not stop the others."
+    """Run a point on a worker: {state, seconds, folder}, or {state: failed, seconds, error}.
+
+    A failed run does not stop the others."""
     t0 = time.time()
-    os.environ.pop(
-        "MALLOC_TRIM_THRESHOLD_", None
-    )  # set by Dask, so that workers give back every freed page at once; a run's process that inherits it spends a third of its time on that
+    # set by Dask, so that workers give back every freed page at once; a run's process that
+    # inherits it spends a third of its time on that
+    os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)
     with ONE_AT_A_TIME, using(threads, env | _gpu()):
         try:
             found = dict(state="done", folder=str(execute(point.plan(), force)))
@@ -162,7 +163,9 @@ def do_point(point: Point, threads: int, env: dict, force: bool = False) -> dict
 # %% ../nbs/22_sweep.ipynb #83c9c4bc
 @contextlib.contextmanager
 def cluster(workers: int, scheduler: str | None):
-    "A Dask client: of `workers` local processes with one task each, or of the scheduler at an address. OSError says what is wrong with the address."
+    """A Dask client: of `workers` local processes, or of the scheduler at an address.
+
+    Local processes do one task each. OSError says what is wrong with the address."""
     import dask
     from distributed import Client, LocalCluster
 
@@ -171,19 +174,15 @@ def cluster(workers: int, scheduler: str | None):
             client = Client(scheduler, timeout="10s")
         except (OSError, ValueError) as e:
             raise OSError(
-                f"no Dask scheduler answers at {scheduler} ({type(e).__name__}); start one with `dask scheduler`, then `dask worker {scheduler} --nthreads 1`"
+                f"no Dask scheduler answers at {scheduler} ({type(e).__name__}); "
+                f"start one with `dask scheduler`, then `dask worker {scheduler} --nthreads 1`"
             ) from None
         with client:
             yield client
         return
     keep = dask.config.set({"distributed.deploy.lost-worker-timeout": "1000 days"})
-    with (
-        keep,
-        LocalCluster(
-            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None
-        ) as local,
-        Client(local) as client,
-    ):
+    size = dict(n_workers=workers, threads_per_worker=1, memory_limit=0)
+    with keep, LocalCluster(**size, dashboard_address=None) as local, Client(local) as client:
         yield client
 
 # %% ../nbs/22_sweep.ipynb #849444ee
@@ -193,21 +192,17 @@ def finished(plan: Plan) -> Path | None:
 
 
 def overview(file, threads: int = 1) -> pd.DataFrame:
-    "The points of a sweep as a table: run, seed, what was given, the finished folder or None, and the minutes its experiment says it takes."
+    """The points of a sweep as a table: point, run, preset, folder, minutes.
+
+    `run`: the point in words, with what was given; `folder`: the finished one or None; `minutes`:
+    what its experiment says it takes."""
     with using(threads, {}):
         _, points = read_sweep(file)
-        return pd.DataFrame(
-            [
-                dict(
-                    point=p,
-                    run=str(p),
-                    preset=p.preset,
-                    folder=finished(p.plan()),
-                    minutes=experiments()[p.name].minutes.get(p.preset),
-                )
-                for p in points
-            ]
-        )
+        rows = []
+        for p in points:
+            row = dict(point=p, run=str(p), preset=p.preset, folder=finished(p.plan()))
+            rows.append(row | dict(minutes=experiments()[p.name].minutes.get(p.preset)))
+        return pd.DataFrame(rows)
 
 # %% ../nbs/22_sweep.ipynb #583d347a
 def sweep(
@@ -218,30 +213,29 @@ def sweep(
     force: bool = False,
     threads: int = 1,
 ) -> pd.DataFrame:
-    """Run a sweep's points and return one row each: run, state (done, failed, skipped), seconds, folder, error. Failed runs are recorded and the rest go
-    on; a worker that dies is replaced and its run repeated elsewhere, three times at most; without any worker for `NO_WORKER` seconds what is left has failed."""
+    """Run a sweep's points; one row each: run, state, seconds, folder, error.
+
+    `state`: done, failed or skipped. Failed runs are recorded and the rest go on; a worker that
+    dies is replaced and its run repeated elsewhere, three times at most; without any worker for
+    `NO_WORKER` seconds what is left has failed."""
     table = overview(file, threads)
     known = table.folder.notna() if not force else pd.Series(False, table.index)
     if known.any() and not resume:
         raise ValueError(
-            f"{known.sum()} of {len(table)} runs are finished already; --resume keeps them and does the rest, --force does all of them again"
+            f"{known.sum()} of {len(table)} runs are finished already; "
+            "--resume keeps them and does the rest, --force does all of them again"
         )
     own = lambda p: (str(p), p.preset)
-    rows = {
-        own(p): dict(run=str(p), state="skipped", folder=str(f))
-        for p, f in zip(table.point[known], table.folder[known])
-    }
-    todo, record = (
-        interleave(list(table.point[~known])),
-        runs_dir() / "sweeps" / f"{Path(file).stem}.json",
-    )
-    with (
-        using(threads, {}),
-        cluster(workers, scheduler) if todo else contextlib.nullcontext() as client,
-    ):
-        for point, result in _answers(client, todo, threads, force, len(rows)) if todo else ():
-            rows[own(point)] = dict(run=str(point), **result)
-            write_json(record, list(rows.values()))
+    rows = {}
+    for p, folder in zip(table.point[known], table.folder[known]):
+        rows[own(p)] = dict(run=str(p), state="skipped", folder=str(folder))
+    todo = interleave(list(table.point[~known]))
+    record = runs_dir() / "sweeps" / f"{Path(file).stem}.json"
+    if todo:
+        with using(threads, {}), cluster(workers, scheduler) as client:
+            for point, result in _answers(client, todo, threads, force, len(rows)):
+                rows[own(point)] = dict(run=str(point), **result)
+                write_json(record, list(rows.values()))
     return pd.DataFrame([rows[own(p)] for p in table.point])
 
 # %% ../nbs/22_sweep.ipynb #c2b19ee5
@@ -283,16 +277,16 @@ def _settled(client, todo, submit):
         yield (
             point,
             None,
-            f"no worker has been there for {NO_WORKER} s; start one, then --resume does what is left",
+            f"no worker has been there for {NO_WORKER} s; "
+            "start one, then --resume does what is left",
         )
 
 # %% ../nbs/22_sweep.ipynb #e16bdb2e
 def _answers(client, todo: list[Point], threads: int, force: bool, skipped: int):
     "(point, result) as they come in, under one progress line that names what runs."
     env = {k: os.environ.get(k) for k in PASSED_ON}
-    env |= dict(
-        LFPM_RUNS=str(runs_dir().resolve()), LFPM_CACHE=str(cache_dir().resolve()), LFPM_QUIET="1"
-    )
+    folders = dict(LFPM_RUNS=str(runs_dir().resolve()), LFPM_CACHE=str(cache_dir().resolve()))
+    env |= folders | dict(LFPM_QUIET="1")
 
     def submit(point):
         key = f"{point} {time.time_ns()}"
@@ -301,9 +295,10 @@ def _answers(client, todo: list[Point], threads: int, force: bool, skipped: int)
     count = dict(done=0, failed=0, skipped=skipped)
     bar = Progress(_settled(client, todo, submit), "sweep", total=len(todo))
     for point, future, error in bar:
-        result = (
-            dict(state="failed", seconds=float("nan"), error=error) if error else future.result()
-        )
+        if error:
+            result = dict(state="failed", seconds=float("nan"), error=error)
+        else:
+            result = future.result()
         count[result["state"]] += 1
         why = f" ({result['error'].splitlines()[0]})" if "error" in result else ""
         bar.note = ", ".join(f"{n} {k}" for k, n in count.items()) + f"; last: {point}{why}"
