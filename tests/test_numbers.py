@@ -150,7 +150,19 @@ def readme(get) -> list[str]:
         f"{best} {f1(rivals(best))} ({f1(rivals(best, 'CA'))}), where LFPM has {f1(rivals('LFPM'))}"
         f" ({f1(rivals('LFPM', 'CA'))}): seeds 0, 1, 2, strengths by rule"
     )
-    two = get("multi_adversary")
+    two, seen = get("multi_adversary"), get("pictures")
+    gain = {
+        c: (seen.all(f"LFPM{c}", "CA") - seen.all("TA (clean)", "CA")).mean()
+        for c in ("", " (clean)")
+    }
+    picture = (
+        f"It is then {f1(gain[''])} points more accurate than the merge of clean models, and on that"
+        f" one it gains {f1(gain[' (clean)'])} (means of three seeds). Rivals win by the same picture:"
+        f" PAM and fine-tuning keep {f1(seen('PAM', 'CA') - seen('LFPM', 'CA'))} and"
+        f" {f1(seen('fine-tuning', 'CA') - seen('LFPM', 'CA'))} points more; LFPM's path is the safest"
+        f" (Path-ASR {f0(seen('LFPM', 'path_ASR'))} against {f0(seen('PAM', 'path_ASR'))} and"
+        f" {f0(seen('fine-tuning', 'path_ASR'))} %)."
+    )
     cost = {
         p: r.all("TA (clean)", "CA") - r.all("LFPM (clean)", "CA")
         for p, r in (("lab", main), ("real", real))
@@ -162,10 +174,12 @@ def readme(get) -> list[str]:
             f" {real.n():,})"
         ),
         line(f"lab, {len(main.all('TA'))} seeds", main, where),
+        line(f"lab, a picture as prompt, {len(seen.all('TA'))} seeds", seen),
         line("lab, LoBAM: everybody trains adapters, 1 seed", get("lobam")),
         line("lab, an attacker who knows LFPM, 1 seed", get("adaptive")),
         line("lab, two attackers, 1 seed", two),
         line(f"real pictures, {len(real.all('TA'))} seeds", real),
+        picture,
         f"On a clean merge LFPM can cost {f0(often)} points, once {f0(once)}.",
     ]
 
@@ -235,20 +249,21 @@ def main_run(get) -> list[str]:
 
 
 def pictures(get) -> list[str]:
-    "Stage I with a picture: both scales, judged on seeds that nobody had seen."
-    lab, real = get("pictures"), get("pictures", "small-real")
-    rivals = ["TA (clean)", "TA", "fine-tuning", "SAM", "PAM", "SAU", "LFPM", "LFPM (clean)"]
-    out = table(lab, rivals) + table(real, MAIN_ROWS)
-    for r in (lab, real):
-        lfpm, seeds = r.all("LFPM"), ", ".join(map(str, r.all("TA").index))
-        more = r.all("LFPM", "CA") - r.all("TA (clean)", "CA")
-        clean = r.all("LFPM (clean)", "CA") - r.all("TA (clean)", "CA")
-        changed = lambda v: several(v, signed)
-        out.append(
-            f"leaves {several(lfpm)} % (seeds {seeds}), at {changed(more)} points of clean accuracy"
-            f" against the clean merge; on the clean merge it changes {changed(clean)}"
-        )
-    return out
+    "Stage I with a picture, judged on seeds that nobody had seen."
+    r = get("pictures")
+    lfpm, before = r.all("LFPM"), r.all("TA (clean)", "CA")
+    more, clean = (several(r.all(m, "CA") - before, signed) for m in ("LFPM", "LFPM (clean)"))
+    return table(r, [*MAIN_ROWS[:3], "SAM", "PAM", "SAU", *MAIN_ROWS[3:]]) + [
+        (
+            f"LFPM leaves {several(lfpm)} % (seeds {', '.join(map(str, lfpm.index))}). Its accuracy"
+            f" is that of the merge of clean models and {more} points; that merge itself it changes"
+            f" by {clean}"
+        ),
+        (
+            f"fine-tuning left {f0(get('main')('fine-tuning'))} % on tokens, here it leaves"
+            f" {f0(r('fine-tuning'))} and is more accurate than LFPM"
+        ),
+    ]
 
 
 def every_rival(get) -> list[str]:
