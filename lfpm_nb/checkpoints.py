@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STORAGES', 'DTYPES', 'PLAIN', 'KNOWN', 'MOST_STEPS', 'MOST_PICKLED', 'PUSHES', 'EMPTY', 'MADE', 'TUPLES',
            'MOST_NAMES', 'DEEPEST', 'FIRST', 'INTS', 'FOLDER', 'STRANGE', 'SCRIPT', 'PICKLED', 'Named', 'Shell', 'Kept',
-           'Machine', 'cut', 'Zipped', 'Older', 'named', 'prefix_of', 'note', 'Weights', 'in_folder', 'files_of',
-           'weights_sha', 'load_weights']
+           'Machine', 'cut', 'Zipped', 'member', 'storage', 'Older', 'mentioned', 'named', 'prefix_of', 'note',
+           'Weights', 'in_folder', 'files_of', 'weights_sha', 'load_weights']
 
 # %% ../nbs/00a_checkpoints.ipynb #81cc4917
 import hashlib, json, math, pickletools, re, sys, zipfile
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 import torch
-from .core import file_sha, load_state, printable
+from .core import file_sha, load_state, method, printable
 
 # %% ../nbs/00a_checkpoints.ipynb #540fbb38
 @dataclass(eq=False)
@@ -26,7 +26,9 @@ class Named:
 
 @dataclass(eq=False)
 class Shell:
-    "What would be an object called `name`: what it was made of, its state, and its entries if it is a mapping."
+    """What would be an object called `name`.
+
+    What it was made of, its state, and its entries if it is a mapping."""
 
     name: str
     args: tuple = ()
@@ -36,7 +38,9 @@ class Shell:
 
 @dataclass(eq=False)
 class Kept:
-    "A tensor that lies in a file: where it begins in its storage (entries), its shape, and its strides."
+    """A tensor that lies in a file.
+
+    Where it begins in its storage (entries), its shape, and its strides."""
 
     storage: tuple  # (key, dtype, how many entries)
     offset: int
@@ -60,25 +64,11 @@ STORAGES = dict(
     ComplexDoubleStorage=torch.complex128,
     UntypedStorage=torch.uint8,
 )
-DTYPES = {
-    f"torch.{n}": getattr(torch, n)
-    for n in (
-        "float32",
-        "float64",
-        "float16",
-        "bfloat16",
-        "int64",
-        "int32",
-        "int16",
-        "int8",
-        "uint8",
-        "bool",
-        "float8_e4m3fn",
-        "float8_e5m2",
-        "float8_e4m3fnuz",
-        "float8_e5m2fnuz",
-    )
-}
+_NAMES = (
+    "float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool "
+    "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz"
+)
+DTYPES = {f"torch.{n}": getattr(torch, n) for n in _NAMES.split()}
 
 # %% ../nbs/00a_checkpoints.ipynb #89cf4478
 def _whole(numbers) -> tuple:
@@ -150,7 +140,9 @@ KNOWN = {
 
 
 def _made(what, args: tuple):
-    "What calling `what` would give: a tensor or a container if the table knows it, else a shell."
+    """What calling `what` would give.
+
+    A tensor or a container if the table knows it, else a shell."""
     if not isinstance(args, tuple):
         raise ValueError("arguments that are no tuple")
     if not isinstance(what, Named):
@@ -160,28 +152,11 @@ def _made(what, args: tuple):
 # %% ../nbs/00a_checkpoints.ipynb #b600b234
 MOST_STEPS = 3_000_000  # instructions; a module of ViT-L/14's size has sixty thousand
 MOST_PICKLED = 2**26  # bytes without the tensors
-PUSHES = {
-    "INT",
-    "LONG",
-    "LONG1",
-    "LONG4",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "FLOAT",
-    "BINFLOAT",
-    "STRING",
-    "BINSTRING",
-    "SHORT_BINSTRING",
-    "UNICODE",
-    "SHORT_BINUNICODE",
-    "BINUNICODE",
-    "BINUNICODE8",
-    "BINBYTES",
-    "SHORT_BINBYTES",
-    "BINBYTES8",
-    "BYTEARRAY8",
-}
+PUSHES = set(
+    "INT LONG LONG1 LONG4 BININT BININT1 BININT2 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
+    "UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 "
+    "BYTEARRAY8".split()
+)
 EMPTY = dict(
     EMPTY_TUPLE=tuple,
     EMPTY_LIST=list,
@@ -196,7 +171,9 @@ TUPLES = dict(TUPLE1=1, TUPLE2=2, TUPLE3=3)
 
 # %% ../nbs/00a_checkpoints.ipynb #b3f96df7
 class _Stack:
-    "What a pickle works on: a stack, the stacks below it, which a mark puts aside, and a memory by number."
+    """What a pickle works on: a stack, the stacks below it, and a memory by number.
+
+    A mark puts a stack aside."""
 
     def __init__(self):
         self.stack, self.below, self.memo = [], [], {}
@@ -230,6 +207,10 @@ class _Stack:
     def dup(self, _):
         self.stack.append(self.stack[-1])
 
+# %% ../nbs/00a_checkpoints.ipynb #b3f96df9
+class _Memory(_Stack):
+    "A stack whose uppermost value can be remembered."
+
     def put(self, n):
         self.memo[n] = self.stack[-1]
 
@@ -249,7 +230,7 @@ def _more(into, values) -> None:
         into.extend(values)
 
 
-class _Containers(_Stack):
+class _Containers(_Memory):
     "Lists, dictionaries and shells that grow."
 
     def append(self, _):
@@ -270,32 +251,9 @@ class _Containers(_Stack):
 
     additems = appends
 
-# %% ../nbs/00a_checkpoints.ipynb #f9c7628b
-class Machine(_Containers):
-    """Carries out the pickle at the beginning of a stream, without a call or an import. `persistent`: what
-    an id that the pickle mentions stands for. ValueError beyond MOST_STEPS; on damage many exceptions."""
-
-    def __init__(self, persistent):
-        super().__init__()
-        self.persistent = persistent
-
-    def run(self, stream):
-        "What the pickle holds."
-        for steps, (op, arg, _) in enumerate(pickletools.genops(stream)):
-            if steps > MOST_STEPS:
-                raise ValueError(f"more than {MOST_STEPS:,} instructions")
-            if op.name == "STOP":
-                return self.stack.pop()
-            if op.name in PUSHES:
-                self.stack.append(arg)
-            elif op.name in EMPTY:
-                self.stack.append(EMPTY[op.name]())
-            elif op.name in MADE:
-                self.push(MADE[op.name](self.marked()))
-            elif op.name in TUPLES:
-                self.push(tuple(self.taken(TUPLES[op.name])))
-            elif op.name not in ("PROTO", "FRAME"):
-                getattr(self, op.name.lower())(arg)
+# %% ../nbs/00a_checkpoints.ipynb #f9c76289
+class _Calls(_Containers):
+    "What a file names and would have called: notes and shells."
 
     def global_(self, arg):
         self.stack.append(Named(arg.replace(" ", ".", 1)))
@@ -330,6 +288,35 @@ class Machine(_Containers):
         if isinstance(self.stack[-1], Shell):
             self.stack[-1].state = state
 
+# %% ../nbs/00a_checkpoints.ipynb #f9c7628b
+class Machine(_Calls):
+    """Carries out the pickle at the beginning of a stream, without a call or an import.
+
+    `persistent`: what an id that the pickle mentions stands for. ValueError beyond MOST_STEPS; on
+    damage many exceptions."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        self.persistent = persistent
+
+    def run(self, stream):
+        "What the pickle holds."
+        for steps, (op, arg, _) in enumerate(pickletools.genops(stream)):
+            if steps > MOST_STEPS:
+                raise ValueError(f"more than {MOST_STEPS:,} instructions")
+            if op.name == "STOP":
+                return self.stack.pop()
+            if op.name in PUSHES:
+                self.stack.append(arg)
+            elif op.name in EMPTY:
+                self.stack.append(EMPTY[op.name]())
+            elif op.name in MADE:
+                self.push(MADE[op.name](self.marked()))
+            elif op.name in TUPLES:
+                self.push(tuple(self.taken(TUPLES[op.name])))
+            elif op.name not in ("PROTO", "FRAME"):
+                getattr(self, op.name.lower())(arg)
+
     def persid(self, arg):
         self.stack.append(self.persistent(arg))
 
@@ -361,7 +348,9 @@ def _printable(text, most: int = 60) -> str:
 
 # %% ../nbs/00a_checkpoints.ipynb #8e02b6d2
 def cut(kept: Kept, data: bytearray) -> torch.Tensor:
-    "The tensor itself, from its storage's bytes. ValueError if it does not lie inside, or repeats entries."
+    """The tensor itself, from its storage's bytes.
+
+    ValueError if it does not lie inside, or repeats entries."""
     entries = len(data) // kept.dtype.itemsize
     last = sum((n - 1) * s for n, s in zip(kept.size, kept.stride, strict=True))
     if 0 in kept.size:
@@ -369,13 +358,14 @@ def cut(kept: Kept, data: bytearray) -> torch.Tensor:
     if kept.offset + last >= entries or math.prod(kept.size) > entries:
         raise ValueError(f"a tensor of shape {kept.size} in a storage of {entries} entries")
     flat = torch.frombuffer(data, dtype=kept.dtype, count=entries)
-    return flat.as_strided(kept.size, kept.stride, kept.offset).clone(
-        memory_format=torch.contiguous_format
-    )
+    view = flat.as_strided(kept.size, kept.stride, kept.offset)
+    return view.clone(memory_format=torch.contiguous_format)
 
 # %% ../nbs/00a_checkpoints.ipynb #96cfcb46
 class Zipped:
-    "What `torch.save` writes since 2020, and TorchScript: `script` says which. `root` is the pickled object."
+    """What `torch.save` writes since 2020, and TorchScript: `script` says which.
+
+    `root` is the pickled object."""
 
     def __init__(self, path: Path):
         self.zip = zipfile.ZipFile(path)
@@ -393,19 +383,6 @@ class Zipped:
         pickled = self.member("data.pkl", MOST_PICKLED)
         self.root = Machine(self.mentioned).run(BytesIO(pickled))
 
-    def member(self, name: str, most: int) -> bytearray:
-        info = self.members[self.folder + name]
-        if info.file_size > most:
-            raise ValueError(f"{name} is larger than {most:,} bytes")
-        data = bytearray(info.file_size)
-        with self.zip.open(info) as f:
-            done = 0
-            while n := f.readinto(memoryview(data)[done:]):
-                done += n
-        if done != len(data):
-            raise ValueError(f"{name} is cut off")
-        return data
-
     def text(self, name: str) -> str:
         if self.folder + name not in self.members:
             return ""
@@ -415,14 +392,31 @@ class Zipped:
         what, kind, key, place, n = pid
         return _storage(key, kind, n)
 
-    def storage(self, key: str, size: int) -> bytearray:
-        "The bytes of a storage that the pickle says has `size` of them."
-        info = self.members[f"{self.folder}data/{key}"]
-        if info.compress_type:
-            raise _Other("compressed; unpack it and save again with torch.save")
-        if info.file_size != size:
-            raise ValueError(f"storage {_printable(key)} has another size than its tensors say")
-        return self.member(f"data/{key}", size)
+# %% ../nbs/00a_checkpoints.ipynb #96cfcb48
+@method(Zipped)
+def member(self, name: str, most: int) -> bytearray:
+    info = self.members[self.folder + name]
+    if info.file_size > most:
+        raise ValueError(f"{name} is larger than {most:,} bytes")
+    data = bytearray(info.file_size)
+    with self.zip.open(info) as f:
+        done = 0
+        while n := f.readinto(memoryview(data)[done:]):
+            done += n
+    if done != len(data):
+        raise ValueError(f"{name} is cut off")
+    return data
+
+
+@method(Zipped)
+def storage(self, key: str, size: int) -> bytearray:
+    "The bytes of a storage that the pickle says has `size` of them."
+    info = self.members[f"{self.folder}data/{key}"]
+    if info.compress_type:
+        raise _Other("compressed; unpack it and save again with torch.save")
+    if info.file_size != size:
+        raise ValueError(f"storage {_printable(key)} has another size than its tensors say")
+    return self.member(f"data/{key}", size)
 
 # %% ../nbs/00a_checkpoints.ipynb #917ddc3b
 class Older:
@@ -449,33 +443,39 @@ class Older:
             if at > path.stat().st_size:
                 raise ValueError("it ends in the middle of its tensors")
 
-    def mentioned(self, pid):
-        if pid[0] == "module":
-            return pid[1]  # with its source text, which nobody looks at
-        what, kind, key, place, n, view = pid
-        if view is not None:
-            raise _Other("of a very old kind; save its state_dict() again")
-        key, dtype, n = _storage(key, kind, n)
-        self.sizes[key] = dtype.itemsize
-        return key, dtype, n
+# %% ../nbs/00a_checkpoints.ipynb #917ddc3d
+@method(Older)
+def mentioned(self, pid):
+    if pid[0] == "module":
+        return pid[1]  # with its source text, which nobody looks at
+    what, kind, key, place, n, view = pid
+    if view is not None:
+        raise _Other("of a very old kind; save its state_dict() again")
+    key, dtype, n = _storage(key, kind, n)
+    self.sizes[key] = dtype.itemsize
+    return key, dtype, n
 
-    def storage(self, key: str, size: int) -> bytearray:
-        at, n = self.at[key]
-        if n != size:
-            raise ValueError(f"storage {_printable(key)} has another size than its tensors say")
-        data = bytearray(size)
-        with open(self.path, "rb") as f:
-            f.seek(at)
-            if f.readinto(data) != size:
-                raise ValueError("it is cut off")
-        return data
+
+@method(Older)
+def storage(self, key: str, size: int) -> bytearray:
+    at, n = self.at[key]
+    if n != size:
+        raise ValueError(f"storage {_printable(key)} has another size than its tensors say")
+    data = bytearray(size)
+    with open(self.path, "rb") as f:
+        f.seek(at)
+        if f.readinto(data) != size:
+            raise ValueError("it is cut off")
+    return data
 
 # %% ../nbs/00a_checkpoints.ipynb #2326ad17
 MOST_NAMES, DEEPEST = 100_000, 64
 
 
 def _children(x, script: bool) -> dict | None:
-    "What lies directly under a dictionary, a module or a TorchScript object: {name: value}. None: it is no such thing."
+    """{name: value} of what lies directly under a dictionary, a module or a TorchScript object.
+
+    None: it is no such thing."""
     if isinstance(x, dict):
         return x
     if not isinstance(x, Shell):
@@ -489,10 +489,11 @@ def _children(x, script: bool) -> dict | None:
         return {k: v for k, v in state.items() if k != "attn_mask"}  # no weight, and infinite
     return x.entries or None
 
-
+# %% ../nbs/00a_checkpoints.ipynb #2326ad19
 def named(root, script: bool = False) -> tuple[dict, list]:
-    """({dotted name: Kept, or the Shell of what is no plain tensor}, names of the classes that were looked
-    into) of all that lies under `root`."""
+    """({dotted name: Kept or Shell}, names of the classes that were looked into).
+
+    Of all that lies under `root`; a Shell is what is no plain tensor."""
     out, kinds, todo = {}, [], [("", root, 0)]
     while todo:
         at, x, depth = todo.pop()
@@ -523,7 +524,9 @@ INTS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's; they fo
 
 
 def prefix_of(names) -> str:
-    "What stands before a vision tower's own names; '' if nothing does, or there is no tower. ValueError: two."
+    """What stands before a vision tower's own names.
+
+    '' if nothing does, or there is no tower. ValueError: two."""
     found = {}
     for name in names:
         first = next((f for f in FIRST if name == f or name.endswith(f".{f}")), None)
@@ -535,7 +538,8 @@ def prefix_of(names) -> str:
     if len(found) > 1:
         two = " and ".join(_printable(n) for n in list(found.values())[:2])
         raise ValueError(
-            f"{len(found)} towers in one file ({two}); save the one that is meant in a file of its own"
+            f"{len(found)} towers in one file ({two}); "
+            "save the one that is meant in a file of its own"
         )
     before = next(iter(found), "")
     # task_vectors' own spelling, a format of its own, unless a whole CLIP is called `model`
@@ -550,8 +554,10 @@ def note(text: str) -> None:
 
 @dataclass
 class Weights:
-    """Tensors by name, without the file's own prefix. `meta`: strings that a safetensors file carries; `how`: what was
-    read in another way than as plain tensors ('' if nothing was); `files` that were read, and their `sha256`."""
+    """Tensors by name, without the file's own prefix.
+
+    `meta`: strings that a safetensors file carries; `how`: what was read in another way than as
+    plain tensors ('' if nothing was); `files` that were read, and their `sha256`."""
 
     state: dict
     meta: dict
@@ -580,11 +586,8 @@ def in_folder(path) -> Path:
         return path
     if there := [path / n for n in FOLDER if (path / n).is_file()]:
         return there[0]
-    names = sorted(
-        p.name
-        for p in path.iterdir()
-        if p.suffix in (".safetensors", ".pt", ".bin", ".pth", ".ckpt")
-    )
+    endings = (".safetensors", ".pt", ".bin", ".pth", ".ckpt")
+    names = sorted(p.name for p in path.iterdir() if p.suffix in endings)
     more = f"; it holds {', '.join(names[:3])}: name the file" if names else ""
     raise FileNotFoundError(
         f"no checkpoint in the folder {path}: none of {', '.join(FOLDER)}{more}"
@@ -592,7 +595,8 @@ def in_folder(path) -> Path:
 
 # %% ../nbs/00a_checkpoints.ipynb #3d297e9a
 STRANGE = {
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch it with  git lfs pull",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; "
+    "fetch it with  git lfs pull",
     b"<": "a web page, not a checkpoint; fetch the file again",
     b"\x89HDF": "an HDF5 file",
     b"GGUF": "a GGUF file of codes, not weights",
@@ -614,14 +618,17 @@ def _open(path: Path):
     for begin, what in STRANGE.items():
         if head.startswith(begin):
             raise ValueError(f"{path} is {what}")
-    kind = Zipped if head.startswith(b"PK\x03\x04") else Older if head[:1] == b"\x80" else None
-    if not kind:
+    if head.startswith(b"PK\x03\x04"):
+        kind = Zipped
+    elif head[:1] == b"\x80":
+        kind = Older
+    else:
         return *load_state(path), "", None
     try:
         archive = kind(path)
         found, kinds = named(archive.root, archive.script)
-        how = SCRIPT if archive.script else PICKLED.format(_printable(kinds[0])) if kinds else ""
-        return found, {}, how, archive
+        how = PICKLED.format(_printable(kinds[0])) if kinds else ""
+        return found, {}, SCRIPT if archive.script else how, archive
     except _Other as e:
         raise ValueError(f"{path} is {e}") from None
     # a damaged pickle can end in any error, none of them ours to explain
@@ -638,13 +645,15 @@ def _tensors(path: Path, found: dict, names: list, archive) -> dict:
     out, data = {}, {}
     if odd := [n for n in names if isinstance(found[n], Shell)]:
         raise ValueError(
-            f"{path}: {_printable(odd[0])} is made by {_printable(found[odd[0]].name)}, no plain tensor; save the model's weights as float tensors"
+            f"{path}: {_printable(odd[0])} is made by {_printable(found[odd[0]].name)}, "
+            "no plain tensor; save the model's weights as float tensors"
         )
     # many names for one storage would make a large machine's work of a small file
     asked = sum(math.prod(found[n].size) * found[n].dtype.itemsize for n in names)
     if asked > 2 * path.stat().st_size + 2**20:
         raise ValueError(
-            f"{path} asks for {asked:,} bytes of tensors, more than twice its own size; save the model again"
+            f"{path} asks for {asked:,} bytes of tensors, more than twice its own size; "
+            "save the model again"
         )
     for n in sorted(names, key=lambda n: found[n].storage[0]):
         kept = found[n]
@@ -657,37 +666,40 @@ def _tensors(path: Path, found: dict, names: list, archive) -> dict:
             raise ValueError(f"{path} is {e}") from None
         except Exception as e:
             raise ValueError(
-                f"{path} is damaged at {_printable(n)} ({type(e).__name__}: {_printable(e)}); fetch or save it again"
+                f"{path} is damaged at {_printable(n)} ({type(e).__name__}: {_printable(e)}); "
+                "fetch or save it again"
             ) from None
     return {n: out[n] for n in names}
 
 # %% ../nbs/00a_checkpoints.ipynb #067bed39
 def _shards(index: Path) -> list[Path]:
-    "The files that an index lists; ValueError if it is none, or one is missing or lies elsewhere."
+    """The files that an index lists.
+
+    ValueError if it is none or names files elsewhere, FileNotFoundError if one is missing."""
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(
             f"{index} is no index of shards ({type(e).__name__}); expected JSON with a weight_map"
         ) from None
-    files = (
-        sorted(set(names.values()))
-        if isinstance(names, dict) and all(isinstance(f, str) for f in names.values())
-        else []
-    )
+    sound = isinstance(names, dict) and all(isinstance(f, str) for f in names.values())
+    files = sorted(set(names.values())) if sound else []
     if not files or any(Path(f).name != f for f in files):
         raise ValueError(
             f"{index} names no files beside it; expected a weight_map from names to file names"
         )
     if lost := [f for f in files if not (index.parent / f).is_file()]:
         raise FileNotFoundError(
-            f"{index} lists {len(files)} files, {len(lost)} of them missing ({lost[0]}); fetch all of them"
+            f"{index} lists {len(files)} files, {len(lost)} of them missing ({lost[0]}); "
+            "fetch all of them"
         )
     return [index.parent / f for f in files]
 
 
 def files_of(path) -> list[Path]:
-    "The files of a checkpoint: itself, or the shards of a folder or an index. FileNotFoundError, ValueError."
+    """The files of a checkpoint: itself, or the shards of a folder or an index.
+
+    FileNotFoundError, ValueError."""
     path = in_folder(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -707,16 +719,19 @@ def weights_sha(path) -> str:
 
 # %% ../nbs/00a_checkpoints.ipynb #a5a1c87f
 def load_weights(path) -> Weights:
-    """The tensors of a checkpoint: safetensors, what torch.save writes (state dicts, whole modules, nested, older files), a
-    TorchScript archive, a folder or an index of shards; whatever its suffix. Nothing in it is run or imported.
-    FileNotFoundError or ValueError says what is wrong."""
+    """The tensors of a checkpoint, whatever its suffix; nothing in it is run or imported.
+
+    safetensors, what torch.save writes (state dicts, whole modules, nested, older files), a
+    TorchScript archive, a folder or an index of shards. FileNotFoundError or ValueError says what
+    is wrong."""
     files, path = files_of(path), in_folder(path)
     opened = {f: _open(f) for f in files}
     owner = {}
     for f, (found, *_) in opened.items():
         if twice := next((n for n in found if n in owner), None):
             raise ValueError(
-                f"{f} and {owner[twice]} both hold {_printable(twice)}; restore the index or its files"
+                f"{f} and {owner[twice]} both hold {_printable(twice)}; "
+                "restore the index or its files"
             )
         owner |= dict.fromkeys(found, f)
     try:
@@ -734,6 +749,7 @@ def load_weights(path) -> Weights:
         note(f"{path} is {hows[0]}")
     if left:
         note(
-            f"{path}: {len(left)} entries outside {_printable(before)} are left out (first: {_printable(left[0])})"
+            f"{path}: {len(left)} entries outside {_printable(before)} are left out "
+            f"(first: {_printable(left[0])})"
         )
     return Weights(state, metas, hows[0] if hows else "", files, _sha(files))

@@ -1,4 +1,6 @@
-"""The reader that runs nothing: what torch.save writes, modules whose classes are gone, TorchScript, nested dictionaries, shards, and files that ask for more than they hold."""
+"""The reader that runs nothing: what torch.save writes, and files that ask for more than they hold.
+
+Modules whose classes are gone, TorchScript, nested dictionaries, shards."""
 
 import importlib.util
 import json
@@ -35,12 +37,15 @@ def same(a: dict, b: dict) -> bool:
 
 @pytest.fixture
 def gone(clip):
-    "`gone(path, touch=…)` pickles an encoder as task_vectors does, of classes that are no longer there when it returns."
+    """`gone(path, touch=…)` pickles an encoder as task_vectors does.
+
+    Of classes that are no longer there when it returns."""
 
     def save(path, touch=None, **kw):
         home = types.ModuleType("gone_src")
         exec(
-            "import torch\nclass ImageEncoder(torch.nn.Module): pass\nclass Touch:\n    def __reduce__(self): return open, (self.path, 'w')",
+            "import torch\nclass ImageEncoder(torch.nn.Module): pass\n"
+            "class Touch:\n    def __reduce__(self): return open, (self.path, 'w')",
             home.__dict__,
         )
         for c in (home.ImageEncoder, home.Touch):
@@ -270,7 +275,7 @@ def test_open_clips_config_says_the_activation(state, tmp_path):
         read_tower(tmp_path)
 
 
-# --- more than it holds -----------------------------------------------------------------------------------------------
+# --- more than it holds ---------------------------------------------------------------------------
 
 
 def rewritten(path, change) -> Path:
