@@ -199,7 +199,7 @@ def test_help_teaches(args):
     assert all(w.lower() in words.lower() for w in need), words
 
 
-# --- table -------------------------------------------------------------------------------------------------------------
+# --- table ----------------------------------------------------------------------------------------
 
 KEYS = {"method", "CA", "ASR_T", "ASR_N", "path_ASR", "n_seeds"}
 
@@ -272,7 +272,9 @@ def spoil(file, content: bytes | None) -> None:
 def test_nothing_in_the_runs_folder_ends_in_a_traceback(
     lfpm, runs, tmp_path, name, content, believed
 ):
-    "A broken file beside a good run, alone, and as what `explore` is to open; `believed`: the status names the broken table's hash."
+    """A broken file beside a good run, alone, and as what `explore` is to open.
+
+    `believed`: the status names the broken table's hash."""
     good, bad = (
         fake(runs, "lab-s0-aaaa", {"TA": 70}),
         fake(runs, "lab-s1-aaaa", {"TA": 999}, seed=1),
@@ -353,7 +355,7 @@ def test_what_several_processes_would_spoil_is_refused(lfpm, dirs, monkeypatch, 
     )
 
 
-# --- as a program --------------------------------------------------------------------------------------------------------
+# --- as a program ---------------------------------------------------------------------------------
 
 
 def test_the_command_itself(dirs):
@@ -372,7 +374,8 @@ def test_the_command_itself(dirs):
     "code",
     [
         "import sys; from lfpm_nb.cli import main; sys.argv = ['lfpm', 'methods']; main()",
-        "import sys; from lfpm_nb.cli import main; sys.argv = 'lfpm run main --preset tiny --dry-run'.split(); main()",
+        "import sys; from lfpm_nb.cli import main; "
+        "sys.argv = 'lfpm run main --preset tiny --dry-run'.split(); main()",
         "from lfpm_nb.runs import planned; print(planned('main', 'tiny').config)",
     ],
     ids=["methods", "dry run", "configuration"],
@@ -394,13 +397,16 @@ def test_the_locale_changes_nothing(dirs, code):
     ids=["ours", "the user's own"],
 )
 def test_threads_wait_without_spinning_unless_told_otherwise(given, want):
-    "Asked of OpenMP itself, as the command loads it: set too late, a policy would be there and not be read."
+    """Asked of OpenMP itself, as the command loads it.
+
+    Set too late, a policy would be there and not be read."""
     env = (
         {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
         | {"OMP_DISPLAY_ENV": "TRUE"}
         | given
     )
-    code = "import os; from lfpm_nb.cli import main; import torch; print(os.environ['OMP_WAIT_POLICY'])"
+    loaded = "import os; from lfpm_nb.cli import main; import torch; "
+    code = loaded + "print(os.environ['OMP_WAIT_POLICY'])"
     r = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", env=env
     )

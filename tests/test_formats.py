@@ -1,4 +1,6 @@
-"""Checkpoints of other libraries: what is read, what comes out bit for bit, what is refused and with which words."""
+"""Checkpoints of other libraries: what is read, and what comes out bit for bit.
+
+And what is refused, with which words."""
 
 import json
 from dataclasses import replace
@@ -166,7 +168,7 @@ def test_pt_state_dicts_and_data_parallel(whole, tmp_path):
     )
 
 
-# --- refused ----------------------------------------------------------------------------------------------------------
+# --- refused --------------------------------------------------------------------------------------
 
 
 def test_rounded_position_numbers_are_made_again(whole, tmp_path):
@@ -245,10 +247,11 @@ def test_no_tower_no_file_no_projection(whole, tmp_path):
 def test_first_three_keys_and_the_count(pico):
     state = pico.state()
     t = lambda visual: Tower(visual, {}, "visual", path="mine.safetensors")
-    with pytest.raises(
-        ValueError,
-        match=r"mine.safetensors \(visual\) does not fit pico: 4 missing \(ln_post.bias, ln_post.weight, ln_pre.bias, …\); 1 unexpected \(odd\) of",
-    ):
+    says = (
+        r"mine.safetensors \(visual\) does not fit pico: 4 missing "
+        r"\(ln_post.bias, ln_post.weight, ln_pre.bias, …\); 1 unexpected \(odd\) of"
+    )
+    with pytest.raises(ValueError, match=says):
         fitted(
             t(
                 {k: v for k, v in state.items() if not k.startswith("ln_p")}
@@ -278,10 +281,11 @@ def test_first_three_keys_and_the_count(pico):
 
 
 def test_wrong_size_names_the_difference(pico, lab):
-    with pytest.raises(
-        ValueError,
-        match="has width 64, layers 2, mlp 160, output 32; lfpm-lab has width 192, layers 4, mlp 480, output 128",
-    ):
+    says = (
+        "has width 64, layers 2, mlp 160, output 32; "
+        "lfpm-lab has width 192, layers 4, mlp 480, output 128"
+    )
+    with pytest.raises(ValueError, match=says):
         fitted(Tower(pico.state(), {}, "visual", path="x"), lab)
     bigger = pico.state() | {"positional_embedding": torch.zeros(50, 64)}
     with pytest.raises(ValueError, match="pixels 56; pico has pixels 32"):
@@ -304,7 +308,7 @@ def test_adapters_must_be_folded(key):
         detect({"visual.conv1.weight", key})
 
 
-# --- the model's name ---------------------------------------------------------------------------------------------------
+# --- the model's name -----------------------------------------------------------------------------
 
 
 def test_backbone_carries_the_bases_weights(lab, fp32):
@@ -390,7 +394,10 @@ def test_another_dtype_is_no_weight(whole, tmp_path, dtype):
         state, _ = layout(visual, rest, "hf_clip")
         file = tmp_path / "odd.safetensors"
         save_state(file, state)
-        says = rf"odd.safetensors: {name} is {str(dtype)[6:]}; expected a weight in float16, bfloat16, float32, float64 or float8"
+        says = (
+            rf"odd.safetensors: {name} is {str(dtype)[6:]}; "
+            "expected a weight in float16, bfloat16, float32, float64 or float8"
+        )
         with pytest.raises(ValueError, match=says) as e:
             read_tower(file)
         assert "\n" not in str(e.value)
@@ -433,7 +440,7 @@ def test_what_cannot_be_a_tower(whole, tmp_path, lfpm, key, value, why):
     )
 
 
-# --- the config.json of Hugging Face ------------------------------------------------------------------------------------
+# --- the config.json of Hugging Face --------------------------------------------------------------
 
 
 def config(folder):
@@ -442,7 +449,9 @@ def config(folder):
 
 @pytest.mark.parametrize("form", ["hf", "hf5", "hf_clip"])
 def test_hugging_face_output_has_its_config(lab, tmp_path, form):
-    "Sizes from the weights, heads and activation of the only known model of these sizes; what the kit reads back is the model's."
+    """Sizes from the weights, heads and activation of the only known model of these sizes.
+
+    What the kit reads back is the model's."""
     rest = {k: v for k, v in lab.model.state_dict().items() if not k.startswith("visual.")}
     write_tower(tmp_path / "in.safetensors", Tower(lab.state(), rest, "open_clip"))
     convert(tmp_path / "in.safetensors", tmp_path / form / "any.safetensors", form)
@@ -546,7 +555,9 @@ def test_the_models_name_says_what_the_file_does_not(tmp_path):
 
 
 def test_a_config_that_is_there_stays(lab, tmp_path):
-    "Another model's is refused before anything is written; one that says the same keeps its bytes; ours speaks for no third file."
+    """Another model's is refused before anything is written.
+
+    One that says the same keeps its bytes; ours speaks for no third file."""
     write_tower(tmp_path / "in.safetensors", Tower(lab.state(), {}, "visual"))
     hf = tmp_path / "hf"
     hf.mkdir()

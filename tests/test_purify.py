@@ -1,4 +1,6 @@
-"""Purifying a stranger's checkpoint: files in, files out, what is refused before any work, and that nothing half-written stays."""
+"""Purifying a stranger's checkpoint: files in, files out.
+
+What is refused before any work, and that nothing half-written stays."""
 
 import errno
 import json
@@ -55,8 +57,11 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stranger(root, lab):
-    """Files as another library leaves them: three fine-tuned towers under Hugging Face's names in fp16, merged by a few lines of task arithmetic that know nothing
-    of this kit, the pretrained tower beside them, and a folder of pictures."""
+    """Files as another library leaves them.
+
+    Three fine-tuned towers under Hugging Face's names in fp16, merged by a few lines of task
+    arithmetic that know nothing of this kit, the pretrained tower beside them, and a folder of
+    pictures."""
     base, hf = lab.state(), {}
     for i in range(3):
         hf[i] = {k: v.half() for k, v in layout(near(lab, i, 0.01), {}, "hf")[0].items()}
@@ -108,7 +113,7 @@ def done(stranger):
     )
 
 
-# --- a stranger's path -----------------------------------------------------------------------------------------------
+# --- a stranger's path ----------------------------------------------------------------------------
 
 
 def test_comes_back_as_it_came(stranger, done):
@@ -131,7 +136,9 @@ def test_comes_back_as_it_came(stranger, done):
 
 
 def test_convert_purify_back(stranger, done, lab, lfpm):
-    "hf -> open_clip by the command, purified there, converted back: the same keys, dtypes and shapes, and it loads."
+    """hf -> open_clip by the command, purified there, converted back.
+
+    The same keys, dtypes and shapes, and it loads."""
     a, b, c = (str(stranger / f"{n}.safetensors") for n in ("oc", "oc-out/purified", "back"))
     save_state(
         stranger / "whole.safetensors",
@@ -225,11 +232,9 @@ def test_card_says_everything(stranger, done):
         and "pseudo-labels" in text
         and "n = 20" in text
     )
-    assert (
-        [p["semantic"] for p in card["prompts"]] == [2.0]
-        and f"weights 2 (LFPM Eq 16); they move the merged model's unit features by {card['prompts'][0]['shift']:.2g} of"
-        in text
-    )
+    (prompt,) = card["prompts"]
+    moves = f"they move the merged model's unit features by {prompt['shift']:.2g} of"
+    assert prompt["semantic"] == 2.0 and f"weights 2 (LFPM Eq 16); {moves}" in text
     assert str(stranger) not in text + (done.folder / "card.json").read_text(encoding="utf-8"), (
         "a card travels: no path of this machine in it"
     )
@@ -324,7 +329,7 @@ def test_same_code_path_as_the_main_run(stranger, done, lab):
     )
 
 
-# --- pictures and labels -----------------------------------------------------------------------------------------------
+# --- pictures and labels --------------------------------------------------------------------------
 
 
 def test_corrupt_pictures_are_skipped_counted_and_named(tmp_path, lab):
@@ -392,10 +397,11 @@ def test_label_tables(tmp_path, lab):
         table.write_text(
             "".join(f"{n},{bad if n == '007.png' else 0}\n" for n in of), encoding="utf-8"
         )
-        with pytest.raises(
-            ValueError,
-            match=rf"1 labels out of range \(007.png,{bad}\); expected numbers from 0 to {len(v.words) - 1}",
-        ):
+        says = (
+            rf"1 labels out of range \(007.png,{bad}\); "
+            rf"expected numbers from 0 to {len(v.words) - 1}"
+        )
+        with pytest.raises(ValueError, match=says):
             label(lab, pics, tmp_path / "p", str(table), v)
     table.write_text("000.png,1\n", encoding="utf-8")
     with pytest.raises(ValueError, match="no label for 99 of 100 pictures"):
@@ -438,7 +444,7 @@ def test_tower_alone_says_what_is_needed(lab, monkeypatch):
         Vocabulary.of(lab).head(lab)
 
 
-# --- refused before any work, and failures that leave nothing ---------------------------------------------------------
+# --- refused before any work, and failures that leave nothing -------------------------------------
 
 
 def test_merged_that_equals_its_base(stranger):
@@ -508,7 +514,7 @@ def test_gpu_out_of_memory_says_what_to_do(stranger, monkeypatch, tmp_path):
     assert not (tmp_path / "p.safetensors").exists()
 
 
-# --- settings, merge, path ----------------------------------------------------------------------------------------------
+# --- settings, merge, path ------------------------------------------------------------------------
 
 
 def test_settings_are_the_main_runs(stranger):
@@ -713,7 +719,9 @@ def test_as_a_notebook(stranger, done, dirs):
 
 @pytest.mark.slow
 def test_two_processes_purify_together(stranger, done, tmp_path):
-    "torchrun: one training shared by two processes, one of which writes and speaks; the same vector but for rounding (bf16, AdamW)."
+    """torchrun: one training shared by two processes, one of which writes and speaks.
+
+    The same vector but for rounding (bf16, AdamW)."""
     out, given = (
         tmp_path / "two" / "purified.safetensors",
         [x for k, v in QUICK.items() if k != "preset" for x in ("-p", f"{k}={v}")],
@@ -803,7 +811,9 @@ def test_lesson_runs_on_few_pictures(tmp_path, monkeypatch):
 
 @pytest.mark.cuda  # on two CPU cores it takes longer than all other tests together
 def test_one_step_at_vit_b32(tmp_path, monkeypatch):
-    "A randomly initialised ViT-B/32 with 10 pictures: every stage once, at the smallest size; nothing is claimed beyond that."
+    """A randomly initialised ViT-B/32 with 10 pictures: every stage once, at the smallest size.
+
+    Nothing is claimed beyond that."""
     import open_clip
 
     torch.manual_seed(0)
@@ -878,7 +888,9 @@ def test_other_files_are_another_configuration(tmp_path):
 
 @pytest.fixture
 def family(lab, tmp_path):
-    "`family(name, state, form, rest, **meta)` writes a file, returns its path; base, a and b are there: the lab's CLIP and two towers 7 % of its length away."
+    """`family(name, state, form, rest, **meta)` writes a file, returns its path.
+
+    base, a and b are there: the lab's CLIP and two towers 7 % of its length away."""
 
     def write(name, state, form="visual", rest=None, **meta):
         path = tmp_path / f"{name}.safetensors"
@@ -997,9 +1009,10 @@ def test_half_the_bases_length_is_the_limit(family, lab, lfpm, tmp_path):
 
 
 def test_lobams_amplified_contributors_pass(family, lfpm, tmp_path):
-    """Every factor that LoBAM's rule tries, on the recorded lab's contributors: from the base, and the poisoned upload from its clean twin. LoBAM's own
-    adapters move less. The recorded upload trained all weights: amplified by 5 it is past the limit, which is said.
-    """
+    """Every factor that LoBAM's rule tries, on the recorded lab's contributors.
+
+    From the base, and the poisoned upload from its clean twin. LoBAM's own adapters move less. The
+    recorded upload trained all weights: amplified by 5 it is past the limit, which is said."""
     from lfpm_nb.lobam import SWEEP, extrapolate
     from lfpm_nb.recorded import load_recorded
 
@@ -1241,7 +1254,9 @@ def test_a_merge_of_hugging_face_folders_is_one(family, lab, lfpm, tmp_path):
 
 
 def test_purify_as_a_hugging_face_folder(stranger, done, tmp_path):
-    "The model's name gives heads and activation; another model's config.json is refused before the work."
+    """The model's name gives heads and activation.
+
+    Another model's config.json is refused before the work."""
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"hidden_size": 768}', encoding="utf-8")
     with pytest.raises(ValueError, match="describes another model"):

@@ -1,4 +1,6 @@
-"""Promises about the files themselves: notebooks, generated modules, README, and what must never be committed."""
+"""Promises about the files themselves: notebooks, generated modules, README.
+
+And what must never be committed."""
 
 import ast
 import io
@@ -33,7 +35,7 @@ def source(cell):
     return "".join(cell["source"])
 
 
-# --- output policy: readable on GitHub, small in git ---------------------------------------------------------------
+# --- output policy: readable on GitHub, small in git ----------------------------------------------
 
 
 def output_problems(nb: dict, nbytes: int) -> list[str]:
@@ -77,11 +79,13 @@ def test_output_policy_catches_each_kind():
     assert "widgets" in output_problems(dict(metadata={"widgets": {}}, cells=[]), 100)[0]
 
 
-# --- run notebooks: one parameters cell that papermill, the CLI and a reader all understand --------------------------
+# --- run notebooks: one parameters cell that papermill, the CLI and a reader all understand -------
 
 
 def parameter_problems(text: str) -> list[str]:
-    "What is wrong with a parameters cell: every statement is `name: type = literal  # help` on one line."
+    """What is wrong with a parameters cell.
+
+    Every statement is `name: type = literal  # help` on one line."""
     helped = {
         t.start[0]
         for t in tokenize.generate_tokens(io.StringIO(text).readline)
@@ -101,7 +105,8 @@ def parameter_problems(text: str) -> list[str]:
             ast.literal_eval(node.value)
         except ValueError:
             bad.append(
-                f"{line}: {node.target.id} is computed; literals only, as papermill injects after this cell"
+                f"{line}: {node.target.id} is computed; "
+                "literals only, as papermill injects after this cell"
             )
         if node.end_lineno != node.lineno:
             bad.append(f"{line}: {node.target.id} takes more than one line")
@@ -135,7 +140,7 @@ def test_parameter_rules():
         assert why in parameter_problems(text)[0], text
 
 
-# --- modules: generated in the story's order, light to import ----------------------------------------------------------
+# --- modules: generated in the story's order, light to import -------------------------------------
 
 
 def default_exp(path):
@@ -170,7 +175,8 @@ def test_modules_and_notebooks_match():
     numbers = [p.name.split("_")[0] for p in (ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb")]
     assert len(set(numbers)) == len(numbers), "two library notebooks share a number"
     assert sorted(ORDER) == sorted(p.stem for p in MODULES), (
-        "each notebook exports one module; run nbdev_export, remove modules that lost their notebook"
+        "each notebook exports one module; "
+        "run nbdev_export, remove modules that lost their notebook"
     )
 
 
@@ -204,7 +210,7 @@ def test_a_module_gives_no_name_twice(path):
     assert not {n for n in names if names.count(n) > 1}
 
 
-# --- text is UTF-8 whatever the locale ---------------------------------------------------------------------------------
+# --- text is UTF-8 whatever the locale ------------------------------------------------------------
 
 
 def leaves_it_to_the_locale(call: ast.Call) -> bool:
@@ -279,7 +285,7 @@ def test_what_leaves_it_to_the_locale():
         assert not leaves_it_to_the_locale(ast.parse(text).body[0].value), text
 
 
-# --- README and tracked text -------------------------------------------------------------------------------------------
+# --- README and tracked text ----------------------------------------------------------------------
 
 
 def readme():
@@ -328,7 +334,7 @@ def test_contributing_example_works():
         merges.pop("median", None)
 
 
-# --- shipped results ----------------------------------------------------------------------------------------------------
+# --- shipped results ------------------------------------------------------------------------------
 
 SHIPPED = sorted(f.parent for f in (ROOT / "data" / "results").glob("*/*/status.json"))
 
@@ -354,7 +360,9 @@ def test_the_recorded_table_is_the_recorded_one():
 
 
 def test_aliases_of_shipped_results_are_sound():
-    "Known experiments, all fields, no circle; and each stands for a folder that is there, by itself or through others."
+    """Known experiments, all fields, no circle.
+
+    And each stands for a folder that is there, by itself or through others."""
     from lfpm_nb.runs import latest, read_aliases
 
     known = read_aliases()

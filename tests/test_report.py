@@ -1,4 +1,6 @@
-"""Verdicts turn when the numbers turn, printed tables are read as printed, and the page is whole or not there."""
+"""Verdicts turn when the numbers turn, printed tables are read as printed.
+
+And the page is whole or not there."""
 
 import json
 import os
@@ -50,7 +52,7 @@ from test_browser import CHROMIUM, browser, page, shot  # noqa: F401  fixtures
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# --- a world in which every claim holds -------------------------------------------------------------------------------
+# --- a world in which every claim holds -----------------------------------------------------------
 
 
 def rows(values: dict, **also) -> pd.DataFrame:
@@ -79,7 +81,9 @@ def path(method: str, ca: list, asr: list) -> pd.DataFrame:
 
 
 def ideal(seeds=(0, 1, 2)) -> dict[str, pd.DataFrame]:
-    "The papers' own tables, with what they do not print made up in their favour, for several seeds that differ a little."
+    """The papers' own tables, with what they do not print made up in their favour.
+
+    For several seeds that differ a little."""
     f = paper_frames()
     safe = rows(
         {(m, "path_ASR"): v for m, v in dict(LFPM=10, PAM=20, SAM=25, SAU=60, IBVS=80).items()},
@@ -182,7 +186,9 @@ def test_claim_holds_where_it_should_and_turns(world, id):
 
 
 def test_claims_without_a_rival_turn_too(world):
-    "Claims about one method over time: played backwards they fail. No other claim goes without a swap."
+    """Claims about one method over time: played backwards they fail.
+
+    No other claim goes without a swap."""
     assert {k for k, c in claims.items() if not c.swap} == {"delta-grows", "curvature-falls"}
     back = world["curvature"].assign(epoch=5 - world["curvature"].epoch)
     assert {
@@ -215,7 +221,9 @@ def test_pairing_by_seed():
 
 
 def test_papers_own_tables():
-    "No claim is refuted by the very table it is taken from; what the papers print as figures only cannot be judged."
+    """No claim is refuted by the very table it is taken from.
+
+    What the papers print as figures only cannot be judged."""
     printed = paper_frames()
     own = {k: judge_paper(c, printed) for k, c in claims.items()}
     assert [k for k, v in own.items() if v.verdict == "contradicted"] == []
@@ -225,7 +233,7 @@ def test_papers_own_tables():
     ].item() == pytest.approx(1.89)
 
 
-# --- printed tables ------------------------------------------------------------------------------------------------------
+# --- printed tables -------------------------------------------------------------------------------
 
 
 def test_printed_numbers():
@@ -303,7 +311,7 @@ def test_paper_table():
         paper_table(1, "PAM")
 
 
-# --- results on disk -------------------------------------------------------------------------------------------------------
+# --- results on disk ------------------------------------------------------------------------------
 
 
 def made_up(
@@ -403,7 +411,9 @@ def test_half_written_folders_are_skipped_and_named(tmp_path):
 
 
 def test_the_command_goes_on_without_what_is_broken(lfpm, dirs):
-    "Each broken folder is named with the reason; without a good one left there is nothing to report but what was left out."
+    """Each broken folder is named with the reason.
+
+    Without a good one left there is nothing to report but what was left out."""
     good, *bad = [made_up(dirs / "runs", seed=seed) for seed in range(5)]
     for f, name, text in zip(
         bad,
@@ -443,7 +453,7 @@ def test_own_runs_come_before_shipped_ones(tmp_path):
     assert {k: r.config for k, r in found.items()} == {"main": "own00000", "lobam": "shipped0"}
 
 
-# --- tables and figures -----------------------------------------------------------------------------------------------------
+# --- tables and figures ---------------------------------------------------------------------------
 
 
 def test_ours_beside_theirs(tmp_path):
@@ -582,7 +592,7 @@ def test_charts_refuse_nothing_and_keep_order():
     ), "first category on top in both"
 
 
-# --- the page ------------------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -638,10 +648,8 @@ def test_gallery(written):
 
 def test_nothing_half_written_stays(written, tmp_path, monkeypatch):
     d, _ = written
-    with pytest.raises(
-        ValueError,
-        match="no finished run of any experiment with preset lab; make one: lfpm run main --preset lab",
-    ):
+    says = "no finished run of any experiment with preset lab; make one: lfpm run main --preset lab"
+    with pytest.raises(ValueError, match=says):
         write_report(tmp_path / "out", roots=[tmp_path])
     monkeypatch.setattr(report, "small_png", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     before = sorted(p.name for p in (d / "gallery").iterdir())
@@ -688,7 +696,7 @@ def test_command(dirs, monkeypatch, capsys):
     assert e.value.code == 2 and "preset nosuch" in capsys.readouterr().err
 
 
-# --- what was measured -------------------------------------------------------------------------------------------------------
+# --- what was measured ----------------------------------------------------------------------------
 
 
 def test_known_findings(tmp_path):
@@ -725,7 +733,7 @@ def test_known_findings(tmp_path):
     )
 
 
-# --- in a browser ------------------------------------------------------------------------------------------------------------
+# --- in a browser ---------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(

@@ -186,12 +186,14 @@ def test_bad_settings_are_refused_with_a_hint(name, preset, given, message):
         settings_of(name, preset, given)
 
 
-# --- bad input through the command: one clear line, nothing started, nothing left behind -----------------------------------------
+# --- bad input through the command: one clear line, nothing started, nothing left behind ----------
 
 
 @pytest.fixture
 def refused(lfpm, dirs, monkeypatch):
-    "Run `lfpm run main --preset tiny …`; it must stop with one line before the notebook starts and leave no folder."
+    """Run `lfpm run main --preset tiny …`; it must stop with one line before the notebook starts.
+
+    And leave no folder."""
 
     def started(*a, **k):
         raise AssertionError("the notebook was started")
@@ -253,7 +255,9 @@ def test_bad_names(refused):
 
 @pytest.fixture
 def own_data(tmp_path, monkeypatch):
-    "A data folder with one backbone called pico, which the next test may spoil; returns its weights file."
+    """A data folder with one backbone called pico, which the next test may spoil.
+
+    Returns its weights file."""
     monkeypatch.setattr(clip, "proj_path", lambda *parts: tmp_path.joinpath("checkout", *parts))
     return ship_clip(new_pico(), tmp_path / "checkout" / "data", steps=0)
 
@@ -333,7 +337,7 @@ def test_a_full_disk(refused, monkeypatch):
     assert "No space left on device" in refused()
 
 
-# --- run folders --------------------------------------------------------------------------------------------------
+# --- run folders ----------------------------------------------------------------------------------
 
 
 def test_table_never_mixes_presets_or_configurations(runs):
@@ -502,7 +506,7 @@ def test_other_pictures_of_ones_own_are_another_configuration(tmp_path):
     assert config_hash("main", s) != one
 
 
-# --- two names of the same numbers ------------------------------------------------------------------------------------------
+# --- two names of the same numbers ----------------------------------------------------------------
 
 A, B, C = "aaaaaaaa", "bbbbbbbb", "cccccccc"
 ALIAS = dict(
@@ -608,11 +612,8 @@ def test_runs_under_both_names_are_one_configuration(aliases, runs, lfpm):
         and load_runs("main", "lab")[1]["config"] == "dddddddd"
     )
     code, out, err = lfpm("table", "main", "--config", A)
-    assert (
-        code == 0
-        and f"configuration {C} (made as {B}: 533 numbers compared between commits 11111111 and 22222222, largest difference 0)"
-        in out
-    )
+    compared = "533 numbers compared between commits 11111111 and 22222222, largest difference 0"
+    assert code == 0 and f"configuration {C} (made as {B}: {compared})" in out
     aliases(text="[]")
     assert table(load_runs("main", "lab", A)[0]).CA.tolist() == [10], (
         "without an alias they are strangers"
@@ -737,7 +738,9 @@ def test_a_dead_kernel_is_a_failed_run(papermilled):
 
 
 def test_a_run_is_this_interpreters_whatever_kernelspec_there_is(tmp_path, monkeypatch, capfd):
-    "A `python3` kernelspec that is found first and can only fail is not asked; and no word on eavesdroppers, for none can listen."
+    """A `python3` kernelspec that is found first and can only fail is not asked.
+
+    And no word on eavesdroppers, for none can listen."""
     spec = tmp_path / "jupyter" / "kernels" / "python3"
     spec.mkdir(parents=True)
     argv = [sys.executable, "-c", "import sys; sys.exit('the wrong kernel')", "{connection_file}"]

@@ -1,4 +1,6 @@
-"""One door: what a run can be told, by whichever way it is told, is read alike or refused before anything runs."""
+"""One door: what a run can be told, by whichever way it is told.
+
+It is read alike or refused before anything runs."""
 
 import json
 from dataclasses import asdict
@@ -29,7 +31,7 @@ from lfpm_nb.settings import (
 from lfpm_nb.sweep import read_sweep
 
 
-# --- a class and the cell that papermill fills -------------------------------------------------------------------------
+# --- a class and the cell that papermill fills ----------------------------------------------------
 
 
 def cell_of(name: str) -> str:
@@ -101,7 +103,7 @@ def test_letters_are_aliases():
         settings_of("main", given=dict(A=True, partition=False))
 
 
-# --- four doors ---------------------------------------------------------------------------------------------------------
+# --- four doors -----------------------------------------------------------------------------------
 
 
 def by_shell(k, text, preset="tiny"):
@@ -118,7 +120,9 @@ def by_sweep(k, text, folder, preset="tiny"):
 
 
 def by_papermill(k, value, preset="tiny"):
-    "What the notebook's second cell makes of what papermill injects: `-p` resolves text as papermill does."
+    """What the notebook's second cell makes of what papermill injects.
+
+    `-p` resolves text as papermill does."""
     injected = (
         "# Parameters\n"
         + PythonTranslator().codify({k: value, "preset": preset}, "").split("\n", 1)[-1]
@@ -143,7 +147,8 @@ DOORS = {
 NO = "refused"
 # papermill's -p makes the number 1.0 of it before we see it
 ELSE = {("papermill -p", "seed", "1e0"): 1}
-# (setting, text, value): the text is what a user writes behind `=` or `:`; YAML's doors see what YAML makes of it
+# (setting, text, value): the text is what a user writes behind `=` or `:`; YAML's doors see what
+# YAML makes of it
 FORMS = [
     ("seed", "5", 5),
     ("seed", "'5'", 5),
@@ -334,7 +339,9 @@ def test_a_seed_is_a_whole_number_or_refused(value):
     )
 )
 def test_settings_survive_their_own_values(values):
-    "Whatever is accepted is accepted again as it came out, with the same hash: results say what they were made of."
+    """Whatever is accepted is accepted again as it came out, with the same hash.
+
+    Results say what they were made of."""
     try:
         P = settings_of("main", "tiny", values)
     except (ValueError, FileNotFoundError) as e:  # a plugin is a file, and text names none here
@@ -349,7 +356,7 @@ def content(P):
     return json.dumps(asdict(P), sort_keys=True)
 
 
-# --- sweeps ---------------------------------------------------------------------------------------------------------------
+# --- sweeps ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -406,7 +413,7 @@ def test_a_seed_never_names_a_folder_outside(tmp_path, monkeypatch):
     assert planned("main", "tiny", seed="5").out.parent == (tmp_path / "runs" / "main").resolve()
 
 
-# --- methods of one's own -----------------------------------------------------------------------
+# --- methods of one's own -------------------------------------------------------------------------
 
 PLUGIN = """
 from lfpm_nb.merge import merges
@@ -416,7 +423,7 @@ HALF = 0.5
 
 def shrink(x): return HALF * x
 
-@merges.register("half", long="Half of the first task vector", needs=("pretrained",), source="a test")
+@merges.register("half", long="Half of the first vector", needs=("pretrained",), source="a test")
 def half(base, models, share: float = 1.0):
     return {k: b + share * shrink(models[0][k] - b) for k, b in base.items()}
 """
@@ -513,8 +520,8 @@ def test_a_renamed_method_leaves_no_ghost(plugin):
         (PLUGIN.replace('"half", l', '"ta", l'), "registers ta, which"),
         (PLUGIN.replace('"half", l', '"all", l'), "cannot be called 'all'"),
         (
-            PLUGIN
-            + "import functools\nmerges.register('part', long='x')(functools.partial(half, share=2))",
+            PLUGIN + "import functools\n"
+            "merges.register('part', long='x')(functools.partial(half, share=2))",
             "expected a function",
         ),
         (PLUGIN.replace('"half", l', '"TA", l'), "registers TA, which is registered already"),

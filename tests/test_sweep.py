@@ -1,4 +1,6 @@
-"""Sweeps: a file becomes points, points become runs on Dask workers; what is finished stays finished, whoever is killed."""
+"""Sweeps: a file becomes points, points become runs on Dask workers.
+
+What is finished stays finished, whoever is killed."""
 
 import json
 import os
@@ -25,7 +27,7 @@ from lfpm_nb.sweep import Point, finished, interleave, overview, read_sweep, swe
 
 ROOT = Path(S.__file__).parents[1]
 
-# --- the file -----------------------------------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------
 
 
 def sweep_file(folder, text):
@@ -78,12 +80,12 @@ def test_shipped_sweeps_are_whole(name):
 
 
 def test_a_grid_is_every_combination_for_every_seed(tmp_path):
-    _, points = read_sweep(
-        sweep_file(
-            tmp_path,
-            "preset: tiny\nseeds: [0, 1]\nruns:\n- {run: main, grid: {scale: [0.2, 0.4], A: [true, false]}}\n- {run: ctl, seeds: [7], preset: lab}",
-        )
+    text = (
+        "preset: tiny\nseeds: [0, 1]\nruns:\n"
+        "- {run: main, grid: {scale: [0.2, 0.4], A: [true, false]}}\n"
+        "- {run: ctl, seeds: [7], preset: lab}"
     )
+    _, points = read_sweep(sweep_file(tmp_path, text))
     assert len(points) == 2 * 2 * 2 + 1 and {
         (p.seed, p.given.get("scale"), p.given.get("A")) for p in points[:-1]
     } == {(s, a, b) for s in (0, 1) for a in (0.2, 0.4) for b in (True, False)}
@@ -105,7 +107,9 @@ def test_interleaving_keeps_each_seeds_order_and_separates_seeds(pairs):
 
 
 def test_a_runs_process_is_told_its_threads_in_every_dialect(monkeypatch):
-    "Dask leaves MKL_NUM_THREADS=1 in its workers and in whoever started them, and torch obeys it before OMP_NUM_THREADS."
+    """Dask leaves MKL_NUM_THREADS=1 in its workers and in whoever started them.
+
+    And torch obeys it before OMP_NUM_THREADS."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     for n, v in zip(names, ("1", "1", None)):
         monkeypatch.setenv(n, v) if v else monkeypatch.delenv(n, raising=False)
@@ -135,7 +139,7 @@ def test_threads_and_environment_are_as_before_afterwards():
     )
 
 
-# --- the sweep, with runs that do nothing, on Dask threads of this process ----------------------------------------------------------
+# --- the sweep, with runs that do nothing, on Dask threads of this process ------------------------
 
 
 @pytest.fixture
@@ -301,7 +305,7 @@ def test_dry_run_lists_and_does_nothing(dirs, lfpm):
     )
 
 
-# --- real processes, really killed (slow) -----------------------------------------------------------------------------------------------
+# --- real processes, really killed (slow) ---------------------------------------------------------
 
 TOY = [
     'seed: int = 0  # seed\nx: float = 1.0  # factor\nout_dir: str = ""  # folder',
@@ -309,22 +313,31 @@ TOY = [
 import os, signal, time, torch, pandas as pd
 from pathlib import Path
 from lfpm_nb.core import Stages, generator, writing
-if x < 0: os.kill({-1.0: os.getppid(), -2.0: os.getpid()}[x], signal.SIGKILL)          # of this kernel the parent is the worker
+# of this kernel the parent is the worker
+if x < 0: os.kill({-1.0: os.getppid(), -2.0: os.getpid()}[x], signal.SIGKILL)
 stages = Stages()
 def said(what):
     with open(Path(os.environ["LFPM_RUNS"]) / "log", "a") as f: f.write(what + "\\n")
-def base(): time.sleep(.5); said(f"base {seed}"); return {"w": torch.randn(64, 64, generator=generator("toy", seed))}, {}
+def base():
+    time.sleep(.5); said(f"base {seed}")
+    return {"w": torch.randn(64, 64, generator=generator("toy", seed))}, {}
 w = stages("base", (seed,), base)[0]["w"]
-def own(): time.sleep(.5); said(f"own {seed} {x}"); return {"y": torch.linalg.matrix_exp(x * w / 10)}, {}
+def own():
+    time.sleep(.5); said(f"own {seed} {x}")
+    return {"y": torch.linalg.matrix_exp(x * w / 10)}, {}
 y = stages("own", (x, w), own)[0]["y"]
-df = pd.DataFrame([dict(method="toy", metric="sum", value=y.sum().item(), seed=seed), dict(method="toy", metric="max", value=y.max().item(), seed=seed)])
+values = dict(sum=y.sum().item(), max=y.max().item())
+rows = [dict(method="toy", metric=k, value=v, seed=seed) for k, v in values.items()]
+df = pd.DataFrame(rows)
 with writing(Path(out_dir) / "metrics.parquet") as tmp: df.to_parquet(tmp)""",
 ]
 
 
 @pytest.fixture
 def toy(tmp_path):
-    "A copy of the package with one small run notebook; `toy.start(root, *args)` is `lfpm sweep` there."
+    """A copy of the package with one small run notebook.
+
+    `toy.start(root, *args)` is `lfpm sweep` there."""
     tree = tmp_path / "tree"
     shutil.copytree(
         ROOT / "lfpm_nb", tree / "lfpm_nb", ignore=shutil.ignore_patterns("__pycache__")
@@ -428,7 +441,10 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(toy, tmp_path):
 
 @pytest.mark.slow
 def test_what_kills_its_worker_again_and_again_has_failed(toy, tmp_path, monkeypatch):
-    "One worker. A run that kills it, as the system does when memory is out; one whose kernel is killed; one that is well. Dask looks for lost workers at once here, not after 15 s."
+    """One worker, and three runs: one kills it, one has its kernel killed, one is well.
+
+    As the system kills when memory is out. Dask looks for lost workers at once here, not after
+    15 s."""
     monkeypatch.setenv("DASK_DISTRIBUTED__DEPLOY__LOST_WORKER_TIMEOUT", "1s")
     root, file = tmp_path / "deadly", tmp_path / "s.yaml"
     file.write_text("runs: [{run: toy, grid: {x: [-1.0, -2.0, 1.0]}}]", encoding="utf-8")
@@ -510,7 +526,7 @@ def test_a_scheduler_and_two_workers_started_separately(toy, tmp_path):
             os.killpg(p.pid, signal.SIGKILL)
 
 
-# --- every experiment -----------------------------------------------------------------------------------------------------------
+# --- every experiment -----------------------------------------------------------------------------
 
 OWN = {
     "backbone",
