@@ -355,8 +355,8 @@ def purify_(
     ),
     preset: str = typer.Option(
         "",
-        help="settings: tiny (a look), lab (default of shipped backbones), "
-        "paper (default of open_clip's models)",
+        help="settings: tiny (a look), lab (default of shipped backbones), picture "
+        "(a picture as prompt), paper (default of open_clip's models)",
     ),
     seed: int = typer.Option(
         0, help="which pictures are held out, prompts' starts, order of training"

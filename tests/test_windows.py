@@ -1,6 +1,6 @@
 """Picture prompts: windows, what they show, and that both stages and every rival take them."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from lfpm_nb.clip import Windowed, encode, features, numbered, windows
 from lfpm_nb.core import generator
 from lfpm_nb.ctl import ctl_curve
 from lfpm_nb.defend import defences, train_defence
+from lfpm_nb.runs import experiments, settings_of
 from lfpm_nb.subspace import mine_prompt, start_of
 
 S = Strengths(
@@ -180,3 +181,14 @@ def test_linearity_under_a_picture(pico, theta, shadow, picture):
         if r["block"] == "feature"
     ]
     assert row["coefficient"] == pytest.approx(1, abs=1e-4)
+
+
+# --- where it can be asked for -------------------------------------------------------------------
+
+
+def test_purify_and_the_experiment_mean_the_same_picture():
+    given = experiments()["pictures"].parameters
+    settings = asdict(settings_of("purify", "picture"))
+    same = [k for k in given if k in settings]
+    assert {"prompt_kind", "prompt_steps", "prompted_weight", "anti_lr", "lam"} <= set(same)
+    assert {k: settings[k] for k in same} == {k: given[k] for k in same}
