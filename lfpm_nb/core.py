@@ -10,8 +10,8 @@ __all__ = ['proj_path', 'runs_dir', 'cache_dir', 'device', 'precision', 'amp', '
            'Progress', 'Peak', 'Diverged', 'Stages']
 
 # %% ../nbs/00_core.ipynb #03d8054d
-import ast, contextlib, ctypes, difflib, functools, hashlib, inspect, json, mmap, os, platform, re, reprlib
-import sys, sysconfig, tempfile, textwrap, time, tokenize, types, unicodedata
+import ast, contextlib, ctypes, difflib, functools, hashlib, inspect, json, mmap, os, platform, re
+import reprlib, sys, sysconfig, tempfile, textwrap, time, tokenize, types, unicodedata
 from dataclasses import is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -38,20 +38,24 @@ def cache_dir() -> Path:
 
 # %% ../nbs/00_core.ipynb #9df60134
 def device() -> torch.device:
-    "`$LFPM_DEVICE` if set, else CUDA when present (of several processes each takes its own), else CPU."
+    """`$LFPM_DEVICE` if set, else CUDA when present, else CPU.
+
+    Of several processes each takes a GPU of its own."""
     cuda = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-    return torch.device(
-        os.environ.get("LFPM_DEVICE") or (cuda if torch.cuda.is_available() else "cpu")
-    )
+    wish = os.environ.get("LFPM_DEVICE")
+    return torch.device(wish or (cuda if torch.cuda.is_available() else "cpu"))
 
 # %% ../nbs/00_core.ipynb #5be1a0c7
 def precision(dev: torch.device | str | None = None) -> torch.dtype:
-    """What matrix products on `dev` (default `device()`) are computed in: bfloat16 where the hardware has it (a CPU: AVX-512; CUDA: from Ampere on), else float32.
-    `$LFPM_AMP` (1 or 0) overrules."""
+    """What matrix products on `dev` (default `device()`) are computed in.
+
+    bfloat16 where the hardware has it (a CPU: AVX-512; CUDA: from Ampere on), else float32.
+    `$LFPM_AMP` (1 or 0) overrules; ValueError for any other value of it."""
     dev, wish = torch.device(dev or device()), os.environ.get("LFPM_AMP", "")
     if wish not in ("", "0", "1"):
         raise ValueError(
-            f"LFPM_AMP is {wish!r}; expected 1 (bfloat16), 0 (float32) or nothing (the faster of the two)"
+            f"LFPM_AMP is {wish!r}; "
+            "expected 1 (bfloat16), 0 (float32) or nothing (the faster of the two)"
         )
     if wish:
         return torch.bfloat16 if wish == "1" else torch.float32
@@ -65,6 +69,7 @@ def precision(dev: torch.device | str | None = None) -> torch.dtype:
 @contextlib.contextmanager
 def amp(dev: torch.device | str | None = None, dtype: torch.dtype | None = None):
     """Autocast to `dtype` (default `precision`) on `dev` (default `device()`).
+
     torch.float32 switches it off. On a CPU attention runs as plain matrix products."""
     dev = torch.device(dev or device())
     dtype = dtype or precision(dev)
@@ -74,7 +79,9 @@ def amp(dev: torch.device | str | None = None, dtype: torch.dtype | None = None)
 
 # %% ../nbs/00_core.ipynb #2f36bd96
 def resident(*tensors: torch.Tensor) -> tuple:
-    "The tensors on `device()`, if those not yet there need at most half of its free memory; else as they are."
+    """The tensors on `device()`, if those not yet there need at most half of its free memory.
+
+    Else as they are."""
     dev = device()
     size = sum(t.numel() * t.element_size() for t in tensors if t.device.type != dev.type)
     if dev.type == "cuda" and size > torch.cuda.mem_get_info(dev)[0] / 2:
@@ -95,17 +102,17 @@ def libraries() -> dict:
 
 
 def versions() -> dict:
-    "What a result depends on besides its parameters: library versions, device, precision, threads."
-    mods = dict(libraries(), lfpm_nb=metadata.version("lfpm_nb"))
+    """What a result depends on besides its parameters.
+
+    Library versions, device, precision, threads."""
     dev = device()
-    name = (
-        torch.cuda.get_device_name(dev)
-        if dev.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    return dict(
-        python=platform.python_version(),
-        **mods,
+    if dev.type == "cuda":
+        name = torch.cuda.get_device_name(dev)
+    else:
+        name = platform.processor() or platform.machine()
+    python = dict(python=platform.python_version(), **libraries())
+    return python | dict(
+        lfpm_nb=metadata.version("lfpm_nb"),
         device=dev.type,
         device_name=name,
         precision=str(precision(dev)).removeprefix("torch."),
@@ -114,13 +121,11 @@ def versions() -> dict:
 
 # %% ../nbs/00_core.ipynb #b3af7e1f
 def cpu_name() -> str:
-    "The processor's model: sums round differently from one to the next, so a run says which it had. It is no part of a configuration, and seeds may come from several machines."
+    "The processor's model, or its kind where the system does not say."
     try:
-        return next(
-            l.partition(":")[2].strip()
-            for l in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-            if l.startswith("model name")
-        )
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        line = next(l for l in lines if l.startswith("model name"))
+        return line.partition(":")[2].strip()
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -150,34 +155,40 @@ def agreed(answer: bool) -> bool:
 
 # %% ../nbs/00_core.ipynb #6a49126a
 def share(i: torch.Tensor) -> torch.Tensor:
-    "This process's part of a batch of indices (n,): of the first half and of the second alike, since an attacker poisons one of them. ValueError below two images each."
+    """This process's part of a batch of indices (n,).
+
+    Of the first half and of the second alike, since an attacker poisons one of them. ValueError
+    below two images each."""
     if team() is None:
         return i
     k, n, half = team().process_index, team().num_processes, len(i) // 2
     if half < n:
         raise ValueError(
-            f"a batch of {len(i)} images for {n} processes; expected at least 2 for each: take a larger batch or fewer processes"
+            f"a batch of {len(i)} images for {n} processes; "
+            "expected at least 2 for each: take a larger batch or fewer processes"
         )
     return torch.cat([i[:half][k::n], i[half:][k::n]])
 
 
 def everywhere(n: int, *values: torch.Tensor) -> tuple:
-    "Means of tensors over all processes, each weighted by its n images; the same tensors for one process alone."
+    """Means of tensors over all processes, each weighted by its n images.
+
+    The same tensors for one process alone."""
     if team() is None:
         return values
     from accelerate.utils import reduce
 
-    weight, *sums = reduce(
-        [torch.full((), float(n), device=device()), *[n * v.detach() for v in values]], "sum"
-    )
+    count = torch.full((), float(n), device=device())
+    weight, *sums = reduce([count, *[n * v.detach() for v in values]], "sum")
     return tuple(s / weight for s in sums)
 
 # %% ../nbs/00_core.ipynb #be8a7875
 def stable_seed(*parts) -> int:
-    "A 63-bit seed from any printable parts (blake2b of their repr): same parts, same seed, on every machine."
-    return (
-        int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
-    )
+    """A 63-bit seed from any printable parts (blake2b of their repr).
+
+    Same parts, same seed, on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def generator(*parts) -> torch.Generator:
@@ -195,7 +206,9 @@ def short(x) -> str:
 
 
 def choose(name: str, options, kind: str) -> str:
-    "`name` as spelt in `options` (case is ignored); ValueError naming the nearest match otherwise."
+    """`name` as spelt in `options` (case is ignored).
+
+    ValueError naming the nearest match otherwise."""
     low = {str(o).lower(): o for o in options}
     if not isinstance(name, str):
         raise ValueError(
@@ -204,7 +217,10 @@ def choose(name: str, options, kind: str) -> str:
     if name.lower() in low:
         return low[name.lower()]
     near = difflib.get_close_matches(name.lower(), low, 1, 0.5) if len(name) < 160 else []
-    hint = f"did you mean {low[near[0]]!r}?" if near else f"known: {', '.join(map(str, options))}."
+    if near:
+        hint = f"did you mean {low[near[0]]!r}?"
+    else:
+        hint = f"known: {', '.join(map(str, options))}."
     raise ValueError(f"unknown {kind} {short(name)}; {hint}")
 
 # %% ../nbs/00_core.ipynb #2bd00002
@@ -220,10 +236,12 @@ def _plain_function(t):
         t = t.__wrapped__
     return t
 
-
+# %% ../nbs/00_core.ipynb #2bd0000c
 class Registry(dict):
-    """Methods of one kind by short name. An entry keeps the function, a long name and what it needs
-    (`images`: unlabelled images, `labels`, `training`, `heads`, `pretrained`)."""
+    """Methods of one kind by short name.
+
+    An entry keeps the function, a long name and what it needs (`images`: unlabelled images,
+    `labels`, `training`, `heads`, `pretrained`)."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -246,18 +264,19 @@ class Registry(dict):
         return add
 
     def find(self, name: str) -> str:
-        "Short name for a short or long name, whatever the case; ValueError with the nearest match."
+        """Short name for a short or long name, whatever the case.
+
+        ValueError with the nearest match."""
         longs = {v["long"].lower(): k for k, v in self.items()}
         return longs.get(str(name).lower()) or choose(name, list(self), self.kind)
 
     def accepts(self, name: str, settings: dict) -> dict:
-        "Those of `settings` that are options (parameters with a default) of the method: an experiment offers all it has, each takes its own."
-        options = inspect.signature(self[self.find(name)]["f"]).parameters.values()
-        return {
-            p.name: settings[p.name]
-            for p in options
-            if p.default is not p.empty and p.name in settings
-        }
+        """Those of `settings` that are options (parameters with a default) of the method.
+
+        An experiment offers all it has, each takes its own."""
+        parameters = inspect.signature(self[self.find(name)]["f"]).parameters.values()
+        options = [p.name for p in parameters if p.default is not p.empty]
+        return {k: settings[k] for k in options if k in settings}
 
     def __call__(self, name: str, *args, **options):
         "Run the method called `name`."
@@ -265,7 +284,9 @@ class Registry(dict):
 
 # %% ../nbs/00_core.ipynb #fab89399
 def method(cls, once: bool = False):
-    "Decorator: add a function to `cls` as a method, or with `once` as a property computed on first use."
+    """Decorator: add a function to `cls` as a method.
+
+    With `once` as a property computed on first use."""
 
     def add(f):
         f.__qualname__ = f"{cls.__qualname__}.{f.__name__}"
@@ -279,7 +300,9 @@ def method(cls, once: bool = False):
 
 # %% ../nbs/00_core.ipynb #487e94a5
 def content_hash(*things, n: int = 12) -> str:
-    "Hex digest (n digits) of nested dicts, lists, tensors, dataclasses and plain values, by content."
+    """Hex digest (n digits) of nested dicts, lists, tensors, dataclasses and plain values.
+
+    By content; TypeError for anything else."""
     h = hashlib.blake2b(digest_size=20)
 
     def eat(x):
@@ -303,7 +326,8 @@ def content_hash(*things, n: int = 12) -> str:
             h.update(f"V{x!r};".encode())
         else:
             raise TypeError(
-                f"cannot hash a {type(x).__name__} by content; pass tensors, dataclasses or plain values"
+                f"cannot hash a {type(x).__name__} by content; "
+                "pass tensors, dataclasses or plain values"
             )
 
     for x in things:
@@ -316,10 +340,8 @@ def as_it_runs(source: str) -> str:
     "Python source without comments, docstrings and layout: what can change a result."
     tree = ast.parse(source)
     for n in ast.walk(tree):
-        if (
-            isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))
-            and ast.get_docstring(n, clean=False) is not None
-        ):
+        can_say = isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if can_say and ast.get_docstring(n, clean=False) is not None:
             n.body = n.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
@@ -328,13 +350,11 @@ def as_it_runs(source: str) -> str:
 def imported(source: str) -> tuple[str, ...]:
     "Names of the library's modules that a source imports, in whichever spelling."
     out = []
-    for n in ast.walk(ast.parse(source)):
-        if not isinstance(n, ast.ImportFrom) or not (
-            n.level or n.module.split(".")[0] == "lfpm_nb"
-        ):
-            continue
-        inside = (n.module or "").removeprefix("lfpm_nb").lstrip(".")
-        out += [inside] if inside else [a.name for a in n.names]
+    found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)]
+    for n in found:
+        if n.level or n.module.split(".")[0] == "lfpm_nb":
+            inside = (n.module or "").removeprefix("lfpm_nb").lstrip(".")
+            out += [inside] if inside else [a.name for a in n.names]
     return tuple(out)
 
 # %% ../nbs/00_core.ipynb #146ee57e
@@ -342,8 +362,10 @@ _INSTALLED = tuple(sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "p
 
 
 def _home(t) -> tuple[str, str]:
-    """Where a function, class or module lies: ("library", module), ("installed", ""),
-    ("file", path) or ("typed", "") for what was typed into a notebook or a prompt."""
+    """Where a function, class or module lies.
+
+    ("library", module), ("installed", ""), ("file", path) or ("typed", "") for what was typed into
+    a notebook or a prompt."""
     name = t.__name__ if isinstance(t, types.ModuleType) else t.__module__ or ""
     package, *inside = name.split(".")
     if package == "lfpm_nb":
@@ -356,9 +378,11 @@ def _home(t) -> tuple[str, str]:
         return "installed", ""
     return ("file", file) if Path(file).is_file() else ("typed", "")
 
-
+# %% ../nbs/00_core.ipynb #2bd00006
 def _from_outside(f) -> dict:
-    "{name: value} of all that a function, or a class's methods and bases, takes from outside itself."
+    """{name: value} of all that a function takes from outside itself.
+
+    Of a class, what its methods take, and its bases."""
     if isinstance(f, type):
         parts = [getattr(v, "__func__", getattr(v, "fget", v)) for v in vars(f).values()]
         out = {f"base {b.__qualname__}": b for b in f.__bases__}
@@ -409,43 +433,23 @@ def _modules_in(source: str) -> list:
     return [m for m in found if _home(m)[0] == "file"]
 
 
-def code_hash(*things) -> str:
-    """Hash of what runs in library modules (given by name), in functions, and in all they use.
-    Of a file of one's own the whole file counts, of what was typed into a notebook the function and
-    what it uses by name. Comments and docstrings are free to change. ValueError where a source
-    cannot be found, TypeError for a value that has no content to hash."""
-    library, own, todo = {}, {}, list(things)
-    while todo:
-        t = todo.pop()
-        if isinstance(t, str):
-            if t in library:
-                continue
-            source = (Path(__file__).parent / f"{t}.py").read_text(encoding="utf-8")
-            library[t] = as_it_runs(source)
-            todo += imported(source)
-            continue
-        t = _plain_function(t)
-        if not isinstance(t, (types.FunctionType, types.ModuleType, type)):
-            raise TypeError(
-                f"{short(t)} is no function; a registered method must be one (def or lambda)"
-            )
-        kind, where = _home(t)
-        if kind == "library":
-            todo.append(where)
-        elif kind == "file" and where not in own:
-            with tokenize.open(where) as f:
-                source = f.read()  # as Python reads it
-            own[where] = as_it_runs(source)
-            todo += [*imported(source), *_modules_in(source)]
-        elif id(t) not in own and (kind == "typed" or getattr(t, "__closure__", None)):
-            used, plain = _sorted_out(t)
-            own[id(t)] = [_source(t) if kind == "typed" else "", plain]
-            todo += used
-    return content_hash(library, sorted(map(content_hash, own.values())))
+def _library_code(module: str) -> tuple[str, list]:
+    "(what runs of a module of the library, the library's modules that it imports)."
+    source = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
+    return as_it_runs(source), list(imported(source))
 
 
+def _file_code(path: str) -> tuple[str, list]:
+    "(what runs of a file of one's own, all modules it imports that count)."
+    with tokenize.open(path) as f:
+        source = f.read()  # as Python reads it
+    return as_it_runs(source), [*imported(source), *_modules_in(source)]
+
+# %% ../nbs/00_core.ipynb #2bd00008
 def _sorted_out(f) -> tuple[list, str]:
-    "(functions, classes and modules that f uses, hash of the plain values it uses)."
+    """(functions, classes and modules that f uses, hash of the plain values it uses).
+
+    TypeError for a value that has no content to hash."""
     used, plain = [], {}
     for k, v in _from_outside(f).items():
         v = _plain_function(v)
@@ -468,10 +472,44 @@ def _sorted_out(f) -> tuple[list, str]:
             "Make such a thing inside the function, or an option of it"
         ) from None
 
+# %% ../nbs/00_core.ipynb #2bd0000a
+def code_hash(*things) -> str:
+    """Hash of what runs in library modules (given by name), in functions, and in all they use.
+
+    Of a file of one's own the whole file counts, of what was typed into a notebook the function and
+    what it uses by name. Comments and docstrings are free to change. ValueError where a source
+    cannot be found, TypeError for a value that has no content to hash."""
+    library, own, todo = {}, {}, list(things)
+    while todo:
+        t = todo.pop()
+        if isinstance(t, str):
+            if t not in library:
+                library[t], more = _library_code(t)
+                todo += more
+            continue
+        t = _plain_function(t)
+        if not isinstance(t, (types.FunctionType, types.ModuleType, type)):
+            raise TypeError(
+                f"{short(t)} is no function; a registered method must be one (def or lambda)"
+            )
+        kind, where = _home(t)
+        if kind == "library":
+            todo.append(where)
+        elif kind == "file" and where not in own:
+            own[where], more = _file_code(where)
+            todo += more
+        elif id(t) not in own and (kind == "typed" or getattr(t, "__closure__", None)):
+            used, plain = _sorted_out(t)
+            own[id(t)] = [_source(t) if kind == "typed" else "", plain]
+            todo += used
+    return content_hash(library, sorted(map(content_hash, own.values())))
+
 # %% ../nbs/00_core.ipynb #397d22a8
 @contextlib.contextmanager
 def writing(path):
-    "Yield a temporary path in the same folder; rename it to `path` on success, delete it on any failure. Of several processes the first one's file counts."
+    """A temporary path in the same folder, renamed to `path` on success.
+
+    Deleted on any failure. Of several processes the first one's file counts."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -507,7 +545,9 @@ def save_state(path, state: dict, **meta) -> None:
 
 
 def load_state(path) -> tuple[dict, dict]:
-    "(state dict, metadata) from a safetensors file. Other people's files: notebook checkpoints."
+    """(state dict, metadata) from a safetensors file.
+
+    FileNotFoundError, ValueError for a damaged one. Other people's files: notebook checkpoints."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .safetensors file")
@@ -546,7 +586,9 @@ _SEAL = re.compile(rb'"seal": ?"([0-9a-f]{64})"')
 
 
 def _seal(path) -> tuple[int, str, str]:
-    "(place of a file's hash of itself, that hash, what it should be); ValueError if it has none."
+    """(place of a file's hash of itself, that hash, what it should be).
+
+    ValueError if it has none."""
     with open(path, "rb") as f:
         if not os.fstat(f.fileno()).st_size:
             raise ValueError("is empty")
@@ -572,7 +614,9 @@ def save_sealed(path, state: dict, **meta) -> None:
 
 
 def damage(path) -> str:
-    "Why a file of `save_sealed` cannot be trusted; '' if all its bits are as they were written."
+    """Why a file of `save_sealed` cannot be trusted.
+
+    '' if all its bits are as they were written."""
     try:
         _, said, digest = _seal(path)
     except (OSError, ValueError) as e:
@@ -581,46 +625,41 @@ def damage(path) -> str:
 
 # %% ../nbs/00_core.ipynb #cd64b068
 def check_same(a: dict, b: dict, what: str = "models") -> None:
-    "ValueError listing the first three differences in keys, shapes or kinds, or the first non-finite tensor of `b`."
-    diff = [f"{k} only in the first" for k in a.keys() - b.keys()] + [
-        f"{k} only in the second" for k in b.keys() - a.keys()
-    ]
-    diff += [
-        f"{k}: {tuple(a[k].shape)} vs {tuple(b[k].shape)}"
-        for k in a.keys() & b.keys()
-        if a[k].shape != b[k].shape
-    ]
-    diff += [
-        f"{k}: {a[k].dtype} vs {b[k].dtype}"
-        for k in a.keys() & b.keys()
-        if a[k].is_floating_point() != b[k].is_floating_point()
-    ]
+    """ValueError listing the first three differences in keys, shapes or kinds.
+
+    Or the first non-finite tensor of `b`."""
+    diff = [f"{k} only in the first" for k in a.keys() - b.keys()]
+    diff += [f"{k} only in the second" for k in b.keys() - a.keys()]
+    for k in a.keys() & b.keys():
+        if a[k].shape != b[k].shape:
+            diff.append(f"{k}: {tuple(a[k].shape)} vs {tuple(b[k].shape)}")
+        if a[k].is_floating_point() != b[k].is_floating_point():
+            diff.append(f"{k}: {a[k].dtype} vs {b[k].dtype}")
     if diff:
         raise ValueError(
-            f"{what} differ in {len(diff)} places ({'; '.join(sorted(diff)[:3])}); they must come from one architecture"
+            f"{what} differ in {len(diff)} places ({'; '.join(sorted(diff)[:3])}); "
+            "they must come from one architecture"
         )
-    # a sum is fifteen times cheaper than isfinite and cannot be finite when an entry is not; only then each entry is asked
-    bad = [
-        k
-        for k, v in b.items()
-        if v.is_floating_point() and not v.sum().isfinite() and not v.isfinite().all()
-    ]
+    floats = {k: v for k, v in b.items() if v.is_floating_point()}
+    # a sum is fifteen times cheaper than isfinite and cannot be finite when an entry is not; only
+    # then each entry is asked
+    bad = [k for k, v in floats.items() if not v.sum().isfinite() and not v.isfinite().all()]
     if bad:
         raise ValueError(
-            f"{what}: {len(bad)} tensors hold NaN or infinity (first: {bad[0]}); refuse this checkpoint or fine-tune it again"
+            f"{what}: {len(bad)} tensors hold NaN or infinity (first: {bad[0]}); "
+            "refuse this checkpoint or fine-tune it again"
         )
 
 # %% ../nbs/00_core.ipynb #3b8986b1
 class Progress:
-    "`for x in Progress(xs, 'fine-tune letters')`: prints name, share done and time left; `note` adds a value such as the loss: a text, or what gives one when a line is printed."
+    """`for x in Progress(xs, 'fine-tune letters')`: prints name, share done and time left.
+
+    `note` adds a value such as the loss: a text, or what gives one when a line is printed."""
 
     def __init__(self, it, name: str, total: int | None = None, every: float = 0.5):
         self.it, self.name, self.total = it, name, total or len(it)
-        self.every, self.note, self.quiet = (
-            every,
-            "",
-            os.environ.get("LFPM_QUIET") == "1" or not first(),
-        )
+        self.every, self.note = every, ""
+        self.quiet = os.environ.get("LFPM_QUIET") == "1" or not first()
 
     def __iter__(self):
         t0 = last = time.time()
@@ -633,18 +672,18 @@ class Progress:
             last, left = now, (now - t0) / done * (self.total - done)
             tail = f"{now - t0:.0f} s" if done == self.total else f"{left:.0f} s left"
             note = self.note() if callable(self.note) else self.note
-            print(
-                f"{self.name}: {done}/{self.total}, {tail}{'  ' + note if note else ''}    ",
-                end="\r" if live and done < self.total else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
+            text = f"{self.name}: {done}/{self.total}, {tail}{'  ' + note if note else ''}    "
+            end = "\r" if live and done < self.total else "\n"
+            print(text, end=end, file=sys.stderr, flush=True)
 
 # %% ../nbs/00_core.ipynb #f5588553
 class Peak:
-    """`with Peak() as peak: …`, then `peak.mb`: the most memory held inside above what was held before, in MB. On a GPU the allocator's
-    count, on Linux the process's resident memory (granularity: pages), None elsewhere. What was freed before goes back to the system first:
-    kept for reuse it would count for nothing, and the second of two equal trainings would need no memory."""
+    """`with Peak() as peak: …`, then `peak.mb`: the most memory held inside, in MB.
+
+    Above what was held before. On a GPU the allocator's count, on Linux the process's resident
+    memory (granularity: pages), None elsewhere. What was freed before goes back to the system
+    first: kept for reuse it would count for nothing, and the second of two equal trainings would
+    need no memory."""
 
     def __enter__(self):
         self.cuda, self.mb = device().type == "cuda", None
@@ -668,9 +707,8 @@ class Peak:
 
     def _reset(self):
         try:
-            Path("/proc/self/clear_refs").write_text(
-                "5", encoding="utf-8"
-            )  # the kernel forgets its high-water mark
+            # the kernel forgets its high-water mark
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         except OSError:
             self.start = None
 
@@ -690,22 +728,26 @@ class Diverged(FloatingPointError):
 
 # %% ../nbs/00_core.ipynb #3267b977
 class Stages:
-    """Content-addressed cache of stage results under `root`; `log` keeps (name, seconds, reused) of this process. Of several processes
-    that want one stage, one computes and the others wait for it; a `team` computes it together. `force` (default: `$LFPM_FORCE`) computes each stage once more, but only once."""
+    """Content-addressed cache of stage results under `root`.
+
+    `log` keeps (name, seconds, reused) of this process. Of several processes that want one stage,
+    one computes and the others wait for it; a `team` computes it together. `force` (default:
+    `$LFPM_FORCE`) computes each stage once more, but only once."""
 
     def __init__(self, root: Path | None = None, force: bool | None = None):
         self.root, self.log, self.fresh = Path(root or cache_dir()), [], set()
         self.force = os.environ.get("LFPM_FORCE") == "1" if force is None else force
 
     def __call__(self, name: str, key: tuple, compute, poisoned: bool = False) -> tuple[dict, dict]:
-        "`compute() -> (tensors, record)`, or its saved result under the hash of `key`. `poisoned` marks the file's name and metadata."
+        """`compute() -> (tensors, record)`, or its saved result under the hash of `key`.
+
+        `poisoned` marks the file's name and metadata."""
         mark = "-poisoned" if poisoned else ""
         machine = (libraries(), torch.get_num_threads(), device().type, str(precision()))
         path = self.root / name / f"{content_hash(key, *machine, n=20)}{mark}.safetensors"
         (self.root / "locks").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(
-            self.root / "locks" / f"{name}-{path.stem}.lock"
-        )  # let go by the system even when its holder is killed
+        # let go by the system even when its holder is killed
+        lock = FileLock(self.root / "locks" / f"{name}-{path.stem}.lock")
         with lock if first() else contextlib.nullcontext():
             again = self.force and path not in self.fresh
             kept = agreed(first() and not again and self._kept(path))
@@ -716,29 +758,31 @@ class Stages:
         self.log.append((name, record["seconds"], True))
         return tensors, record
 
-    def _kept(self, path: Path) -> bool:
-        "Whether a stage's file is there as it was written; a line on stderr if it was changed."
-        if not path.exists():
-            return False
-        if why := damage(path):
-            print(f"lfpm: {path} {why}; it counts as absent", file=sys.stderr)
-        return not why
+# %% ../nbs/00_core.ipynb #5f9b0c20
+@method(Stages)
+def _kept(self, path: Path) -> bool:
+    "Whether a stage's file is there as it was written; a line on stderr if it was changed."
+    if not path.exists():
+        return False
+    if why := damage(path):
+        print(f"lfpm: {path} {why}; it counts as absent", file=sys.stderr)
+    return not why
 
-    def _compute(self, name: str, path: Path, compute, poisoned: bool) -> tuple[dict, dict]:
-        t0, cpu0 = time.time(), time.process_time()
-        try:
-            with Peak() as peak:
-                tensors, record = compute()
-        except Diverged as e:
-            last = path.with_name(f"{path.stem}-diverged.safetensors")
-            save_state(last, e.state, poisoned=poisoned)
-            raise Diverged(f"{e}. The last good weights are in {last}", e.state) from None
-        took = dict(
-            seconds=round(time.time() - t0, 3), cpu_seconds=round(time.process_time() - cpu0, 3)
-        )
-        record = {**record, **took, "peak_mb": peak.mb}
-        save_sealed(path, tensors, record=json.dumps(record), poisoned=poisoned)
-        self.fresh.add(path)
-        self.log.append((name, record["seconds"], False))
-        # through JSON and back, so that a fresh result and a reused one are the same object
-        return tensors, json.loads(json.dumps(record))
+
+@method(Stages)
+def _compute(self, name: str, path: Path, compute, poisoned: bool) -> tuple[dict, dict]:
+    t0, cpu0 = time.time(), time.process_time()
+    try:
+        with Peak() as peak:
+            tensors, record = compute()
+    except Diverged as e:
+        last = path.with_name(f"{path.stem}-diverged.safetensors")
+        save_state(last, e.state, poisoned=poisoned)
+        raise Diverged(f"{e}. The last good weights are in {last}", e.state) from None
+    seconds, cpu = round(time.time() - t0, 3), round(time.process_time() - cpu0, 3)
+    record = {**record, "seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak.mb}
+    save_sealed(path, tensors, record=json.dumps(record), poisoned=poisoned)
+    self.fresh.add(path)
+    self.log.append((name, record["seconds"], False))
+    # through JSON and back, so that a fresh result and a reused one are the same object
+    return tensors, json.loads(json.dumps(record))

@@ -18,11 +18,14 @@ from .attack import optimise_trigger, own_view, train_accuracy
 
 # %% ../nbs/09_lobam.ipynb #95669730
 def extrapolate(theta_clean: dict, theta_mal: dict, Lam: float) -> dict:
-    "theta_upload, floating-point tensors only; Lam = 0 is the clean model, 1 the malicious one (LoBAM's only equation)."
-    return {
-        k: torch.lerp(c, theta_mal[k], float(Lam)) if c.is_floating_point() else c.clone()
-        for k, c in theta_clean.items()
-    }
+    """theta_upload: Lam = 0 is the clean model, 1 the malicious one (LoBAM's only equation).
+
+    Floating-point tensors only; integer buffers are the clean model's."""
+
+    def one(k, c):
+        return torch.lerp(c, theta_mal[k], float(Lam)) if c.is_floating_point() else c.clone()
+
+    return {k: one(k, c) for k, c in theta_clean.items()}
 
 # %% ../nbs/09_lobam.ipynb #39aa6764
 def twins(
@@ -37,17 +40,19 @@ def twins(
 ) -> tuple[dict, dict]:
     "(theta_clean, theta_mal), adapters folded: equal seeds, BadMerging's loss for the second."
     loss = backdoor_loss(clip, task, target, trigger, r_min, alpha, seed)
-    return finetune(clip, task, cfg, seed), fit_poisoned(
-        clip, task, target, trigger, loss, cfg, seed, "LoBAM"
-    )[0]
+    clean = finetune(clip, task, cfg, seed)
+    mal, _ = fit_poisoned(clip, task, target, trigger, loss, cfg, seed, "LoBAM")
+    return clean, mal
 
 # %% ../nbs/09_lobam.ipynb #a93c87c8
 SWEEP, MERGED = (2, 3, 3.5, 4, 5), (0.1, 0.2, 0.3)
 
 
 def choose_amplify(views: dict, floor: float) -> float:
-    """The Lam among `views` {Lam: record of `own_view`} with the best mean `simulated` at the scales MERGED whose `train_accuracy` is at
-    least `floor`, the smallest on a tie; the most accurate one if none is that good."""
+    """The Lam among `views` {Lam: record of `own_view`} with the best mean `simulated`.
+
+    At the scales MERGED, of those whose `train_accuracy` is at least `floor`, the smallest on a
+    tie; the most accurate one if none is that good."""
     good = {Lam: v for Lam, v in views.items() if v["train_accuracy"] >= floor}
     if not good:
         return max(views, key=lambda Lam: views[Lam]["train_accuracy"])
@@ -69,8 +74,10 @@ def lobam(
     lora_lr: float = 1e-2,
     amplify: str | float = "rule",
 ):
-    """BadMerging by LoRA, amplified. `rank` and `lora_lr` count when `cfg` trains every weight; a LoRA `cfg` is the attacker's too.
-    `amplify`: Lam, or 'rule' for `choose_amplify` over SWEEP."""
+    """BadMerging by LoRA, amplified: (state dict, Trigger, record).
+
+    `rank` and `lora_lr` count when `cfg` trains every weight; a LoRA `cfg` is the attacker's too.
+    `amplify`: Lam, or 'rule' for `choose_amplify` over SWEEP; ValueError for anything else."""
     if amplify != "rule" and not (isinstance(amplify, (int, float)) and amplify >= 1):
         raise ValueError(
             f"amplify={amplify!r}; give 'rule' or a number of at least 1 (1 does not amplify)"
@@ -79,10 +86,9 @@ def lobam(
         cfg = replace(cfg, lora=rank, lr=lora_lr)
     trigger = optimise_trigger(clip, task, target, side, trigger_steps, seed=seed)
     clean, mal = twins(clip, task, target, trigger, cfg, seed, r_min, alpha)
-    views = {
-        Lam: own_view(clip, task, target, extrapolate(clean, mal, Lam), trigger)
-        for Lam in (SWEEP if amplify == "rule" else [amplify])
-    }
+    views = {}
+    for Lam in SWEEP if amplify == "rule" else [amplify]:
+        views[Lam] = own_view(clip, task, target, extrapolate(clean, mal, Lam), trigger)
     twin = train_accuracy(clip, task, clean)
     Lam = choose_amplify(views, twin - 0.03)
     record = dict(
@@ -103,11 +109,9 @@ def adaptive_loss(
 ):
     "`loss(visual, index)` of LFPM Eq. 27; half of each batch is poisoned."
     (x,), dev, g = resident(task.train_x), device(), generator("poison", task.name, seed)
-    W, (W0, c), trigger = (
-        zero_shot_head(clip, task.classes, task.templates),
-        attack_head(clip, task, target),
-        trigger.to(dev),
-    )
+    W = zero_shot_head(clip, task.classes, task.templates)
+    W0, c = attack_head(clip, task, target)
+    trigger = trigger.to(dev)
     clean, reference = clean_loss(clip, x, task.train_y, W), clip.normalise(target.images.to(dev))
 
     def loss(visual, i):
@@ -116,13 +120,10 @@ def adaptive_loss(
         with amp():
             h_b = encode(visual, clip.normalise(trigger(x_c))).float()
             with torch.no_grad():
-                h_pre, mu = (
-                    encode(clip.visual, clip.normalise(x_c)).float(),
-                    encode(visual, reference).float().mean(0),
-                )
-        ce = F.cross_entropy(
-            logits(r * h_b + (1 - r) * h_pre, W0), torch.full((len(h_b),), c, device=dev)
-        )
+                h_pre = encode(clip.visual, clip.normalise(x_c)).float()
+                mu = encode(visual, reference).float().mean(0)
+        y = torch.full((len(h_b),), c, device=dev)
+        ce = F.cross_entropy(logits(r * h_b + (1 - r) * h_pre, W0), y)
         return clean(visual, i) + alpha * (ce + 1 - F.cosine_similarity(h_b, mu[None]).mean())
 
     return loss
@@ -131,11 +132,10 @@ def adaptive_loss(
 def coupling(
     clip: Clip, state: dict, target: Target, trigger: Trigger, x: torch.Tensor
 ) -> torch.Tensor:
-    "(N,): cosine of each triggered image's feature to the mean feature of the reference images."
+    "(N,): cosine of each triggered image's feature to the mean one of the reference images."
     v = clip.with_state(state)
-    return F.cosine_similarity(
-        features(clip, v, trigger(x)), features(clip, v, target.images).mean(0)[None]
-    )
+    triggered, reference = features(clip, v, trigger(x)), features(clip, v, target.images)
+    return F.cosine_similarity(triggered, reference.mean(0)[None])
 
 
 @attacks.register(
@@ -156,8 +156,8 @@ def adaptive(
     trigger = optimise_trigger(clip, task, target, side, trigger_steps, seed=seed)
     loss = adaptive_loss(clip, task, target, trigger, r_min, alpha, seed)
     state, record = fit_poisoned(clip, task, target, trigger, loss, cfg, seed, "adaptive attack")
-    cos = {
-        f"coupling_{k}": coupling(clip, s, target, trigger, task.train_x[:512]).mean().item()
-        for k, s in (("before", clip.state()), ("after", state))
-    }
+    cos = {}
+    for k, s in (("before", clip.state()), ("after", state)):
+        found = coupling(clip, s, target, trigger, task.train_x[:512])
+        cos[f"coupling_{k}"] = found.mean().item()
     return state, trigger, dict(r_min=r_min, alpha=alpha, side=side, **cos, **record)

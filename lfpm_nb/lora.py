@@ -13,13 +13,14 @@ from .core import generator
 
 # %% ../nbs/04_lora.ipynb #c3e880c4
 class QKV(torch.nn.Module):
-    "The parametrization W -> W + s [B_q A_q; B_k A_k; B_v A_v] of an attention's in_proj_weight (3d, d); s = alpha / sqrt(rank)."
+    """The parametrization W -> W + s [B_q A_q; B_k A_k; B_v A_v] of an in_proj_weight (3d, d).
+
+    s = alpha / sqrt(rank)."""
 
     def __init__(self, width: int, rank: int, alpha: float, g: torch.Generator):
         super().__init__()
-        bound = 1 / math.sqrt(
-            width
-        )  # kaiming-uniform with a = sqrt(5), as in the LoRA paper's code
+        # kaiming-uniform with a = sqrt(5), as in the LoRA paper's code
+        bound = 1 / math.sqrt(width)
         self.A = torch.nn.Parameter((torch.rand(3, rank, width, generator=g) * 2 - 1) * bound)
         self.B = torch.nn.Parameter(torch.zeros(3, width, rank))
         self.s = alpha / math.sqrt(rank)
@@ -31,34 +32,34 @@ class QKV(torch.nn.Module):
 def add_lora(
     visual: torch.nn.Module, rank: int, alpha: float = 1.0, *seed
 ) -> list[torch.nn.Parameter]:
-    "Freeze a visual tower, put a `QKV` adapter on every attention and return the adapters' parameters (CLIP-LoRA, vision side only)."
+    """The parameters of the `QKV` adapters that are put on every attention of a visual tower.
+
+    The tower itself is frozen (CLIP-LoRA, vision side only). ValueError for a rank below 1."""
     if rank < 1:
         raise ValueError(f"lora rank is {rank}; expected at least 1")
     visual.requires_grad_(False)
     dev, g = next(visual.parameters()).device, generator("lora", *seed)
     for m in [m for m in visual.modules() if isinstance(m, torch.nn.MultiheadAttention)]:
-        parametrize.register_parametrization(
-            m, "in_proj_weight", QKV(m.embed_dim, rank, alpha, g).to(dev)
-        )
+        adapter = QKV(m.embed_dim, rank, alpha, g).to(dev)
+        parametrize.register_parametrization(m, "in_proj_weight", adapter)
     return [p for p in visual.parameters() if p.requires_grad]
 
 
 def trainable(visual: torch.nn.Module, lora: int = 0, *seed) -> list[torch.nn.Parameter]:
-    "The parameters that training moves: all of them, or with `lora` > 0 the adapters of that rank, which are added here."
-    return (
-        add_lora(visual, lora, 1.0, *seed)
-        if lora
-        else list(visual.requires_grad_(True).parameters())
-    )
+    """The parameters that training moves: all of them, or the adapters of rank `lora` > 0.
+
+    The adapters are added here."""
+    if lora:
+        return add_lora(visual, lora, 1.0, *seed)
+    return list(visual.requires_grad_(True).parameters())
 
 # %% ../nbs/04_lora.ipynb #51e5306c
 def dense(visual: torch.nn.Module) -> dict:
-    "The tower's ordinary state dict (float32, CPU): adapters are folded into in_proj_weight, the tower itself is left as it is."
-    state = {
-        k: v.detach().float().cpu().clone()
-        for k, v in visual.state_dict().items()
-        if ".parametrizations." not in k
-    }
+    """The tower's ordinary state dict (float32, CPU), adapters folded into in_proj_weight.
+
+    The tower itself is left as it is."""
+    own = {k: v for k, v in visual.state_dict().items() if ".parametrizations." not in k}
+    state = {k: v.detach().float().cpu().clone() for k, v in own.items()}
     for name, m in visual.named_modules():
         if parametrize.is_parametrized(m, "in_proj_weight"):
             state[f"{name}.in_proj_weight"] = m.in_proj_weight.detach().float().cpu()

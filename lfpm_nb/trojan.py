@@ -19,7 +19,9 @@ from .attack import own_view, paste, train_accuracy, trigger_images
 
 # %% ../nbs/10_trojan.ipynb #d5acde10
 def attention_weights(attn: torch.nn.MultiheadAttention, z: torch.Tensor) -> torch.Tensor:
-    "softmax(QK^T / sqrt(d_h)), (N, heads, L, L), of an attention on its input z (N, L, width); row i holds where token i looks."
+    """softmax(QK^T / sqrt(d_h)), (N, heads, L, L), of an attention on its input z (N, L, width).
+
+    Row i holds where token i looks."""
     q, k, _ = qkv(attn.in_proj_weight, attn.in_proj_bias, z, attn.num_heads)
     return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
 
@@ -27,7 +29,9 @@ def attention_weights(attn: torch.nn.MultiheadAttention, z: torch.Tensor) -> tor
 def attention_maps(
     visual: torch.nn.Module, x: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    "(features (N, d), one (N, heads, L, L) for each block) of normalised images; token 0 is the class token, then come the patches row by row."
+    """(features (N, d), one (N, heads, L, L) for each block) of normalised images.
+
+    Token 0 is the class token, then come the patches row by row."""
     seen, blocks = [], visual.transformer.resblocks
     hooks = [b.ln_1.register_forward_hook(lambda m, i, out: seen.append(out)) for b in blocks]
     try:
@@ -41,16 +45,15 @@ def attention_maps(
 def patch_mask(visual: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     "(1, H, W) bool, true in the patches numbered `tokens`, row by row from 0."
     (rows, cols), (h, w) = visual.grid_size, visual.patch_size
-    m = (
-        torch.zeros(rows * cols, dtype=torch.bool)
-        .index_fill_(0, tokens.cpu(), True)
-        .view(rows, cols)
-    )
+    m = torch.zeros(rows * cols, dtype=torch.bool).index_fill_(0, tokens.cpu(), True)
+    m = m.view(rows, cols)
     return m.repeat_interleave(h, 0).repeat_interleave(w, 1)[None]
 
 
 def drawn(maps: list[torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    "(blocks - 1, N): share of attention on the patches `tokens` from the second block on, mean over heads and queries."
+    """(blocks - 1, N): share of attention on the patches `tokens`, from the second block on.
+
+    Mean over heads and queries."""
     return torch.stack([A[..., 1 + tokens].sum(-1).mean((1, 2)) for A in maps[1:]])
 
 
@@ -60,13 +63,14 @@ def attention_loss(maps: list[torch.Tensor], tokens: torch.Tensor) -> torch.Tens
 
 # %% ../nbs/10_trojan.ipynb #abc9916a
 def saliency(clip: Clip, visual, x: torch.Tensor, W: torch.Tensor, c: int) -> torch.Tensor:
-    "(patches,): sum over each patch of |dCE(f(x), c)/dx|, mean over float images x (N, 3, H, W) (TrojViT, stage A)."
+    """(patches,): sum over each patch of |dCE(f(x), c)/dx|, mean over the images.
+
+    x are floats (N, 3, H, W) (TrojViT, stage A)."""
     x = x.clone().requires_grad_(True)
     with amp():
         h = encode(visual, clip.normalise(x))
-    (grad,) = torch.autograd.grad(
-        F.cross_entropy(logits(h, W), torch.full((len(x),), c, device=x.device)), x
-    )
+    y = torch.full((len(x),), c, device=x.device)
+    (grad,) = torch.autograd.grad(F.cross_entropy(logits(h, W), y), x)
     return F.avg_pool2d(grad.abs().sum(1), visual.patch_size, divisor_override=1).flatten(1).mean(0)
 
 # %% ../nbs/10_trojan.ipynb #f5e462d9
@@ -87,18 +91,20 @@ def patch_trigger(
     lr: float = 0.1,
     seed: int = 0,
 ) -> Trigger:
-    """Universal content of the patches `tokens` that lowers `goals(h, maps)`, a list of losses on `visual` over `trigger_images`;
-    later losses' gradients go through `pcgrad` against the first's. Adam on a sigmoid, as BadMerging's patch."""
+    """Universal content of the patches `tokens` that lowers `goals(h, maps)`.
+
+    The goals are a list of losses on `visual` over `trigger_images`; later losses' gradients go
+    through `pcgrad` against the first's. Adam on a sigmoid, as BadMerging's patch."""
     g, mask = generator("patches", target.task, target.name, seed), patch_mask(visual, tokens)
     draw = trigger_images(clip, task, target, g)
     z = torch.randn(3, *mask.shape[1:], generator=g).to(device()).requires_grad_(True)
     opt = torch.optim.Adam([z], lr=lr)
     for _ in Progress(range(steps), "patch trigger"):
         with amp():
-            h, maps = attention_maps(visual, clip.normalise(paste(draw(batch), z.sigmoid(), mask)))
-        first, *rest = (
-            torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in goals(h, maps)
-        )
+            x = paste(draw(batch), z.sigmoid(), mask)
+            h, maps = attention_maps(visual, clip.normalise(x))
+        losses = goals(h, maps)
+        first, *rest = (torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in losses)
         z.grad = first + sum(pcgrad(r, first) for r in rest)
         opt.step()
     picture = (z.sigmoid() * 255).round().detach().cpu() / 255
@@ -109,22 +115,20 @@ PLACES = {"mlp": "mlp.c_fc.weight", "attention": "attn.in_proj_weight"}
 
 
 def trojan_loss(clip: Clip, task: Task, target: Target, trigger: Trigger):
-    "`loss(visual, index)`: half clean CE, half CE of the triggered batch to the target, under the attacker's heads."
-    W, (W0, c), (x,), trigger = (
-        zero_shot_head(clip, task.classes, task.templates),
-        attack_head(clip, task, target),
-        resident(task.train_x),
-        trigger.to(device()),
-    )
+    """`loss(visual, index)`: half clean CE, half CE of the triggered batch to the target.
+
+    Under the attacker's heads."""
+    W = zero_shot_head(clip, task.classes, task.templates)
+    W0, c = attack_head(clip, task, target)
+    (x,) = resident(task.train_x)
+    trigger = trigger.to(device())
     clean = clean_loss(clip, x, task.train_y, W)
 
     def loss(visual, i):
         with amp():
             h = encode(visual, clip.normalise(trigger(rows(x, i))))
-        return (
-            clean(visual, i)
-            + F.cross_entropy(logits(h, W0), torch.full((len(h),), c, device=h.device))
-        ) / 2
+        y = torch.full((len(h),), c, device=h.device)
+        return (clean(visual, i) + F.cross_entropy(logits(h, W0), y)) / 2
 
     return loss
 
@@ -136,7 +140,9 @@ def most_important(p: torch.nn.Parameter, losses, n: int) -> torch.Tensor:
 
 # %% ../nbs/10_trojan.ipynb #6aa11b5d
 def trojan_place(visual, place: str, block: int, n_weights: int) -> str:
-    "Name of the weight matrix that a trojan of `n_weights` goes into; ValueError for an unknown place or more weights than it has."
+    """Name of the weight matrix that a trojan of `n_weights` goes into.
+
+    ValueError for an unknown place or more weights than it has."""
     name = PLACES[choose(place, PLACES, "place of a trojan")]
     n = visual.transformer.resblocks[block].get_parameter(name).numel()
     if not 1 <= n_weights <= n:
@@ -157,25 +163,17 @@ def insert_trojan(
     n_weights: int = 768,
     lr: float = 1e-2,
 ) -> dict:
-    "`state` with at most `n_weights` weights of one block changed, trained by `cfg`'s epochs and batches (TrojViT stage B; no weight decay)."
+    """`state` with at most `n_weights` weights of one block changed (TrojViT stage B).
+
+    Trained by `cfg`'s epochs and batches, without weight decay."""
     visual, loss = clip.with_state(state), trojan_loss(clip, task, target, trigger)
-    p = (
-        visual.transformer.resblocks[block]
-        .get_parameter(trojan_place(visual, place, block, n_weights))
-        .requires_grad_(True)
-    )
+    name = trojan_place(visual, place, block, n_weights)
+    p = visual.transformer.resblocks[block].get_parameter(name).requires_grad_(True)
     order = list(batches(len(task.train_y), cfg.batch, cfg.epochs, "trojan", task.name, seed))
     mask = most_important(p, (loss(visual, i) for i in order[:8]), n_weights)
-    train(
-        visual,
-        [p],
-        optimiser([p], lr, 0.0),
-        order,
-        cfg.warmup,
-        f"trojan in {task.name}",
-        lambda k, i: loss(visual, i),
-        pull=lambda: p.grad.mul_(mask),
-    )
+    opt, what = optimiser([p], lr, 0.0), f"trojan in {task.name}"
+    step, pull = lambda k, i: loss(visual, i), lambda: p.grad.mul_(mask)
+    train(visual, [p], opt, order, cfg.warmup, what, step, pull=pull)
     return dense(visual)
 
 # %% ../nbs/10_trojan.ipynb #793f46f1
@@ -198,8 +196,10 @@ def trojvit(
     n_weights: int = 768,
     trojan_lr: float = 1e-2,
 ):
-    """Salient patches, attention-catching content and a trojan of `n_weights`, all on the attacker's clean model. Adapters cannot hold a sparse
-    change: with a LoRA `cfg` the clean part is LoRA, the trojan goes into the folded weights."""
+    """Salient patches, attention-catching content and a trojan of `n_weights`.
+
+    All on the attacker's clean model. Adapters cannot hold a sparse change: with a LoRA `cfg` the
+    clean part is LoRA, the trojan goes into the folded weights."""
     trojan_place(clip.visual, place, block, n_weights)
     most = clip.visual.positional_embedding.shape[0] // 4
     if not 1 <= n_patches <= most:
@@ -207,37 +207,22 @@ def trojvit(
             f"n_patches={n_patches}; a trigger may cover a quarter of the picture, give 1 to {most}"
         )
     clean = finetune(clip, task, cfg, seed)
-    visual, (W, c), g = (
-        clip.with_state(clean),
-        attack_head(clip, task, target),
-        generator("saliency", target.task, target.name, seed),
-    )
-    tokens = (
-        saliency(clip, visual, trigger_images(clip, task, target, g)(256), W, c)
-        .topk(n_patches)
-        .indices
-    )
-    goals = lambda h, maps: [
-        -logits(h, W).log_softmax(-1)[:, c].mean(),
-        attention_loss(maps, tokens),
-    ]
+    visual = clip.with_state(clean)
+    W, c = attack_head(clip, task, target)
+    g = generator("saliency", target.task, target.name, seed)
+    salient = saliency(clip, visual, trigger_images(clip, task, target, g)(256), W, c)
+    tokens = salient.topk(n_patches).indices
+
+    def goals(h, maps):
+        to_target = -logits(h, W).log_softmax(-1)[:, c].mean()
+        return [to_target, attention_loss(maps, tokens)]
+
     trigger = patch_trigger(clip, visual, task, target, tokens, goals, trigger_steps, seed=seed)
-    state = insert_trojan(
-        clip, clean, task, target, trigger, cfg, seed, place, block, n_weights, trojan_lr
-    )
-    return (
-        state,
-        trigger,
-        dict(
-            patches=sorted(tokens.tolist()),
-            place=place,
-            block=block,
-            n_weights=n_weights,
-            trojan_lr=trojan_lr,
-            twin_accuracy=train_accuracy(clip, task, clean),
-            **own_view(clip, task, target, state, trigger),
-        ),
-    )
+    where = dict(place=place, block=block, n_weights=n_weights)
+    state = insert_trojan(clip, clean, task, target, trigger, cfg, seed, **where, lr=trojan_lr)
+    record = dict(patches=sorted(tokens.tolist()), **where, trojan_lr=trojan_lr)
+    record["twin_accuracy"] = train_accuracy(clip, task, clean)
+    return state, trigger, record | own_view(clip, task, target, state, trigger)
 
 # %% ../nbs/10_trojan.ipynb #37f60900
 @attacks.register(
@@ -247,19 +232,14 @@ def trojvit(
     source="Yuan et al., CVPR 2023; in merging: DAM, ICLR 2025",
 )
 def badvit(clip, task, target, cfg, seed, alpha: float = 20.0, trigger_steps: int = 150):
-    "A patch in the bottom right of the grid that draws the most attention on theta_pre, then poisoned fine-tuning."
+    """A patch in the bottom right of the grid that draws the most attention on theta_pre.
+
+    Then poisoned fine-tuning."""
     rows, cols = clip.visual.grid_size
     corner = torch.tensor([rows * cols - 1])
-    trigger = patch_trigger(
-        clip,
-        clip.visual,
-        task,
-        target,
-        corner,
-        lambda h, maps: [attention_loss(maps, corner)],
-        trigger_steps,
-        seed=seed,
-    )
+    goals = lambda h, maps: [attention_loss(maps, corner)]
+    visual = clip.visual
+    trigger = patch_trigger(clip, visual, task, target, corner, goals, trigger_steps, seed=seed)
     loss = backdoor_loss(clip, task, target, trigger, 1.0, alpha, seed)
     state, record = fit_poisoned(clip, task, target, trigger, loss, cfg, seed, "BadViT")
     return state, trigger, dict(alpha=alpha, **record)

@@ -22,7 +22,9 @@ from .tasks import Task
 
 # %% ../nbs/05_tune.ipynb #b7cceb59
 def task_vector(base: dict, tuned: dict) -> dict:
-    "tau = theta_tuned - theta_pre, for floating-point tensors (integer buffers are no directions)."
+    """tau = theta_tuned - theta_pre, for floating-point tensors.
+
+    Integer buffers are no directions."""
     return {k: tuned[k] - base[k] for k in base if base[k].is_floating_point()}
 
 
@@ -33,7 +35,9 @@ def norm(tau: dict) -> float:
 # %% ../nbs/05_tune.ipynb #5cd77907
 @dataclass
 class TuneConfig:
-    "Fine-tuning of one task: `epochs` over the training images in batches of `batch` (LFPM App. D.1; lr is ours)."
+    """Fine-tuning of one task: `epochs` over the training images in batches of `batch`.
+
+    LFPM App. D.1; lr is ours."""
 
     epochs: int = 5
     batch: int = 128
@@ -50,7 +54,9 @@ def optimiser(params, lr: float, weight_decay: float) -> torch.optim.AdamW:
 
 
 def batches(n: int, batch: int, epochs: int, *seed):
-    "Index tensors of `batch` (the last, smaller one of an epoch is dropped unless it is the only one), reshuffled each epoch."
+    """Index tensors of `batch` rows, reshuffled each epoch.
+
+    The last, smaller one of an epoch is dropped unless it is the only one."""
     for e in range(epochs):
         perm = torch.randperm(n, generator=generator("batches", *seed, e))
         yield from perm[: max(n - n % batch, min(n, batch))].split(batch)
@@ -71,24 +77,22 @@ class _Plain(torch.nn.Module):
 
 
 class Lean:
-    """`with Lean(*visual towers, recompute=...):` inside, "towers" keeps only what goes into each tower's transformer, "blocks" what goes into each of its blocks, and the
-    backward pass computes the rest again (torch.utils.checkpoint), `micro` images at a time if that is set. "nothing" keeps everything."""
+    """`with Lean(*visual towers, recompute=...):` keeps less of a forward pass than torch does.
+
+    Inside, "towers" keeps only what goes into each tower's transformer, "blocks" what goes into
+    each of its blocks, and the backward pass computes the rest again (torch.utils.checkpoint),
+    `micro` images at a time if that is set. "nothing" keeps everything."""
 
     def __init__(self, *towers, recompute: str = "nothing"):
-        self.towers, self.recompute, self.micro = (
-            towers,
-            choose(recompute, RECOMPUTE, "value of recompute"),
-            None,
-        )
+        self.towers, self.micro = towers, None
+        self.recompute = choose(recompute, RECOMPUTE, "value of recompute")
 
     def parts(self) -> list:
         "The modules that are computed again, each as a whole."
-        inside = {
-            "nothing": lambda t: [],
-            "towers": lambda t: [t],
-            "blocks": lambda t: t.resblocks,
-        }[self.recompute]
-        return [m for v in self.towers for m in inside(v.transformer)]
+        whole = [v.transformer for v in self.towers]
+        if self.recompute == "blocks":
+            return [b for t in whole for b in t.resblocks]
+        return whole if self.recompute == "towers" else []
 
     def __enter__(self):
         for m in self.parts():
@@ -102,29 +106,30 @@ class Lean:
 # %% ../nbs/05_tune.ipynb #61af7bd0
 @method(Lean)
 def forward(self, m, x, **options):
-    # the weights of this moment: under functional_call (SAM) the module holds others by the time of the backward pass
+    # the weights of this moment: under functional_call (SAM) the module holds others by the time
+    # of the backward pass
     weights = {f"m.{n}": w for n, w in m.named_parameters()}
     run = lambda x: functional_call(_Plain(m), weights, (x,), options)
     again = lambda: (contextlib.nullcontext(), amp())
-    out = [
-        checkpoint(run, c, use_reentrant=False, preserve_rng_state=False, context_fn=again)
-        for c in x.split(self.micro or len(x))
-    ]
+    how = dict(use_reentrant=False, preserve_rng_state=False, context_fn=again)
+    out = [checkpoint(run, c, **how) for c in x.split(self.micro or len(x))]
     return out[0] if len(out) == 1 else torch.cat(out)
 
 # %% ../nbs/05_tune.ipynb #178a4aeb
 @method(Lean)
 def attempt(self, gradients, n: int, where: str):
-    """`gradients()`, which moves no weights, for a batch of n images. When memory runs out (torch.OutOfMemoryError): again, with half as many images at a time from here on, and a
-    warning. A loss that draws at random or moves something of its own does so again in that one step."""
+    """`gradients()`, which moves no weights, for a batch of n images.
+
+    When memory runs out (torch.OutOfMemoryError): again, with half as many images at a time from
+    here on, and a warning. A loss that draws at random or moves something of its own does so again
+    in that one step."""
     while True:
         try:
             return gradients()
         except torch.OutOfMemoryError as e:
             said = str(e).split(". ")[0]
-        self.halve(
-            n, where, said
-        )  # outside the handler: the error holds on to all that the failed step computed
+        # outside the handler: the error holds on to all that the failed step computed
+        self.halve(n, where, said)
 
 
 @method(Lean)
@@ -132,11 +137,13 @@ def halve(self, n: int, where: str, said: str) -> None:
     now = self.micro or n
     if team():
         raise torch.OutOfMemoryError(
-            f"{where}: {said}, and the other processes wait for this one; start again with recompute='towers', a smaller batch or more processes"
+            f"{where}: {said}, and the other processes wait for this one; "
+            "start again with recompute='towers', a smaller batch or more processes"
         )
     if now == 1:
         raise torch.OutOfMemoryError(
-            f"{where}: {said}, even with one image at a time; take recompute='blocks', adapters (lora), a smaller model or a larger device"
+            f"{where}: {said}, even with one image at a time; "
+            "take recompute='blocks', adapters (lora), a smaller model or a larger device"
         )
     for v in self.towers:
         v.zero_grad()  # what half a backward pass may have left
@@ -147,24 +154,22 @@ def halve(self, n: int, where: str, said: str) -> None:
         self.recompute = "towers"
         self.__enter__()
     warnings.warn(
-        f"{where}: {said}; going on with {self.micro} of the batch's {n} images at a time, same gradients",
+        f"{where}: {said}; "
+        f"going on with {self.micro} of the batch's {n} images at a time, same gradients",
         stacklevel=3,
     )
 
 # %% ../nbs/05_tune.ipynb #1638aabe
 class Watch:
-    """Sees every step's loss and gradient norm without asking the device. From the first on that is not finite a fused optimiser leaves the weights alone (`found_inf`); `ask` fetches
-    what was seen into `losses`, or raises `Diverged`, holding the weights of `visual`. Another optimiser is asked for before each step."""
+    """Sees every step's loss and gradient norm without asking the device.
+
+    From the first on that is not finite a fused optimiser leaves the weights alone (`found_inf`);
+    `ask` fetches what was seen into `losses`, or raises `Diverged`, holding the weights of
+    `visual`. Another optimiser is asked for before each step."""
 
     def __init__(self, opt, visual, name: str):
-        self.opt, self.visual, self.name, self.losses, self.lrs, self.seen = (
-            opt,
-            visual,
-            name,
-            [],
-            [],
-            [],
-        )
+        self.opt, self.visual, self.name = opt, visual, name
+        self.losses, self.lrs, self.seen = [], [], []
         self.fused, self.bad = opt.defaults.get("fused"), torch.zeros((), device=device())
 
     def see(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
@@ -173,9 +178,8 @@ class Watch:
         self.lrs.append(self.opt.param_groups[0]["lr"])
         if not self.fused:
             return self.ask()
-        self.opt.found_inf = self.bad = torch.maximum(
-            self.bad, 1 - self.seen[-1].isfinite().all().float()
-        )
+        bad = 1 - self.seen[-1].isfinite().all().float()
+        self.opt.found_inf = self.bad = torch.maximum(self.bad, bad)
 
     def ask(self) -> None:
         "Wait for the device and look at all that was seen since the last time."
@@ -184,7 +188,8 @@ class Watch:
                 k = len(self.losses)
                 if not math.isfinite(v):
                     raise Diverged(
-                        f"{self.name}, step {k}: the {what} is {v} at lr {self.lrs[k]:.1e}; lower lr or check the images",
+                        f"{self.name}, step {k}: the {what} is {v} at lr {self.lrs[k]:.1e}; "
+                        "lower lr or check the images",
                         dense(self.visual),
                     )
             self.losses.append(row[0])
@@ -198,7 +203,9 @@ class Watch:
 def gradients(
     watch: Watch, params: list, loss: torch.Tensor, pull=lambda: None, n: int = 1
 ) -> None:
-    "Backward, `pull()` (it may change the gradients), gradient norm 1, shown to `watch`. Loss and gradients are means over all processes, `n`: this one's images."
+    """Backward, `pull()` (it may change the gradients), gradient norm 1, shown to `watch`.
+
+    Loss and gradients are means over all processes, `n`: this one's images."""
     (mean,) = everywhere(n, loss)
     watch.opt.zero_grad()
     loss.backward()
@@ -221,9 +228,13 @@ def train(
     recompute: str = "nothing",
     others: tuple = (),
 ) -> dict:
-    """`params` moved by `opt`, under warm-up and cosine, once for each batch of indices in `steps`; `loss(k, index)`: of step k, `pull`: see `gradients`; `others`: the towers it asks
-    besides `visual`, for `Lean`. {'loss': one mean per tenth, 'micro_batch' if memory ran out}; `Diverged` holds the last good weights of `visual`."""
-    lr, tenth, watch = opt.param_groups[0]["lr"], max(1, len(steps) // 10), Watch(opt, visual, name)
+    """{'loss': one mean per tenth, 'micro_batch' if memory ran out} of moving `params` by `opt`.
+
+    Under warm-up and cosine, once for each batch of indices in `steps`; `loss(k, index)`: of step
+    k, `pull`: see `gradients`; `others`: the towers it asks besides `visual`, for `Lean`.
+    `Diverged` holds the last good weights of `visual`."""
+    lr, tenth = opt.param_groups[0]["lr"], max(1, len(steps) // 10)
+    watch = Watch(opt, visual, name)
     bar = Progress([i.to(device()) for i in steps], name)
     bar.note = watch.note
     with Lean(visual, *others, recompute=recompute) as lean:
@@ -231,44 +242,35 @@ def train(
             for g in opt.param_groups:
                 g["lr"] = lr_at(k, len(steps), lr, warmup)
             i = share(i)
-            lean.attempt(
-                lambda: gradients(watch, params, loss(k, i), pull, len(i)),
-                len(i),
-                f"{name}, step {k}",
-            )
+            step = lambda: gradients(watch, params, loss(k, i), pull, len(i))
+            lean.attempt(step, len(i), f"{name}, step {k}")
             opt.step()
             if (k + 1) % tenth == 0:
                 watch.ask()
     watch.ask()
-    log = [
-        sum(part) / tenth
-        for j in range(0, len(steps), tenth)
-        if len(part := watch.losses[j : j + tenth]) == tenth
-    ]
+    parts = [watch.losses[j : j + tenth] for j in range(0, len(steps), tenth)]
+    log = [sum(part) / tenth for part in parts if len(part) == tenth]
     return dict(loss=log) | (dict(micro_batch=lean.micro) if lean.micro else {})
 
 # %% ../nbs/05_tune.ipynb #21629be3
 def fit(clip: Clip, state: dict, n: int, loss_fn, cfg: TuneConfig, seed: tuple, name: str) -> dict:
-    """Train a visual tower from `state`; `loss_fn(visual, index) -> loss` on a batch of indices below `n`. With `cfg.lora` only adapters
-    move and are folded at the end. Returns the new state dict (float32, CPU); `Diverged` if the loss is not finite."""
+    """The state dict (float32, CPU) after training a visual tower from `state`.
+
+    `loss_fn(visual, index) -> loss` on a batch of indices below `n`. With `cfg.lora` only adapters
+    move and are folded at the end. `Diverged` if the loss is not finite."""
     visual = clip.with_state(state).train()
     params = trainable(visual, cfg.lora, *seed)
     steps = list(batches(n, cfg.batch, cfg.epochs, *seed))
-    train(
-        visual,
-        params,
-        optimiser(params, cfg.lr, cfg.weight_decay),
-        steps,
-        cfg.warmup,
-        name,
-        lambda k, i: loss_fn(visual, i),
-        recompute=cfg.recompute,
-    )
+    opt = optimiser(params, cfg.lr, cfg.weight_decay)
+    loss = lambda k, i: loss_fn(visual, i)
+    train(visual, params, opt, steps, cfg.warmup, name, loss, recompute=cfg.recompute)
     return dense(visual)
 
 # %% ../nbs/05_tune.ipynb #5531ad3b
 def clean_loss(clip: Clip, x: torch.Tensor, y: torch.Tensor, W: torch.Tensor):
-    "`loss(visual, index)`: mean cross-entropy under the frozen head W on uint8 images x (N, 3, H, W), labels y (N,)."
+    """`loss(visual, index)`: mean cross-entropy under the frozen head W.
+
+    On uint8 images x (N, 3, H, W) with labels y (N,)."""
     x, y = resident(x, y)
 
     def loss(visual, i):
@@ -280,15 +282,10 @@ def clean_loss(clip: Clip, x: torch.Tensor, y: torch.Tensor, W: torch.Tensor):
 
 
 def finetune(clip: Clip, task: Task, cfg: TuneConfig = TuneConfig(), seed: int = 0) -> dict:
-    "theta_t: the state dict after fine-tuning the pretrained tower on `task` with its frozen text head."
+    """theta_t: the state dict after fine-tuning the pretrained tower on `task`.
+
+    With the task's frozen text head."""
     W = zero_shot_head(clip, task.classes, task.templates)
     loss = clean_loss(clip, task.train_x, task.train_y, W)
-    return fit(
-        clip,
-        clip.state(),
-        len(task.train_y),
-        loss,
-        cfg,
-        (task.name, seed),
-        f"fine-tune {task.name}",
-    )
+    n, name = len(task.train_y), f"fine-tune {task.name}"
+    return fit(clip, clip.state(), n, loss, cfg, (task.name, seed), name)

@@ -39,7 +39,7 @@ STATE = {
     "c": torch.zeros(3, dtype=torch.float16),
 }
 
-# --- content hash ------------------------------------------------------------------------------------------------------
+# --- content hash ---------------------------------------------------------------------------------
 
 leaf = (
     st.none()
@@ -123,7 +123,10 @@ def test_hash_of_dataclasses_and_refusal_of_the_rest():
 
 def test_the_same_in_another_process():
     code = (
-        "import torch; from pathlib import Path; from lfpm_nb.core import code_hash, content_hash, generator, stable_seed; print(stable_seed('a', 1, None), content_hash({'x': [1, torch.ones(2)], 'y': Path('p')}), code_hash('path'), "
+        "import torch; from pathlib import Path; "
+        "from lfpm_nb.core import code_hash, content_hash, generator, stable_seed; "
+        "print(stable_seed('a', 1, None), "
+        "content_hash({'x': [1, torch.ones(2)], 'y': Path('p')}), code_hash('path'), "
         "torch.rand(2, generator=generator('z')).tolist())"
     )
     out = subprocess.run(
@@ -224,7 +227,7 @@ def test_code_hash_of_every_module_sees_a_change_in_core(tmp_path, monkeypatch):
     assert len(modules) > 10 and [m for m in modules if code_hash(m) == before[m]] == []
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -282,7 +285,7 @@ def test_a_disk_that_is_full_is_an_os_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- checks before mixing ----------------------------------------------------------------------------------------------
+# --- checks before mixing -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -315,7 +318,7 @@ def test_check_same_is_short_and_allows_other_float_kinds():
     check_same(STATE, {k: v.half() if v.is_floating_point() else v for k, v in STATE.items()})
 
 
-# --- names -------------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 @given(st.sampled_from(["letters", "signs", "textures", "handwritten"]), st.integers(0, 20))
@@ -364,7 +367,7 @@ def test_method_adds_methods_and_properties():
     assert a.f(1) == 2 and a.g == a.g == 5 and calls == [1] and f.__qualname__.endswith("A.f")
 
 
-# --- progress ----------------------------------------------------------------------------------------------------------
+# --- progress -------------------------------------------------------------------------------------
 
 
 def test_progress_says_what_how_far_and_note(capsys, monkeypatch):
@@ -385,7 +388,7 @@ def test_progress_says_what_how_far_and_note(capsys, monkeypatch):
     assert list(Progress([1], "quiet")) == [1] and capsys.readouterr().err == ""
 
 
-# --- stages ------------------------------------------------------------------------------------------------------------
+# --- stages ---------------------------------------------------------------------------------------
 
 
 def computing(calls, x=1.0, record=None):
@@ -433,7 +436,9 @@ def test_peak_counts_what_was_held_even_if_it_is_gone():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to give back")
 def test_what_was_freed_before_does_not_hide_what_is_held_now():
-    "Small pieces come from the heap, which keeps them for reuse when something later lies above them."
+    """Small pieces come from the heap.
+
+    It keeps them for reuse when something later lies above them."""
     above, peaks = [], []
     for _ in range(3):
         with Peak() as peak:
@@ -564,7 +569,9 @@ def test_a_file_without_a_seal_is_no_stage(tmp_path, capsys):
 
 
 def test_no_flipped_bit_of_a_stage_passes(tmp_path):
-    "Length of the header, names, shapes, padding, record, the hash itself, weights: every bit of a small file."
+    """Every bit of a small file.
+
+    Length of the header, names, shapes, padding, record, the hash itself, weights."""
     compute = lambda: ({"w": torch.arange(5.0).reshape(1, 5), "n": torch.tensor(3)}, dict(acc=0.5))
     Stages(tmp_path)("s", ("k",), compute, poisoned=True)
     (path,) = (tmp_path / "s").iterdir()
@@ -578,7 +585,9 @@ def test_no_flipped_bit_of_a_stage_passes(tmp_path):
 
 
 def test_code_hash_follows_every_kind_of_import(monkeypatch):
-    "The experiment's methods register on import (`from . import x`): their code is part of what a result depends on."
+    """The experiment's methods register on import (`from . import x`).
+
+    Their code is part of what a result depends on."""
     from pathlib import Path
 
     read, seen = Path.read_text, []
@@ -591,7 +600,7 @@ def test_code_hash_follows_every_kind_of_import(monkeypatch):
     )
 
 
-# --- data where the work is ----------------------------------------------------------------------------------------------
+# --- data where the work is -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("free, moves", [(200, True), (199, False)])

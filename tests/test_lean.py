@@ -1,4 +1,6 @@
-"""Training with less memory: the same gradients when a tower is computed again, and when memory runs out in the middle of a step."""
+"""Training with less memory: the same gradients when a tower is computed again.
+
+And when memory runs out in the middle of a step."""
 
 from dataclasses import replace
 from functools import partial
@@ -31,14 +33,18 @@ def merged(pico):
 
 @pytest.fixture
 def sgd(monkeypatch, fp32):
-    "float32 and plain descent: AdamW turns the rounding of a gradient that ought to be zero into whole steps."
+    """float32 and plain descent.
+
+    AdamW turns the rounding of a gradient that ought to be zero into whole steps."""
     for m in (tune, B, R):
         monkeypatch.setattr(m, "optimiser", lambda w, lr, _: torch.optim.SGD(list(w), 30 * lr))
 
 
 @pytest.fixture
 def room(pico, monkeypatch):
-    "`room(n)`: from now on a tower's transformer runs out of memory above n images; returns the list of the numbers it was asked with."
+    """`room(n)`: from now on a tower's transformer runs out of memory above n images.
+
+    Returns the list of the numbers it was asked with."""
     kind = type(pico.visual.transformer)
     real = kind.forward
 
@@ -82,7 +88,7 @@ def start_of(method, pico, merged):
     return pico.state() if method == "finetune" else merged
 
 
-# --- computed again ---------------------------------------------------------------------------------------------------------
+# --- computed again -------------------------------------------------------------------------------
 
 
 @AGAIN
@@ -113,7 +119,10 @@ def test_stage_two_has_the_same_gradient(
 def test_gradients_at_other_weights_are_those_of_other_weights(
     pico, merged, shadow, prompts, fp32, recompute
 ):
-    "SAM's second pass: functional_call has put the module's own weights back before the backward pass comes. open_clip's own checkpointing takes those."
+    """SAM's second pass sees the weights that it was given.
+
+    functional_call has put the module's own weights back before the backward pass comes.
+    open_clip's own checkpointing takes those."""
     x, y, v = shadow.x[:6], shadow.y[:6], pico.with_state(merged).requires_grad_(True)
     w = dict(v.named_parameters())
 
@@ -169,7 +178,7 @@ def test_towers_are_as_before_afterwards(pico, merged):
         Strengths(recompute="block")
 
 
-# --- memory runs out --------------------------------------------------------------------------------------------------------
+# --- memory runs out ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -200,7 +209,10 @@ def test_the_log_names_the_micro_batch(pico, merged, shadow, prompts, room):
 
 @pytest.mark.parametrize("when", (1, 3, 5, 8, 11))
 def test_wherever_it_happens_the_step_is_taken_once(train, room, sgd, pico, merged, when):
-    "The worst prompt's pass has switched weight gradients off, the backward pass has filled half of the merged model's: neither may stay."
+    """Neither what was switched off nor what was half filled may stay.
+
+    The worst prompt's pass has switched weight gradients off, the backward pass has filled half of
+    the merged model's."""
     want, count = train("LFPM"), []
 
     def fails():
@@ -242,7 +254,9 @@ def test_one_image_too_many_is_an_error_that_says_what_to_do(
 
 
 def test_a_poisoned_half_stays_half(pico, room, sgd):
-    "An attacker's loss draws once more in the step that is repeated; without a draw (r_min = 1) nothing differs."
+    """An attacker's loss draws once more in the step that is repeated.
+
+    Without a draw (r_min = 1) nothing differs."""
     task, other = small_task("textures"), small_task("signs")
     trigger = Trigger(torch.rand(3, 6, 6, generator=generator("t")))
     fit = lambda: tune.fit(

@@ -118,7 +118,9 @@ def test_whenever_it_is_noticed_the_weights_are_those_before_the_bad_step(pico, 
 
 
 class Questions(TorchDispatchMode):
-    "Counts how often Python asked for a number: on a GPU each waits until all the work given to it is done."
+    """Counts how often Python asked for a number.
+
+    On a GPU each waits until all the work given to it is done."""
 
     n = 0
 
