@@ -1,4 +1,5 @@
-"""Packaging read from settings.ini, so that nbdev and pip share one list of versions and requirements."""
+"""Packaging read from settings.ini, so that nbdev and pip share one list of versions and
+requirements."""
 
 from configparser import ConfigParser
 from pathlib import Path

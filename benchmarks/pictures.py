@@ -2,8 +2,10 @@
 
     .venv/bin/python benchmarks/pictures.py
 
-Builds every input itself, in a folder that it removes. Each kind is read in a process of its own with
-20 seconds and 2 GB; a traceback, a hang and a number that is not the right one are wrong. Exit code 1
+Builds every input itself, in a folder that it removes. Each kind is read in a process of its own
+with
+20 seconds and 2 GB; a traceback, a hang and a number that is not the right one are wrong. Exit
+code 1
 if anything is. `tests/test_pictures.py` holds each kind to what stands here."""
 
 import os
@@ -32,7 +34,9 @@ KINDS = {}  # {name: f(folder) -> (a call, its right value or None)}
 
 
 def kind(name: str, refused: str = ""):
-    "Decorator: `f(folder)` builds an input and returns (call, right value); or with `refused`, words of the refusal, the call alone."
+    """Decorator: `f(folder)` builds an input and returns (call, right value).
+
+    Or with `refused`, words of the refusal, the call alone."""
 
     def add(f):
         KINDS[name] = (f, refused)
@@ -41,7 +45,7 @@ def kind(name: str, refused: str = ""):
     return add
 
 
-# --- single pictures -----------------------------------------------------------------------------
+# --- single pictures ----------------------------------------------------------------------------
 
 
 def colour(folder: Path):
@@ -216,7 +220,7 @@ raw("PNG without a suffix", "x", lambda: png(8, 2, bytes(MANY) * 8), MANY)
 raw("PNG with a suffix nobody knows", "x.png_1", lambda: png(8, 2, bytes(MANY) * 8), MANY)
 
 
-# --- folders of classes --------------------------------------------------------------------------
+# --- folders of classes -------------------------------------------------------------------------
 
 
 def folder_of(root: Path, counts: dict[str, int]) -> Path:
@@ -337,7 +341,7 @@ def _(root):
     return lambda: (len((p := read_pictures(root, 8, least=1)).x), p.flat), (4, 3)
 
 
-# --- arrays --------------------------------------------------------------------------------------
+# --- arrays -------------------------------------------------------------------------------------
 
 
 def arrays(name: str, want=None, refused: str = "", **change):
@@ -394,13 +398,15 @@ def _(root):
     return lambda: read_npz(root / "x.npz"), None
 
 
-# --- tables of labels ----------------------------------------------------------------------------
+# --- tables of labels ---------------------------------------------------------------------------
 
 NAMES, WORDS = ["cat/1.png", "dog/2.png", "3.png"], ["red", "blue", "green"]
 
 
 def table(name: str, text, want=None, refused: str = "", names=NAMES, words=WORDS):
-    "A kind: the table `text` for pictures called `names`; its value is each picture's class or word. `{}` stands for their folder."
+    """A kind: the table `text` for pictures called `names`.
+
+    Its value is each picture's class or word. `{}` stands for their folder."""
 
     @kind(f"labels: {name}", refused)
     def build(root):
@@ -504,7 +510,7 @@ table("no text at all", bytes(range(256)), refused="save it as UTF-8")
 table("an empty file", "", refused="no label for 3 of 3 pictures")
 
 
-# --- judging -------------------------------------------------------------------------------------
+# --- judging ------------------------------------------------------------------------------------
 
 
 def close(value, want) -> bool:

@@ -28,7 +28,9 @@ from .settings import Attacker, MainParams, variant
 
 # %% ../nbs/18_experiment.ipynb #b30c27eb
 class Lab:
-    "The main run's parts, computed on demand and cached by content. `rows` collects the tidy results, `records` what each defence chose and why."
+    "The main run's parts, computed on demand and cached by content. `rows` collects the tidy"
+
+    "results, `records` what each defence chose and why."
 
     def __init__(self, P: MainParams, stages: Stages | None = None):
         self.P, self.stages, self.settings, self.rows, self.records = (
@@ -208,8 +210,10 @@ def along(self, theta: dict, end: dict, by: str, prompts: torch.Tensor) -> dict:
 
 @method(Lab)
 def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
-    """(purified state dict, record) of a registered defence on a merged model. Its seconds include
-    Stage I and the choice of λ; its peak memory is the training's alone, `stage1_peak_mb` Stage I's."""
+    """(purified state dict, record) of a registered defence on a merged model.
+
+    Its seconds include Stage I and the choice of λ; its peak memory is the training's alone,
+    `stage1_peak_mb` Stage I's."""
     P, (mined, first), by = self.P, self.mined(theta), rule_of(self.P.lam)
     # only candidates for a strength are judged by a rule: else another λ trains nothing
     judged = dict(by=by, code=code_hash(lam_rules[by]["f"])) if P.strength == "rule" else {}
@@ -240,8 +244,12 @@ def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
 # %% ../nbs/18_experiment.ipynb #3177a67d
 @method(Lab)
 def likeness(self, name: str, n: int = 300) -> dict:
-    """What trigger and mined prompts have in common in the poisoned merge `name` and, for comparison, in the pretrained model, on n held-out shadow pictures: 'accuracy' (percent: plain,
-    first attacker's trigger, each prompt), 'shift' (mean length of what trigger and prompts do to unit features), 'cosine' of each prompt's mean shift with the trigger's. No defence sees this."""
+    """What trigger and mined prompts have in common in the poisoned merge `name`.
+
+    And, for comparison, in the pretrained model, on n held-out shadow pictures: 'accuracy'
+    (percent: plain, first attacker's trigger, each prompt), 'shift' (mean length of what trigger
+    and prompts do to unit features), 'cosine' of each prompt's mean shift with the trigger's. No
+    defence sees this."""
     theta, (x, y) = self.merged(name)[0], (v[:n] for v in self.shadow.check)
     prompts, trigger = self.mined(theta)[0]["p"], next(iter(self.poisoned.values()))[1]
 
@@ -275,7 +283,8 @@ def suite(self) -> Suite:
 
 @method(Lab)
 def measured(self, row: str, models: dict, **summary) -> list[dict]:
-    "Rows of `{task: state dict}`, or of one state dict for all tasks, under the name `row`, and what else is to be said; kept in `self.rows`."
+    "Rows of `{task: state dict}`, or of one state dict for all tasks, under the name `row`, and"
+    "what else is to be said; kept in `self.rows`."
     each = models if set(models) <= set(self.tasks) else {n: models for n in self.tasks}
 
     def compute():
@@ -297,7 +306,8 @@ def measured(self, row: str, models: dict, **summary) -> list[dict]:
 # %% ../nbs/18_experiment.ipynb #1c195c61
 @method(Lab)
 def summarise(self, row: str, values: dict, n: int = 1, lam: float = float("nan")) -> None:
-    "One row a value that describes a whole method: seconds, peak memory, λ, path integrals; None is left out."
+    "One row a value that describes a whole method: seconds, peak memory, λ, path integrals; None"
+    "is left out."
     self.rows += [
         dict(
             method=row,
@@ -317,7 +327,8 @@ def summarise(self, row: str, values: dict, n: int = 1, lam: float = float("nan"
 # %% ../nbs/18_experiment.ipynb #8458a6b7
 @method(Lab)
 def walked(self, row: str, theta: dict, d: Defended) -> list[dict]:
-    "Rows along the path from a merged model to a defence's λ = 1 model, and its summaries, under the name `row`."
+    "Rows along the path from a merged model to a defence's λ = 1 model, and its summaries, under"
+    "the name `row`."
     few, n = self.suite.first(self.P.path_n), self.P.lam_n
     key = (code_hash("path"), self._pre, theta, d.end, few, n)
     rows = self.stages(
@@ -345,7 +356,8 @@ def walked(self, row: str, theta: dict, d: Defended) -> list[dict]:
 def defend_and_measure(
     self, merge_name: str, defence: str, theta_mm: dict, poisoned: bool
 ) -> Defended:
-    "Purify, measure and walk the path; the row is `LFPM`, on a further merge `SA + LFPM`, on a clean merge `LFPM (clean)`."
+    "Purify, measure and walk the path; the row is `LFPM`, on a further merge `SA + LFPM`, on a"
+    "clean merge `LFPM (clean)`."
     row = (defence if merge_name == self.P.merges[0] else f"{merge_name} + {defence}") + (
         "" if poisoned else " (clean)"
     )

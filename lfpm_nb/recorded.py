@@ -22,7 +22,8 @@ from .path import lerp
 
 # %% ../nbs/19_recorded.ipynb #f2241d62
 def save_vector(path, theta: dict, base: dict, **also) -> None:
-    "Write theta - base in fp16 (integer buffers are the base's and stay out); `also`: further tensors, kept as they are."
+    "Write theta - base in fp16 (integer buffers are the base's and stay out); `also`: further"
+    "tensors, kept as they are."
     check_same(base, theta, "the base and the model")
     tau = {f"tau.{k}": (v - base[k]).half() for k, v in theta.items() if v.is_floating_point()}
     save_state(path, tau | also, poisoned="poisoned" in Path(path).stem)
@@ -48,8 +49,10 @@ FEW = dict(
 
 
 class Recorded(Lab):
-    """A `Lab` whose contributors, attack, Stage I and some defences were computed before; `recorded` is the table measured on exactly these
-    models. All else is computed on demand. `tiny`: few pictures, for tests; `recorded` then still shows the full measurement."""
+    """A `Lab` whose contributors, attack, Stage I and some defences were computed before.
+
+    `recorded` is the table measured on exactly these models. All else is computed on demand.
+    `tiny`: few pictures, for tests; `recorded` then still shows the full measurement."""
 
     def __init__(self, folder, tiny: bool = False, stages: Stages | None = None):
         self.folder = Path(folder)
@@ -59,7 +62,8 @@ class Recorded(Lab):
         super().__init__(MainParams(**self.card["params"] | (FEW if tiny else {})), stages)
         if self.card["backbone"] != self.clip.card["sha256"]:
             raise ValueError(
-                f"{folder} was recorded with another backbone ({self.card['backbone'][:12]}…); make it again: lfpm record"
+                f"{folder} was recorded with another backbone ({self.card['backbone'][:12]}…); "
+                "make it again: lfpm record"
             )
         self.base, self.ends = self.clip.state(), {}
 
@@ -70,13 +74,16 @@ class Recorded(Lab):
         table = self.folder / "metrics.parquet"
         if "metrics" not in self.card:
             raise ValueError(
-                f"{self.folder / 'card.json'} has no hash of {table.name}; record again: lfpm record"
+                f"{self.folder / 'card.json'} has no hash of {table.name}; record again: lfpm "
+                "record"
             )
         return pd.read_parquet(checked(table, self.card["metrics"]))
 
 # %% ../nbs/19_recorded.ipynb #d9a1d093
 def load_recorded(name: str = "lab", tiny: bool | None = None) -> Recorded:
-    'A lab shipped under data/recorded/; `tiny` (default: is `$LFPM_LESSON` "tiny"?) takes few pictures.'
+    """A lab shipped under data/recorded/.
+
+    `tiny` (default: is `$LFPM_LESSON` "tiny"?) takes few pictures."""
     root, tiny = (
         proj_path("data", "recorded"),
         os.environ.get("LFPM_LESSON") == "tiny" if tiny is None else tiny,
@@ -132,7 +139,8 @@ def mined(self, theta: dict) -> tuple[dict, dict]:
 
 @method(Recorded)
 def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
-    "(purified state dict, record): recorded for the card's defences on the two merges, computed for anything else."
+    "(purified state dict, record): recorded for the card's defences on the two merges, computed"
+    "for anything else."
     key = f"{name}-{self.kind(theta)}"
     if key not in self.card["defences"]:
         return Lab.defended(self, name, theta)
@@ -189,7 +197,8 @@ def _measure(rec: Recorded) -> pd.DataFrame:
 
 # %% ../nbs/19_recorded.ipynb #8a0d0c09
 def record(lab: Lab, folder, stages: Stages | None = None) -> Path:
-    "Write `lab` with the defences of its settings to `folder` (replaced as a whole), measured as written."
+    "Write `lab` with the defences of its settings to `folder` (replaced as a whole), measured as"
+    "written."
     folder = Path(folder)
     tmp = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(tmp, ignore_errors=True)

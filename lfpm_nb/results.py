@@ -34,7 +34,8 @@ DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 
 
 def styles(names) -> dict:
-    "{method: (colour, dash, marker)}: fixed for the methods everybody looks for, and no two others alike."
+    "{method: (colour, dash, marker)}: fixed for the methods everybody looks for, and no two"
+    "others alike."
     others = [n for n in names if n not in STYLE]
     colours = ("#cc79a7", "#56b4e9", "#e69f00", "#882255", "#44aa99", "#999933", "#661100")
     return STYLE | {
@@ -44,7 +45,8 @@ def styles(names) -> dict:
 
 
 def path_lines(df: pd.DataFrame) -> tuple[dict, dict]:
-    "{(method, metric): DataFrame(lam, value, n)} of the averages along each path, and {name: value} of the flat lines (clean merge, floors)."
+    "{(method, metric): DataFrame(lam, value, n)} of the averages along each path, and"
+    "{name: value} of the flat lines (clean merge, floors)."
     avg = df[df.task == "average"]
     lines = {
         k: g.sort_values("lam")
@@ -71,7 +73,8 @@ def path_lines(df: pd.DataFrame) -> tuple[dict, dict]:
 
 # %% ../nbs/18a_results.ipynb #8b1ea5ce
 def draw_path(df: pd.DataFrame):
-    "The matplotlib figure: left CA, right ASR_T against lam, one line a method, the floors as thin lines, chosen λ as a big marker."
+    "The matplotlib figure: left CA, right ASR_T against lam, one line a method, the floors as"
+    "thin lines, chosen λ as a big marker."
     from matplotlib.figure import Figure
 
     lines, flat = path_lines(df)
@@ -149,7 +152,8 @@ def plot_path(df: pd.DataFrame):
 
 # %% ../nbs/18a_results.ipynb #6540154f
 def draw_merges(df: pd.DataFrame, merges: list[str]):
-    "The matplotlib figure: for every merge CA and ASR_T of the clean merge, the poisoned one, and what each defence left."
+    "The matplotlib figure: for every merge CA and ASR_T of the clean merge, the poisoned one, and"
+    "what each defence left."
     from matplotlib.figure import Figure
 
     avg = df[(df.task == "average") & (df.kind == "model")].set_index(["method", "metric"])
@@ -184,7 +188,9 @@ def draw_merges(df: pd.DataFrame, merges: list[str]):
 # %% ../nbs/18a_results.ipynb #2ff7624b
 @method(Lab)
 def save(self, folder, config: str = "") -> Path:
-    """Write metrics.parquet and params.json to `folder`, path.html and path.png where there are paths, merges.png where there are several merges.
+    """Write metrics.parquet and params.json to `folder`, and the figures.
+
+    path.html and path.png where there are paths, merges.png where there are several merges.
     `config` is the configuration's hash, where the run has one."""
     folder, df = Path(folder), self.frame()
     with writing(folder / "metrics.parquet") as tmp:
@@ -214,7 +220,8 @@ def save(self, folder, config: str = "") -> Path:
 
 
 def picture(folder) -> Path | None:
-    "A run's picture: of its merges where it compares several, else of its paths; None: it has neither."
+    "A run's picture: of its merges where it compares several, else of its paths; None: it has"
+    "neither."
     drawn = (Path(folder) / n for n in ("merges.png", "path.png"))
     return next((p for p in drawn if p.exists()), None)
 
@@ -236,7 +243,8 @@ COLUMNS = {
 
 
 def table(df: pd.DataFrame) -> pd.DataFrame:
-    "One row a method: mean and std over seeds of COLUMNS (`X`, `X_std`), n_seeds; rates in percent, memory in MB, NaN where it does not apply."
+    "One row a method: mean and std over seeds of COLUMNS (`X`, `X_std`), n_seeds; rates in"
+    "percent, memory in MB, NaN where it does not apply."
     one = df[
         (df.task == "average") & (df.kind.isin(["model", "summary"])) & df.metric.isin(COLUMNS)
     ]
@@ -261,8 +269,11 @@ def _versus(g: pd.DataFrame, ref: pd.Series, ca: float, asr: float) -> dict:
 def versus(
     df: pd.DataFrame, reference: str = "LFPM", ca: float = 2.0, asr: float = 1.0
 ) -> pd.DataFrame:
-    """Paths against `reference` at its λ, paired by seed: `ASR_same_CA` (lowest ASR(T) % within `ca` points of its CA), `CA_same_ASR` (highest CA %
-    where ASR(T) is at most `asr` points above its), both minus the reference's (`dASR`, `dCA`) as mean and `_std`, and in how many seeds they exist."""
+    """Paths against `reference` at its λ, paired by seed.
+
+    `ASR_same_CA` (lowest ASR(T) % within `ca` points of its CA), `CA_same_ASR` (highest CA %
+    where ASR(T) is at most `asr` points above its), both minus the reference's (`dASR`,
+    `dCA`) as mean and `_std`, and in how many seeds they exist."""
     wide = df[(df.kind == "path") & (df.task == "average")].pivot_table(
         index=["method", "seed", "lam"], columns="metric", values="value", sort=False
     )
@@ -300,7 +311,8 @@ VERSUS = {
 
 # %% ../nbs/18a_results.ipynb #8e17f7f4
 def to_markdown(t: pd.DataFrame, columns: dict = COLUMNS) -> str:
-    "The table as Markdown: mean ± std over seeds of `columns` {name: heading}; a column without a single value is left out."
+    "The table as Markdown: mean ± std over seeds of `columns` {name: heading}; a column without a"
+    "single value is left out."
     cols = [c for c in columns if t[c].notna().any()]
 
     def cell(r, c):

@@ -1,11 +1,13 @@
-"""Everything a test writes goes to a throw-away folder, and every test sees the same number of threads."""
+"""Everything a test writes goes to a throw-away folder, and every test sees the same number of
+threads."""
 
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-# Set before torch or plotly are imported, and inherited by the kernels and commands that tests start.
+# Set before torch or plotly are imported, and inherited by the kernels and commands that tests
+# start.
 SCRATCH = Path(tempfile.mkdtemp(prefix="lfpm-tests-"))
 THREADS = (
     1
@@ -69,7 +71,8 @@ def fp32(monkeypatch):
 
 @pytest.fixture
 def in_both(monkeypatch):
-    "`in_both(f)` -> (f() where `amp` computes in bfloat16, f() where in float32), on any processor."
+    """`in_both(f)` -> (f() where `amp` computes in bfloat16, f() where in float32), on any
+    processor."""
 
     def call(f):
         out = []
@@ -82,7 +85,9 @@ def in_both(monkeypatch):
 
 
 def new_pico(name: str = "pico", layers: int = 2):
-    "An untrained Clip, two blocks of width 64 on 32 x 32 images: like the shipped one in everything but size and skill."
+    """An untrained Clip, two blocks of width 64 on 32 x 32 images.
+
+    Like the shipped one in everything but size and skill."""
     from lfpm_nb.clip import build_clip, lab_config, new_card
     from lfpm_nb.tasks import prompt_corpus
 

@@ -1,4 +1,6 @@
-"""LoRA adapters over their base: spellings, settings, what is refused, and their part in merge, convert and path."""
+"""LoRA adapters over their base.
+
+Spellings, settings, what is refused, and their part in merge, convert and path."""
 
 import json
 
@@ -44,7 +46,8 @@ def rest(pico):
 @pytest.mark.parametrize("front", ["", "visual.", "model.visual.", "net.visual."])
 @pytest.mark.parametrize("rs, s", [(False, 1.5), (True, 3 / 2**0.5)])
 def test_packed_attention_under_every_name(pico, rest, tmp_path, front, rs, s):
-    "A bare name on a whole CLIP could be the text tower's, so there the base is a vision tower alone."
+    """A bare name on a whole CLIP could be the text tower's, so there the base is a vision
+    tower alone."""
     base = Tower(pico.state(), rest if front else {}, "open_clip", path="base")
     parts = thin(f"{front}{ATTN}", 192, 64) | thin(f"{front}{ATTN}.base_layer.out_proj", 64, 64, 1)
     got = read_tower(adapter(tmp_path / "a", parts, use_rslora=rs), base).visual
@@ -144,7 +147,9 @@ def test_an_adapter_of_another_base_is_refused_where_it_shows(pico, tmp_path):
 
 
 def test_adapters_are_contributors_like_others(lab, tmp_path, lfpm):
-    "Merged with a whole file, an adapter gives what its folded weights give; convert folds it; the mark and the base's dtype stay."
+    """Merged with a whole file, an adapter gives what its folded weights give.
+
+    Convert folds it; the mark and the base's dtype stay."""
     base, other = tmp_path / "base.safetensors", tmp_path / "b.safetensors"
     write_tower(base, Tower(lab.state(), {}, "visual"), visual=None)
     write_tower(other, Tower(near(lab, 1, 0.003), {}, "visual"))

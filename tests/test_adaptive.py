@@ -66,7 +66,7 @@ def data(fp32):
     return parity.data()
 
 
-# --- recorded values ------------------------------------------------------------------------------
+# --- recorded values ----------------------------------------------------------------------------
 
 CASES = {
     "Fisher": lambda a: a.fisher(BASE, MODELS, parity.data(a), group=8),
@@ -126,7 +126,7 @@ def test_a_changed_line_breaks_parity(case, line, changed, fp32):
     assert run(case, parity.mutant(A, line, changed)) > 10 * parity.TOLERANCE
 
 
-# --- whatever the weights -------------------------------------------------------------------------
+# --- whatever the weights -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DRIVEN)
@@ -249,7 +249,7 @@ def test_mixed_values_are_what_out_proj_sees():
     )
 
 
-# --- the parts of the learned ones ----------------------------------------------------------------
+# --- the parts of the learned ones --------------------------------------------------------------
 
 
 @given(st.integers(1, 4000), st.integers(1, 10**6))
@@ -351,7 +351,7 @@ def test_dam_without_one_of_its_losses(data):
     )
 
 
-# --- refusals -------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ("AdaTask", "AdaLayer", "ConcreteTA", "ConcreteTask", "DAM"))

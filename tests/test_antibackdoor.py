@@ -1,4 +1,6 @@
-"""Stage II: the path loss, one backward pass for two gradients, the worst prompt, and the exact switches."""
+"""Stage II.
+
+The path loss, one backward pass for two gradients, the worst prompt, and the exact switches."""
 
 from dataclasses import replace
 
@@ -70,7 +72,7 @@ def same(a, b):
     return all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
 
 
-# --- the path loss -----------------------------------------------------------------------------------------------------
+# --- the path loss ------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 20), st.data())
@@ -105,7 +107,7 @@ def test_path_loss_at_the_ends_ignores_the_other_model():
     )
 
 
-# --- two gradients in one backward pass ----------------------------------------------------------------------------------
+# --- two gradients in one backward pass ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
@@ -184,7 +186,7 @@ def test_the_ascent_computes_no_gradient_of_weights(step, prompt):
     assert trainable == frozen, f"{trainable / frozen:.2f} times the work of frozen towers"
 
 
-# --- theta_mm, theta_pre and the prompt are inputs ------------------------------------------------------------------------
+# --- theta_mm, theta_pre and the prompt are inputs ----------------------------------------------
 
 
 def test_the_merged_model_never_changes(pico, theta, shadow, prompts, monkeypatch):
@@ -266,7 +268,7 @@ def test_a_loss_that_is_not_finite_stops(pico, theta, shadow):
     assert same(e.value.state, theta), "the last good weights"
 
 
-# --- the loop that all defences share, and adapters --------------------------------------------------------------------------
+# --- the loop that all defences share, and adapters ---------------------------------------------
 
 
 def stage_two_written_out(clip, theta_mm, shadow, prompts, s, seed):
@@ -361,7 +363,9 @@ def test_with_adapters_only_attention_moves_by_the_rank(pico, theta, shadow, pro
 
 
 def test_accumulation_through_adapters_is_the_chain_rule(pico, theta, shadow, prompt, fp32):
-    "Against a loss that reaches both models through the same adapters: gamma = 1 sums the two gradients with respect to them."
+    """Against a loss that reaches both models through the same adapters.
+
+    Gamma = 1 sums the two gradients with respect to them."""
     anti, mm = pico.with_state(theta), pico.with_state(near(pico, 2)).requires_grad_(True)
     params = trainable(anti, 2, "x")
     for p in params:
@@ -392,7 +396,7 @@ def test_accumulation_through_adapters_is_the_chain_rule(pico, theta, shadow, pr
     )
 
 
-# --- A, B, C -----------------------------------------------------------------------------------------------------------
+# --- A, B, C ------------------------------------------------------------------------------------
 
 
 class Absent(torch.nn.Module):
@@ -493,7 +497,9 @@ def test_stage_one_is_seeded_and_asks_the_merged_model(pico, theta, shadow):
 
 
 def test_every_semantic_weight_gives_one_prompt_and_says_how_far_it_moves(pico, theta, shadow):
-    "Each from its own start; the log's shift is that of the prompt beside it, on held-out pictures of the merged model."
+    """Each from its own start.
+
+    The log's shift is that of the prompt beside it, on held-out pictures of the merged model."""
     mined, log = stage_one(pico, theta, shadow, replace(S, semantic=(2.0, 2.0, 0.5)), 3)
     visual, x = pico.with_state(theta), shadow.check[0]
     for k, (p, said) in enumerate(zip(mined["p"], log["prompt"], strict=True)):
@@ -576,7 +582,9 @@ def test_stage_one_computes_plain_features_once(pico, theta, shadow, monkeypatch
 
 
 def test_the_rules_are_judged_on_held_out_images_by_clean_models(pico, theta, shadow, prompts):
-    "rho: what theta_pre bears, whatever the merged model is; and training images have no say in it."
+    """rho: what theta_pre bears, whatever the merged model is.
+
+    And training images have no say in it."""
     other = Shadow(
         torch.cat([255 - shadow.train[0], shadow.check[0]]),
         torch.cat([shadow.train[1].flip(0), shadow.check[1]]),

@@ -71,7 +71,7 @@ def test_every_attack_is_tested():
     assert set(FEW) == set(attacks), "give the new attack its quick options in FEW"
 
 
-# --- pasting --------------------------------------------------------------------------------------
+# --- pasting ------------------------------------------------------------------------------------
 
 
 def random_mask(draw_seed: int, size: int = 8) -> torch.Tensor:
@@ -184,7 +184,7 @@ def test_the_default_trigger_is_small(attacked):
     )
 
 
-# --- what the attacker knows ----------------------------------------------------------------------
+# --- what the attacker knows --------------------------------------------------------------------
 
 
 def test_shadow_head_is_the_target_and_scene_names(pico, target, monkeypatch):
@@ -258,7 +258,7 @@ def test_reference_images_come_from_train():
         Target.of(t, "yeild")
 
 
-# --- what the attack does -------------------------------------------------------------------------
+# --- what the attack does -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", FEW)

@@ -1,4 +1,7 @@
-"""LFPM's rivals: each formula on a toy or against recorded values, and all of them behind one signature on one small merge."""
+"""LFPM's rivals.
+
+Each formula on a toy or against recorded values, and all of them behind one signature on one
+small merge."""
 
 import json
 from dataclasses import replace
@@ -48,7 +51,8 @@ S = Strengths(
 )
 REFERENCE = Path(__file__).parent / "reference"
 METHODS = pytest.mark.parametrize("method", sorted(defences))
-# Image passes per shadow image and epoch. SAU asks the frozen model once about each of the 96 images.
+# Image passes per shadow image and epoch. SAU asks the frozen model once about each of the 96
+# images.
 COST = {
     "LFPM": 6,
     "fine-tuning": 2,
@@ -95,7 +99,7 @@ def tensors(g, *shapes):
     return [torch.randn(s, generator=g) for s in shapes]
 
 
-# --- another tower's weights -----------------------------------------------------------------------------------------------
+# --- another tower's weights --------------------------------------------------------------------
 
 
 def test_encode_at_is_encode_with_those_weights(pico, prompts, shadow, fp32):
@@ -114,14 +118,15 @@ def test_encode_at_is_encode_with_those_weights(pico, prompts, shadow, fp32):
     )
 
 
-# --- SAM and ASAM ------------------------------------------------------------------------------------------------------------
+# --- SAM and ASAM -------------------------------------------------------------------------------
 
 RECORDED = json.loads((REFERENCE / "baselines_sam.json").read_text(encoding="utf-8"))["runs"]
 
 
 @pytest.mark.parametrize("i", range(len(RECORDED)))
 def test_sam_and_asam_step_by_step_against_recorded_values(i):
-    "The same problem, steps and base optimisers as in tests/reference/baselines_sam.py, where pytorch_optimizer made them (its norm is float32)."
+    """The same problem, steps and base optimisers as in tests/reference/baselines_sam.py, where
+    pytorch_optimizer made them (its norm is float32)."""
     r, wave = (
         RECORDED[i],
         lambda n, *shape: torch.sin(torch.arange(n, dtype=torch.float64) * 1.7 + 0.3).reshape(
@@ -190,7 +195,9 @@ def test_pam_has_no_direction_at_the_start():
 def test_train_at_is_perturb_backward_restore_step(
     pico, merged, shadow, prompts, fp32, adaptive, monkeypatch
 ):
-    "Against the usual way to write SAM: change the weights, take the gradient, put them back. With SGD, as Adam turns rounding into whole steps."
+    """Against the usual way to write SAM: change the weights, take the gradient, put them back.
+
+    With SGD, as Adam turns rounding into whole steps."""
     monkeypatch.setattr(B, "optimiser", lambda w, lr, _: torch.optim.SGD(w, 100 * lr))
 
     def by_hand(v, x, y, p):
@@ -270,7 +277,7 @@ def test_pam_logs_how_far_back_it_went(train):
     )
 
 
-# --- IBVS ----------------------------------------------------------------------------------------------------------------------
+# --- IBVS ---------------------------------------------------------------------------------------
 
 
 def test_the_stamp_is_white_bottom_right_on_the_first_half():
@@ -281,7 +288,9 @@ def test_the_stamp_is_white_bottom_right_on_the_first_half():
 
 
 def test_ibvs_arithmetic(train, pico, merged, shadow, prompts):
-    "Towards the clean twin and away from the poisoned one, by the strength; both twins from theta_pre, on the same batches."
+    """Towards the clean twin and away from the poisoned one, by the strength.
+
+    Both twins from theta_pre, on the same batches."""
     starts, twins, real = [], [], R.train_on_shadow
 
     def spy(clip, start, *a):
@@ -325,7 +334,7 @@ def test_the_poisoned_twin_learns_its_trigger(train, pico, shadow, monkeypatch):
     assert p[0] > 2 * p[1]
 
 
-# --- SAU -----------------------------------------------------------------------------------------------------------------------
+# --- SAU ----------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 999), st.floats(0.1, 30))
@@ -340,7 +349,9 @@ def test_js_against_its_definition(seed, scale):
 
 
 def test_shared_loss_by_hand():
-    "Four examples: misled to class 2; misled, but predicted so before; not misled; misled to class 0."
+    """Four examples: misled to class 2; misled, but predicted so before; not misled.
+
+    Misled to class 0."""
     z = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8], [0.6, 0.2, 0.2], [0.25, 0.5, 0.25]]).log()
     z0 = torch.eye(3)[[2, 2, 0, 0]] * 9
     y, own0 = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 2, 0, 1])
@@ -360,7 +371,9 @@ def test_shared_loss_pushes_the_wrong_class_down_and_stays_finite():
 
 
 def test_shared_examples_find_the_class_both_take_for_right():
-    "Two linear classifiers on one grey value: the only way to a class wrong for both is down, so the step from +eps goes down."
+    """Two linear classifiers on one grey value.
+
+    The only way to a class wrong for both is down, so the step from +eps goes down."""
     w = torch.tensor([4.0, 0.0])
     model, frozen = (
         lambda x, b=b: torch.stack([w[0] * x.mean((1, 2, 3)) - b, 0 * x.mean((1, 2, 3))], 1)
@@ -401,7 +414,7 @@ def test_sau_perturbs_pixels_not_normalised_values(train, monkeypatch):
     assert any((d[0] != d[1]).any() for _, d in seen), "each image has its own"
 
 
-# --- ANP ---------------------------------------------------------------------------------------------------------------------
+# --- ANP ----------------------------------------------------------------------------------------
 
 TOY = {
     "a.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
@@ -494,7 +507,7 @@ def test_anp_masks_move_and_stay_in_the_unit_interval(train, monkeypatch):
     assert 0 <= m.min() < 0.99 and m.max() == 1
 
 
-# --- AWM ---------------------------------------------------------------------------------------------------------------------
+# --- AWM ----------------------------------------------------------------------------------------
 
 
 def test_concrete_masks_by_hand():
@@ -532,7 +545,7 @@ def test_awm_without_training_is_the_merged_model(pico, merged, shadow, prompts)
     assert close(end, merged, atol=1e-6)
 
 
-# --- all of them ---------------------------------------------------------------------------------------------------------------
+# --- all of them --------------------------------------------------------------------------------
 
 
 @METHODS

@@ -1,4 +1,6 @@
-"""The benchmark's own parts: the SAM step it compares with, memory counting, and reading a run's stages."""
+"""The benchmark's own parts.
+
+The SAM step it compares with, memory counting, and reading a run's stages."""
 
 import importlib.util
 import json
@@ -111,7 +113,7 @@ def test_stage_seconds_of_a_run(bench, tmp_path):
     ]
 
 
-# --- gpu.py ---------------------------------------------------------------------------------------------------------------
+# --- gpu.py -------------------------------------------------------------------------------------
 
 
 def test_ratios_are_of_medians_of_rounds_and_goals_have_a_side(gpu):
@@ -133,8 +135,11 @@ def test_every_round_takes_each_kind_once_in_turns(gpu):
 
 @pytest.mark.parametrize("precision", ["0", "1"], ids=["float32", "bfloat16"])
 def test_computing_again_costs_work_and_saves_memory(gpu, monkeypatch, precision):
-    """Counted, not timed: FLOPs and peak tensor memory of a step. Four blocks, because of its last block a tower computes the class token alone: of two
-    blocks "towers" has little more than one alive at its peak, "blocks" one and a further input for each pass, and the kernels' scratch decides between them."""
+    """Counted, not timed: FLOPs and peak tensor memory of a step.
+
+    Four blocks, because of its last block a tower computes the class token alone: of two blocks
+    "towers" has little more than one alive at its peak, "blocks" one and a further input for
+    each pass, and the kernels' scratch decides between them."""
     monkeypatch.setenv("LFPM_AMP", precision)
     two = gpu.Steps(new_pico(layers=4), 32)
     two.lfpm()
@@ -172,7 +177,7 @@ def test_the_table_says_what_was_missed(gpu, pico, monkeypatch, capsys):
         assert ("missed" in capsys.readouterr().out) == bool(code)
 
 
-# --- same_numbers.py ------------------------------------------------------------------------------------------------------
+# --- same_numbers.py ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +287,8 @@ def test_jobs_at_lab_scale_are_added_up(compare, capsys):
     ]
     compare.say_sum(rows)
     assert capsys.readouterr().out == (
-        "run main --preset lab + run rivals --preset lab: CPU s 40.0 old, 10.0 new, new / old 0.38\n"
+        "run main --preset lab + run rivals --preset lab: CPU s 40.0 old, 10.0 new, new / old "
+        "0.38\n"
     )
     compare.say_sum([])
     assert capsys.readouterr().out == ""

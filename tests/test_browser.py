@@ -1,4 +1,6 @@
-"""The explorer as a reader sees it: JupyterLab, Voilà and the saved page in a real browser, without a network."""
+"""The explorer as a reader sees it.
+
+JupyterLab, Voilà and the saved page in a real browser, without a network."""
 
 import json
 import os
@@ -118,12 +120,14 @@ def serve(tmp_path):
 
 
 def drive(page):
-    "Keyboard, mouse, a button and a typed number move the words, the markers, the captions and the state."
+    """Keyboard, mouse, a button and a typed number move the words, the markers, the captions
+    and the state."""
     words = lambda: page.locator(".widget-html-content:has-text('λ =')").first.inner_text()
     state = lambda: page.locator(".widget-html-content:has-text('at λ =')").last.inner_text()
 
     def looked(at: str):
-        "Waits, half a minute at most, until the words are at this λ and the exact evaluation has answered for it."
+        """Waits, half a minute at most, until the words are at this λ and the exact evaluation
+        has answered for it."""
         for _ in range(300):
             lam = re.search(r"λ = ([\d.]+)", words())[1]
             if (
@@ -205,7 +209,9 @@ MARK = """<img src=x onerror="document.title='ran'"><script>document.title='ran'
 
 
 def test_names_in_pages_are_text(page, tmp_path, monkeypatch):
-    "A harmless marker as a method, a class, a configuration and a note: it is read, it does not run."
+    """A harmless marker as a method, a class, a configuration and a note.
+
+    It is read, it does not run."""
     from lfpm_nb.explore import PathCore, PathExplorer
     from lfpm_nb.purify import KINDS, path_page
     from lfpm_nb.defend import Defended
@@ -284,7 +290,9 @@ def test_voila(page, serve, tmp_path):
 
 
 def test_explore_lets_nobody_else_in(serve, tmp_path):
-    "No kernel without the token; another host's name, as a rebound page has it, is refused everywhere."
+    """No kernel without the token.
+
+    Another host's name, as a rebound page has it, is refused everywhere."""
     import http.client
 
     port = free_port()
@@ -335,7 +343,9 @@ def test_explore_lets_nobody_else_in(serve, tmp_path):
     [("merge", ".bartext"), ("subspace", ".trace.scatter .point[style*='rgb(0, 0, 0)']")],
 )
 def test_voila_draws_what_the_words_say(page, serve, tmp_path, monkeypatch, name, drawn):
-    "What a figure is given before its page is there to see it would be lost: the first view must have its numbers from birth."
+    """What a figure is given before its page is there to see it would be lost.
+
+    The first view must have its numbers from birth."""
     from lfpm_nb.explore import voila_template
 
     for k, v in voila_template(tmp_path).items():

@@ -275,7 +275,7 @@ def test_open_clips_config_says_the_activation(state, tmp_path):
         read_tower(tmp_path)
 
 
-# --- more than it holds ---------------------------------------------------------------------------
+# --- more than it holds -------------------------------------------------------------------------
 
 
 def rewritten(path, change) -> Path:

@@ -199,7 +199,7 @@ def test_help_teaches(args):
     assert all(w.lower() in words.lower() for w in need), words
 
 
-# --- table ----------------------------------------------------------------------------------------
+# --- table --------------------------------------------------------------------------------------
 
 KEYS = {"method", "CA", "ASR_T", "ASR_N", "path_ASR", "n_seeds"}
 
@@ -355,7 +355,7 @@ def test_what_several_processes_would_spoil_is_refused(lfpm, dirs, monkeypatch, 
     )
 
 
-# --- as a program ---------------------------------------------------------------------------------
+# --- as a program -------------------------------------------------------------------------------
 
 
 def test_the_command_itself(dirs):

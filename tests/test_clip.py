@@ -1,4 +1,7 @@
-"""The backbone: open_clip's own features, prompts after ln_pre, heads made of words, tokens, loading, pretraining."""
+"""The backbone.
+
+open_clip's own features, prompts after ln_pre, heads made of words, tokens, loading,
+pretraining."""
 
 import hashlib
 import json
@@ -30,7 +33,7 @@ from lfpm_nb.core import amp, proj_path
 
 BOTH = pytest.mark.parametrize("which", ["pico", "lab"])
 
-# --- features ----------------------------------------------------------------------------------------------------------
+# --- features -----------------------------------------------------------------------------------
 
 
 @BOTH
@@ -111,7 +114,8 @@ def test_normalise_is_the_same_for_bytes_and_floats(which, request):
 
 
 def by_hand(v, x, prompt):
-    "The visual tower's forward pass written out, with `prompt` behind the class token after ln_pre."
+    """The visual tower's forward pass written out, with `prompt` behind the class token after
+    ln_pre."""
     t = v.conv1(x).flatten(2).transpose(1, 2)
     t = torch.cat([v.class_embedding.expand(len(t), 1, -1), t], 1) + v.positional_embedding
     t = v.ln_pre(t)
@@ -161,7 +165,7 @@ def test_features_do_not_depend_on_the_batch_and_take_prompts(pico, fp32):
     assert features(pico, pico.visual, x).dtype == torch.float32
 
 
-# --- heads -------------------------------------------------------------------------------------------------------------
+# --- heads --------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -221,7 +225,7 @@ def test_head_is_the_same_however_many_texts(pico):
     )
 
 
-# --- tokens ------------------------------------------------------------------------------------------------------------
+# --- tokens -------------------------------------------------------------------------------------
 
 
 def test_tokenizer_pools_at_the_end_token(lab):
@@ -272,7 +276,7 @@ def test_tokenizer_with_all_tokens_is_clips_own():
     assert torch.equal(back, open_clip.get_tokenizer("ViT-B-32")(texts))
 
 
-# --- loading -----------------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -285,7 +289,9 @@ def shipped(tmp_path, monkeypatch):
 
 
 def rewrite(weights, card, state=None, meta=None, **fields):
-    "Other weights or metadata in the shipped file, its card's sha256 set right; other fields in the card."
+    """Other weights or metadata in the shipped file, its card's sha256 set right.
+
+    Other fields in the card."""
     state = load_file(weights) if state is None else state
     save_file(state, weights, meta or {"quick_gelu": "False"})
     c = (
@@ -390,7 +396,7 @@ def test_activation_follows_the_card(shipped):
     assert "QuickGELU" in kinds[True] and "QuickGELU" not in kinds[False] and "GELU" in kinds[False]
 
 
-# --- theta_pre and others ----------------------------------------------------------------------------------------------
+# --- theta_pre and others -----------------------------------------------------------------------
 
 
 def test_state_is_a_copy_of_the_visual_tower(pico):
@@ -438,7 +444,7 @@ def test_with_state_refuses(pico, change, message):
         pico.with_state(s)
 
 
-# --- what is shipped ---------------------------------------------------------------------------------------------------
+# --- what is shipped ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(C.data_cards()))
@@ -467,7 +473,7 @@ def test_shipped_vocabulary_reads_every_built_in_prompt(lab):
     assert {w for t in prompt_corpus() for w in lab.tokenizer.unread(t)} == set()
 
 
-# --- pretraining -------------------------------------------------------------------------------------------------------
+# --- pretraining --------------------------------------------------------------------------------
 
 
 def test_clip_loss_against_loops():

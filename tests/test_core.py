@@ -39,7 +39,7 @@ STATE = {
     "c": torch.zeros(3, dtype=torch.float16),
 }
 
-# --- content hash ---------------------------------------------------------------------------------
+# --- content hash -------------------------------------------------------------------------------
 
 leaf = (
     st.none()
@@ -227,7 +227,7 @@ def test_code_hash_of_every_module_sees_a_change_in_core(tmp_path, monkeypatch):
     assert len(modules) > 10 and [m for m in modules if code_hash(m) == before[m]] == []
 
 
-# --- files ----------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -285,7 +285,7 @@ def test_a_disk_that_is_full_is_an_os_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- checks before mixing -------------------------------------------------------------------------
+# --- checks before mixing -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_check_same_is_short_and_allows_other_float_kinds():
     check_same(STATE, {k: v.half() if v.is_floating_point() else v for k, v in STATE.items()})
 
 
-# --- names ----------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------
 
 
 @given(st.sampled_from(["letters", "signs", "textures", "handwritten"]), st.integers(0, 20))
@@ -367,7 +367,7 @@ def test_method_adds_methods_and_properties():
     assert a.f(1) == 2 and a.g == a.g == 5 and calls == [1] and f.__qualname__.endswith("A.f")
 
 
-# --- progress -------------------------------------------------------------------------------------
+# --- progress -----------------------------------------------------------------------------------
 
 
 def test_progress_says_what_how_far_and_note(capsys, monkeypatch):
@@ -388,7 +388,7 @@ def test_progress_says_what_how_far_and_note(capsys, monkeypatch):
     assert list(Progress([1], "quiet")) == [1] and capsys.readouterr().err == ""
 
 
-# --- stages ---------------------------------------------------------------------------------------
+# --- stages -------------------------------------------------------------------------------------
 
 
 def computing(calls, x=1.0, record=None):
@@ -600,7 +600,7 @@ def test_code_hash_follows_every_kind_of_import(monkeypatch):
     )
 
 
-# --- data where the work is -----------------------------------------------------------------------
+# --- data where the work is ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("free, moves", [(200, True), (199, False)])

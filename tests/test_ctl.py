@@ -1,4 +1,6 @@
-"""Cross-Task Linearity: the coefficient and cosine of every block, Theorem 3.1 by exact derivatives, where features move."""
+"""Cross-Task Linearity.
+
+The coefficient and cosine of every block, Theorem 3.1 by exact derivatives, where features move."""
 
 import math
 
@@ -40,7 +42,7 @@ def arrays(seed, n=5, shape=(3, 4)):
     return torch.randn(3, n, *shape, generator=g)
 
 
-# --- the numbers ---------------------------------------------------------------------------------------------------------
+# --- the numbers --------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 10**6))
@@ -80,7 +82,7 @@ def test_the_two_conventions_differ():
     assert r["coefficient_mean"] == 1.5 and r["coefficient"] == pytest.approx(201 / 101)
 
 
-# --- precision: every printed digit is float32's -----------------------------------------------------------------------------
+# --- precision: every printed digit is float32's ------------------------------------------------
 
 
 def test_ctl_and_theorem_are_the_same_in_any_precision(pico, in_both):
@@ -101,7 +103,7 @@ def test_ctl_and_theorem_are_the_same_in_any_precision(pico, in_both):
     assert rounded[0] == full[0] and rounded[1] == full[1] and rounded[2] == full[2]
 
 
-# --- layers ----------------------------------------------------------------------------------------------------------------
+# --- layers -------------------------------------------------------------------------------------
 
 
 def test_layers_are_the_blocks_outputs(pico):
@@ -125,7 +127,7 @@ def test_layers_leave_no_hooks_behind(pico):
     assert all(not b._forward_hooks for b in pico.visual.transformer.resblocks)
 
 
-# --- along a path ----------------------------------------------------------------------------------------------------------
+# --- along a path -------------------------------------------------------------------------------
 
 
 def test_rows_against_three_models(pico):
@@ -174,7 +176,9 @@ def test_ends_are_linear_and_the_middle_is_not(pico):
 
 
 def test_a_linear_layer_is_exactly_linear(pico):
-    "Only `proj` changes: blocks stand still (no change to compare with), the feature is linear in it."
+    """Only `proj` changes.
+
+    Blocks stand still (no change to compare with), the feature is linear in it."""
     a = pico.state()
     b = {**a, "proj": torch.randn(a["proj"].shape, generator=torch.Generator().manual_seed(0))}
     *blocks, feature = ctl_per_block(pico, a, b, pixels(4), 0.4)
@@ -218,7 +222,7 @@ def test_bad_inputs(pico):
             f(pico, a, {**a, "proj": torch.ones(2, 2)}, pixels(2), 0.5)
 
 
-# --- Theorem 3.1 -------------------------------------------------------------------------------------------------------------
+# --- Theorem 3.1 --------------------------------------------------------------------------------
 
 lams = st.floats(0.01, 0.99)
 
@@ -293,7 +297,7 @@ def test_a_straight_function_has_no_deviation():
     assert row["measured"] < 1e-15 and row["eq11"] < 1e-15
 
 
-# --- exact derivatives ---------------------------------------------------------------------------------------------------------
+# --- exact derivatives --------------------------------------------------------------------------
 
 
 def test_elementary_layer_norm_has_the_same_values(pico):
@@ -312,7 +316,9 @@ def test_elementary_layer_norm_has_the_same_values(pico):
 
 
 def test_third_derivative_through_layer_norm():
-    "The fused kernel gets this wrong; ours agrees with central differences of the (right) second one."
+    """The fused kernel gets this wrong.
+
+    Ours agrees with central differences of the (right) second one."""
     g = torch.Generator().manual_seed(0)
     x, v, c = torch.randn(3, 2, 6, generator=g).double()
 
@@ -340,7 +346,7 @@ def test_tower_is_the_model_and_keeps_its_precision(pico):
     assert list(everything) == BLOCKS and torch.equal(everything["feature"], f(*doubled(state)))
 
 
-# --- where CTL holds -------------------------------------------------------------------------------------------------------
+# --- where CTL holds ----------------------------------------------------------------------------
 
 
 def row(lam, coefficient, cosine=1.0):
@@ -358,7 +364,7 @@ def test_valid_range():
         valid_range(rows[2:3])
 
 
-# --- Lemma 4.1 -----------------------------------------------------------------------------------------------------------------
+# --- Lemma 4.1 ----------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 10**6))

@@ -1,4 +1,6 @@
-"""Gradients and curvature along the path: the tight bound, the readings of Eq 24, Hessian-vector products, snapshots."""
+"""Gradients and curvature along the path.
+
+The tight bound, the readings of Eq 24, Hessian-vector products, snapshots."""
 
 import math
 
@@ -29,7 +31,9 @@ flat = lambda d: torch.cat([v.flatten() for v in d.values()])
 
 
 def waves(seed, size=1.0):
-    "(f, a, b, M, N): a random sum of sines in three variables with its bounds on |H| and on H's derivative."
+    """(f, a, b, M, N).
+
+    A random sum of sines in three variables with its bounds on |H| and on H's derivative."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda *s: torch.randn(*s, generator=g).double()
     c, phi, omega, a, d = draw(4), draw(4), draw(4, 3), draw(3), draw(3)
@@ -44,7 +48,7 @@ def head(d, C=5):
     )
 
 
-# --- derivatives -----------------------------------------------------------------------------------------------------------
+# --- derivatives --------------------------------------------------------------------------------
 
 
 @settings(max_examples=15)
@@ -68,13 +72,14 @@ def test_hvp_is_linear_and_a_function_without_curvature_has_none():
     assert flat(hvp(plane, a, v)).norm() == 0 == flat(third(plane, a, b, 0.5)).norm()
 
 
-# --- Corollary 4.2 -----------------------------------------------------------------------------------------------------------
+# --- Corollary 4.2 ------------------------------------------------------------------------------
 
 
 @settings(max_examples=15)
 @given(st.integers(0, 10**6), st.floats(0.05, 0.95), st.floats(0.05, 3))
 def test_the_terms_that_cancel(seed, lam, size):
-    "The identity without 2 H Delta holds, its bound with the true supremum too, and the paper's is never smaller."
+    """The identity without 2 H Delta holds, its bound with the true supremum too, and the
+    paper's is never smaller."""
     f, a, b, M, N = waves(seed, size)
     (row,) = check_gradients(f, a, b, [lam], per=10)
     bound = lam * (1 - lam) / 2 * N * size**2
@@ -97,11 +102,12 @@ def test_gradient_error_on_a_tower(pico):
     assert r["error"] < 1e-2 and 0 < r["measured"] <= r["tight"] * 1.01 <= r["paper"]
 
 
-# --- Eq 24 -----------------------------------------------------------------------------------------------------------------
+# --- Eq 24 --------------------------------------------------------------------------------------
 
 
 def test_the_sum_that_stage_two_builds_is_the_first_reading(pico):
-    "`accumulate` after `step_loss`'s backward gives G_anti + G_mm of the loss of interpolated features."
+    """`accumulate` after `step_loss`'s backward gives G_anti + G_mm of the loss of interpolated
+    features."""
     mm, anti, x, y, W, s = (
         near(pico, 1),
         near(pico, 2),
@@ -149,7 +155,7 @@ def test_readings(pico):
         assert readings(f, y, W, a, b, s)[k] < 1e-12
 
 
-# --- curvature ---------------------------------------------------------------------------------------------------------------
+# --- curvature ----------------------------------------------------------------------------------
 
 
 def test_quotients_of_a_bowl():
@@ -220,7 +226,7 @@ def test_ce_is_the_heads_loss():
     )
 
 
-# --- snapshots -----------------------------------------------------------------------------------------------------------------
+# --- snapshots ----------------------------------------------------------------------------------
 
 
 def test_snapshots_of_a_training(pico, fp32):

@@ -1,4 +1,6 @@
-"""A defence sees the merged model, the pretrained one and the shadow set; its model lies on the path at the lambda it reports."""
+"""A defence sees the merged model, the pretrained one and the shadow set.
+
+Its model lies on the path at the lambda it reports."""
 
 import inspect
 import json
@@ -134,7 +136,7 @@ def test_bad_models_and_names_are_refused_before_any_work(pico, merged, shadow, 
         defend("LFMP", merged, pico, shadow)
 
 
-# --- strengths ---------------------------------------------------------------------------------------------------------------
+# --- strengths ----------------------------------------------------------------------------------
 
 
 def run(pico, merged, shadow, mined, method, strength="default", s=S):
@@ -267,7 +269,7 @@ def test_passes_are_counted_by_gradient(pico, shadow):
     assert n["passes"] == pytest.approx(2)
 
 
-# --- the strength rule -------------------------------------------------------------------------------------------------------
+# --- the strength rule --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -376,7 +378,7 @@ def test_the_rule_trains_three_halves_and_one_whole(
     json.dumps(d.log)
 
 
-# --- what a defence may know -----------------------------------------------------------------------------------------------
+# --- what a defence may know --------------------------------------------------------------------
 
 FORBIDDEN = {
     "trigger",

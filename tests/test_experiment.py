@@ -19,7 +19,7 @@ from lfpm_nb.experiment import Lab
 from lfpm_nb.settings import MainParams
 from lfpm_nb.results import path_lines, table
 
-# --- parameters --------------------------------------------------------------------------------------------------------
+# --- parameters ---------------------------------------------------------------------------------
 
 
 def test_stage_one_reads_no_other_strength_than_its_key_holds(pico):
@@ -42,7 +42,7 @@ def test_stage_one_reads_no_other_strength_than_its_key_holds(pico):
         assert read <= set(E.STAGE_ONE) and {"rho", "semantic", "A"} <= read
 
 
-# --- the lab: what is computed again, and what not -------------------------------------------------------------------------------
+# --- the lab: what is computed again, and what not ----------------------------------------------
 
 TINY = dict(
     tasks=["letters", "signs"],

@@ -1,4 +1,6 @@
-"""The path explorer's core and widget: what moves, what is exact, what is refused, and that nothing is left behind."""
+"""The path explorer's core and widget.
+
+What moves, what is exact, what is refused, and that nothing is left behind."""
 
 import copy
 import gc
@@ -461,7 +463,10 @@ def finished(tmp_path_factory):
 
 
 def test_readouts_equal_the_runs_rows_to_the_last_digit(finished, monkeypatch):
-    "A run of this machine, opened again: at 0, 0.5 and 1 what the slider says, a fresh measurement of the mixed model, and metrics.parquet are one number."
+    """A run of this machine, opened again.
+
+    At 0, 0.5 and 1 what the slider says, a fresh measurement of the mixed model, and
+    metrics.parquet are one number."""
     monkeypatch.setenv("LFPM_CACHE", str(finished.parent.parent / "cache"))
     e, rows = (
         PathExplorer(open_run(finished, n=16), rest=0.01),
@@ -478,8 +483,8 @@ def test_readouts_equal_the_runs_rows_to_the_last_digit(finished, monkeypatch):
         )
         assert e.core.row(lam, 30) == {k: at[k] for k in KEEP}
         assert (
-            f"λ = {lam:.3f}</b> · recorded: CA {at['CA']:.1f} %, ASR(T) {at['ASR_T']:.1f} %, ASR(N) {at['ASR_N']:.1f} %"
-            in e.words.value
+            f"λ = {lam:.3f}</b> · recorded: CA {at['CA']:.1f} %, ASR(T) {at['ASR_T']:.1f} %, "
+            f"ASR(N) {at['ASR_N']:.1f} %" in e.words.value
         )
         settle(e)
     e.close()
@@ -552,8 +557,11 @@ def test_between_any_two_models_of_the_lab(finished, monkeypatch):
 
 
 def test_readouts_repeat_the_recorded_rows():
-    """The shipped recording, on whatever processor this is: sums round differently from one to the next, so a few pictures at the border of two classes may change sides
-    (0.1 points of 1,050 are one); a run of this machine repeats to the last digit (above)."""
+    """The shipped recording, on whatever processor this is.
+
+    Sums round differently from one to the next, so a few pictures at the border of two classes
+    may change sides (0.1 points of 1,050 are one); a run of this machine repeats to the last
+    digit (above)."""
     rec = Recorded(proj_path("data", "recorded", "lab"))
     core = PathCore.of(rec, ["LFPM"], n=16)
     for lam in (0.0, 0.5, 1.0):
@@ -575,7 +583,9 @@ def test_voila_template_asks_nobody_outside(tmp_path):
 
 @pytest.mark.slow
 def test_device_path_on_a_random_vit_b32():
-    "The same code on CLIP's real shapes: images and both models on one device, weights mixed in place."
+    """The same code on CLIP's real shapes.
+
+    Images and both models on one device, weights mixed in place."""
     import open_clip
     from lfpm_nb.clip import Clip, new_card
 
@@ -607,7 +617,7 @@ def test_device_path_on_a_random_vit_b32():
     ).device
 
 
-# --- merge, CTL and subspace ------------------------------------------------------------------------------------------------
+# --- merge, CTL and subspace --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,7 @@ def test_pt_state_dicts_and_data_parallel(whole, tmp_path):
     )
 
 
-# --- refused --------------------------------------------------------------------------------------
+# --- refused ------------------------------------------------------------------------------------
 
 
 def test_rounded_position_numbers_are_made_again(whole, tmp_path):
@@ -308,7 +308,7 @@ def test_adapters_must_be_folded(key):
         detect({"visual.conv1.weight", key})
 
 
-# --- the model's name -----------------------------------------------------------------------------
+# --- the model's name ---------------------------------------------------------------------------
 
 
 def test_backbone_carries_the_bases_weights(lab, fp32):
@@ -375,7 +375,7 @@ def test_random_vit_b32_through_every_format(tmp_path):
     ).card["text"]
 
 
-# --- numbers that are no weights ------------------------------------------------------------------
+# --- numbers that are no weights ----------------------------------------------------------------
 
 NO_WEIGHTS = (torch.int8, torch.uint8, torch.bool, torch.int16, torch.complex64)
 
@@ -440,7 +440,7 @@ def test_what_cannot_be_a_tower(whole, tmp_path, lfpm, key, value, why):
     )
 
 
-# --- the config.json of Hugging Face --------------------------------------------------------------
+# --- the config.json of Hugging Face ------------------------------------------------------------
 
 
 def config(folder):

@@ -1,4 +1,6 @@
-"""The generator: same arguments, same bytes; streams that never meet; scenes that owe nothing to the families."""
+"""The generator: same arguments, same bytes; streams that never meet.
+
+Scenes that owe nothing to the families."""
 
 import re
 
@@ -205,5 +207,8 @@ def test_bad_arguments_are_refused(args, message):
 def test_importing_draws_nothing():
     import subprocess, sys
 
-    code = "import lfpm_nb.labworld as w; assert not any(f.cache_info().currsize for f in (w.glyphs, w._font, w._sign_tiles, w._flag_tiles))"
+    code = (
+        "import lfpm_nb.labworld as w; assert not any(f.cache_info().currsize for f in "
+        "(w.glyphs, w._font, w._sign_tiles, w._flag_tiles))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

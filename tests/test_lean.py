@@ -88,7 +88,7 @@ def start_of(method, pico, merged):
     return pico.state() if method == "finetune" else merged
 
 
-# --- computed again -------------------------------------------------------------------------------
+# --- computed again -----------------------------------------------------------------------------
 
 
 @AGAIN
@@ -178,7 +178,7 @@ def test_towers_are_as_before_afterwards(pico, merged):
         Strengths(recompute="block")
 
 
-# --- memory runs out ------------------------------------------------------------------------------
+# --- memory runs out ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

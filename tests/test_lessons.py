@@ -1,4 +1,5 @@
-"""Lessons run top to bottom on few pictures, have the promised form, and their folded answers pass their checks; known mistakes get their own hints."""
+"""Lessons run top to bottom on few pictures, have the promised form, and their folded answers pass
+their checks; known mistakes get their own hints."""
 
 import importlib
 import json
@@ -128,7 +129,7 @@ def test_a_mistake_that_gives_the_right_result_is_refused():
         Case((1.0,), 2.0, {"no mistake": 2.0})
 
 
-# --- lessons 6 to 8, notation ------------------------------------------------------------------------------------------------
+# --- lessons 6 to 8, notation -------------------------------------------------------------------
 
 WRONG = {
     "the points' mean": (

@@ -28,7 +28,7 @@ def trigger():
     return Trigger(torch.randint(256, (3, 6, 6), generator=torch.Generator().manual_seed(0)) / 255)
 
 
-# --- LoBAM ----------------------------------------------------------------------------------------
+# --- LoBAM --------------------------------------------------------------------------------------
 
 
 @given(st.floats(-3, 6), st.integers(0, 999))
@@ -157,7 +157,7 @@ def test_a_useless_factor_is_refused_before_anything_is_trained(amplify, pico, t
         attack("lobam", pico, small_task("textures"), target, amplify=amplify)
 
 
-# --- the adaptive attack --------------------------------------------------------------------------
+# --- the adaptive attack ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["off", "on"])

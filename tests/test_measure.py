@@ -23,7 +23,7 @@ from lfpm_nb.measure import (
 )
 from lfpm_nb.tasks import Task
 
-# --- rates -------------------------------------------------------------------------------------------------------------
+# --- rates --------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=300))
@@ -47,7 +47,7 @@ def test_rate_of_nothing():
     assert r["n"] == 0 and all(math.isnan(r[k]) for k in ("value", "lo", "hi"))
 
 
-# --- precision ---------------------------------------------------------------------------------------------------------------
+# --- precision ----------------------------------------------------------------------------------
 
 
 def test_predictions_are_float32s_in_bfloat16_too(pico, in_both):
@@ -64,7 +64,7 @@ def test_predictions_are_float32s_in_bfloat16_too(pico, in_both):
     assert torch.equal(first, second) and torch.equal(second, full.argmax(1))
 
 
-# --- the predictor: class = the largest channel of (first pixel + 2 x last pixel) -----------------------------------------
+# --- the predictor: class = the largest channel of (first pixel + 2 x last pixel) ---------------
 
 
 class Pixels(torch.nn.Module):
@@ -83,7 +83,9 @@ def rule(first, last):
 
 
 def toy_task(name: str, seed: int, patch, n: int = 60) -> Task:
-    "Noise images whose label agrees with the rule about half the time; images with a tie are left out."
+    """Noise images whose label agrees with the rule about half the time.
+
+    Images with a tie are left out."""
     x = pixels(200, seed, 8)
     first, last = x[:, :, 0, 0].long(), x[:, :, -1, -1].long()
     sums = torch.stack(

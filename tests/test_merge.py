@@ -50,7 +50,7 @@ def same(a, b, tol=1e-5):
 seeds, counts, scales = st.integers(0, 10**6), st.integers(2, 6), st.floats(0, 2)
 
 
-# --- formulas -------------------------------------------------------------------------------------
+# --- formulas -----------------------------------------------------------------------------------
 
 
 @given(seeds, counts, scales)
@@ -169,7 +169,7 @@ def test_kth_magnitude_survives_a_sample_that_misleads():
         )
 
 
-# --- whatever the weights -------------------------------------------------------------------------
+# --- whatever the weights -----------------------------------------------------------------------
 
 EXACT = (
     ("TA", {}),
@@ -251,7 +251,7 @@ def test_other_float_kinds_and_layouts_are_taken_as_the_bases(name):
     )
 
 
-# --- chance ---------------------------------------------------------------------------------------
+# --- chance -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_a_seed_is_a_draw(name):
     assert same(turned(merge(name, turned(base), [turned(m) for m in models], seed=0)), a, 0)
 
 
-# --- recorded values ------------------------------------------------------------------------------
+# --- recorded values ----------------------------------------------------------------------------
 
 CASES = {
     "TA": ("fusion_bench", "TA", lambda m: m.task_arithmetic(parity.BASE, parity.MODELS)),
@@ -376,7 +376,7 @@ def test_references_name_their_versions():
     )
 
 
-# --- refusals -------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------
 
 
 def test_refusals():

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README, PAGE = "README.md", "data/results/README.md"
 
 
-# --- results, read without the kit's own tables ---------------------------------------------------
+# --- results, read without the kit's own tables -------------------------------------------------
 
 
 @dataclass
@@ -128,7 +128,7 @@ def row(*cells) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-# --- what must stand where ------------------------------------------------------------------------
+# --- what must stand where ----------------------------------------------------------------------
 
 
 def readme(get) -> list[str]:
@@ -156,10 +156,13 @@ def readme(get) -> list[str]:
         for c in ("", " (clean)")
     }
     picture = (
-        f"It is then {f1(gain[''])} points more accurate than the merge of clean models, and on that"
-        f" one it gains {f1(gain[' (clean)'])} (means of three seeds). Rivals win by the same picture:"
+        f"It is then {f1(gain[''])} points more accurate than the merge of clean models, and on "
+        "that"
+        f" one it gains {f1(gain[' (clean)'])} (means of three seeds). Rivals win by the same "
+        "picture:"
         f" PAM and fine-tuning keep {f1(seen('PAM', 'CA') - seen('LFPM', 'CA'))} and"
-        f" {f1(seen('fine-tuning', 'CA') - seen('LFPM', 'CA'))} points more; LFPM's path is the safest"
+        f" {f1(seen('fine-tuning', 'CA') - seen('LFPM', 'CA'))} points more; LFPM's path is the "
+        "safest"
         f" (Path-ASR {f0(seen('LFPM', 'path_ASR'))} against {f0(seen('PAM', 'path_ASR'))} and"
         f" {f0(seen('fine-tuning', 'path_ASR'))} %)."
     )
@@ -232,7 +235,8 @@ def main_run(get) -> list[str]:
         f"and where there was no poison by {', '.join(changes[:-1])} and {changes[-1]}:",
         (
             f"leaves {span(tuned)} % at the λ the same rule gives it, and its path is far less"
-            f" safe (Path-ASR {f0(r('fine-tuning', 'path_ASR'))} against {f0(r('LFPM', 'path_ASR'))} %)"
+            f" safe (Path-ASR {f0(r('fine-tuning', 'path_ASR'))} against "
+            f"{f0(r('LFPM', 'path_ASR'))} %)"
         ),
         (
             f"At its own λ = 1 it leaves {f0(r('fine-tuning', 'ASR_end'))} % on average with"
@@ -562,7 +566,7 @@ def test_a_changed_digit_is_seen():
             assert want not in text.replace(want, other), want
 
 
-# --- claims ---------------------------------------------------------------------------------------
+# --- claims -------------------------------------------------------------------------------------
 
 COUNTS = re.compile(r"(\d+) claims|(\d+) confirmed|(\d+) contradicted|(\d+) not testable")
 

@@ -47,7 +47,7 @@ def one_thread():
     torch.set_num_threads(n)
 
 
-# --- merges ---------------------------------------------------------------------------------------
+# --- merges -------------------------------------------------------------------------------------
 
 
 def more(name: str) -> dict:
@@ -74,7 +74,7 @@ def test_no_merge_follows_the_order_of_keys(name, fp32, one_thread):
         )
 
 
-# --- formats --------------------------------------------------------------------------------------
+# --- formats ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_no_converted_file_follows_the_order_of_keys(whole, form, tmp_path):
     )
 
 
-# --- hashes, and what lies side by side -----------------------------------------------------------
+# --- hashes, and what lies side by side ---------------------------------------------------------
 
 
 @dataclasses.dataclass

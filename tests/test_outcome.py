@@ -1,4 +1,4 @@
-"""What purify says of its own result, who may write where, and that names of strangers stay text."""
+"""What purify says of its result, who may write where, and that strangers' names stay text."""
 
 import errno
 import json
@@ -70,7 +70,7 @@ def said(folder: Path) -> tuple[dict, str, str]:
     )
 
 
-# --- what came out -------------------------------------------------------------------------------
+# --- what came out ------------------------------------------------------------------------------
 
 
 def test_the_merged_models_own_weights_are_not_called_purified(files, lfpm, tmp_path, monkeypatch):
@@ -200,7 +200,7 @@ def test_one_table_of_exit_codes(lfpm, monkeypatch):
         assert main_after(e) == want, e
 
 
-# --- one result a folder -------------------------------------------------------------------------
+# --- one result a folder ------------------------------------------------------------------------
 
 
 def test_a_second_purify_in_the_same_folder_is_refused(files, tmp_path):
@@ -241,7 +241,7 @@ def test_another_results_card_is_not_overwritten(files, tmp_path):
     assert said(tmp_path)[0]["kind"] == KINDS[0] and check_out(tmp_path / "a.safetensors", ())
 
 
-# --- names are text ------------------------------------------------------------------------------
+# --- names are text -----------------------------------------------------------------------------
 
 
 def test_control_characters_of_a_file_are_spelt_out(lab, lfpm, tmp_path):
@@ -291,7 +291,9 @@ def test_a_page_has_a_place_before_the_work(files, lfpm, tmp_path, monkeypatch):
 
 
 def test_explore_is_guarded(tmp_path, monkeypatch):
-    "Token, Host check and an end for idle kernels are what Voilà is told; a port that is taken is refused before it."
+    """Token, Host check and an end for idle kernels are what Voilà is told.
+
+    A port that is taken is refused before it."""
     import socket
 
     monkeypatch.setenv("JUPYTER_CONFIG_PATH", "/elsewhere")

@@ -1,4 +1,6 @@
-"""Paper scale without its weights and pictures: what the presets say, and the whole main run on a randomly initialised ViT-B/32."""
+"""Paper scale without its weights and pictures.
+
+What the presets say, and the whole main run on a randomly initialised ViT-B/32."""
 
 import json
 import tempfile

@@ -33,7 +33,7 @@ from lfpm_nb.subspace import Shadow, shift
 floats = st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=3, max_size=3)
 values = st.lists(st.floats(0, 100), min_size=2, max_size=21)
 
-# --- mixing ------------------------------------------------------------------------------------------------------------
+# --- mixing -------------------------------------------------------------------------------------
 
 
 @given(floats, floats, st.floats(0, 1))
@@ -87,7 +87,7 @@ def test_ends_of_other_architectures_are_refused(pico):
                 make()
 
 
-# --- one tower for the whole path ----------------------------------------------------------------------------------------
+# --- one tower for the whole path ---------------------------------------------------------------
 
 
 def test_path_tower_is_the_model_at_every_point(pico):
@@ -113,7 +113,7 @@ def test_path_leaves_its_ends_and_the_backbone(pico):
         assert all(torch.equal(m[k], v) for k, v in old.items())
 
 
-# --- the integral ------------------------------------------------------------------------------------------------------
+# --- the integral -------------------------------------------------------------------------------
 
 
 def piecewise(v, lam):
@@ -151,7 +151,7 @@ def test_grid():
     )
 
 
-# --- rows along the path -------------------------------------------------------------------------------------------------
+# --- rows along the path ------------------------------------------------------------------------
 
 
 def test_rows_along_a_path(pico):
@@ -342,7 +342,7 @@ def test_only_what_may_have_changed_is_asked(pico, monkeypatch, row, asked):
     )
 
 
-# --- choosing λ ------------------------------------------------------------------------------------------------------------
+# --- choosing λ ---------------------------------------------------------------------------------
 
 values = st.floats(0, 2, width=16)
 

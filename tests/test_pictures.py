@@ -1,4 +1,4 @@
-"""Every kind of picture and label that `benchmarks/pictures.py` builds comes out as it says there."""
+"""Each kind of picture and label of `benchmarks/pictures.py` comes out as it says there."""
 
 import pytest
 from test_benchmark import load

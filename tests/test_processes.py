@@ -1,4 +1,6 @@
-"""Two processes (torchrun, gloo, CPU) against one with the same global batch. Run as a script, this file is what each process does."""
+"""Two processes (torchrun, gloo, CPU) against one with the same global batch.
+
+Run as a script, this file is what each process does."""
 
 import json
 import os

@@ -113,7 +113,7 @@ def done(stranger):
     )
 
 
-# --- a stranger's path ----------------------------------------------------------------------------
+# --- a stranger's path --------------------------------------------------------------------------
 
 
 def test_comes_back_as_it_came(stranger, done):
@@ -329,7 +329,7 @@ def test_same_code_path_as_the_main_run(stranger, done, lab):
     )
 
 
-# --- pictures and labels --------------------------------------------------------------------------
+# --- pictures and labels ------------------------------------------------------------------------
 
 
 def test_corrupt_pictures_are_skipped_counted_and_named(tmp_path, lab):
@@ -444,7 +444,7 @@ def test_tower_alone_says_what_is_needed(lab, monkeypatch):
         Vocabulary.of(lab).head(lab)
 
 
-# --- refused before any work, and failures that leave nothing -------------------------------------
+# --- refused before any work, and failures that leave nothing -----------------------------------
 
 
 def test_merged_that_equals_its_base(stranger):
@@ -514,7 +514,7 @@ def test_gpu_out_of_memory_says_what_to_do(stranger, monkeypatch, tmp_path):
     assert not (tmp_path / "p.safetensors").exists()
 
 
-# --- settings, merge, path ------------------------------------------------------------------------
+# --- settings, merge, path ----------------------------------------------------------------------
 
 
 def test_settings_are_the_main_runs(stranger):
@@ -883,7 +883,7 @@ def test_other_files_are_another_configuration(tmp_path):
     assert config_hash("purify", s) != one
 
 
-# --- never silently wrong: what merge refuses and says --------------------------------------------
+# --- never silently wrong: what merge refuses and says ------------------------------------------
 
 
 @pytest.fixture

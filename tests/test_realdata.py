@@ -95,7 +95,7 @@ def test_each_set_has_templates_for_one_class_and_distinct_names():
             )  # ImageNet has two cranes and two maillots
 
 
-# --- layouts --------------------------------------------------------------------------------------
+# --- layouts ------------------------------------------------------------------------------------
 
 
 def test_arrays(root):
@@ -253,7 +253,7 @@ def test_imagenet_by_hub_names_and_by_wnids():
         R.order_of(s, ["goldfish", *names[1:]], "x")
 
 
-# --- who may see what -----------------------------------------------------------------------------
+# --- who may see what ---------------------------------------------------------------------------
 
 
 def test_contributors_never_get_what_pretraining_saw_whatever_the_seed(root):
@@ -279,7 +279,7 @@ def test_shares_of_the_pool():
     )  # 400 : 100 : 1
 
 
-# --- refusals -------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------
 
 
 def test_without_data_the_error_says_what_to_get(monkeypatch, tmp_path):
@@ -339,7 +339,7 @@ def test_a_damaged_picture_and_a_table_without_pictures_are_named(root):
         load_task("stl10")
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------
 
 
 def test_list_needs_no_data_and_names_every_set(lfpm, monkeypatch):
@@ -446,7 +446,7 @@ def test_get_asks_the_hub_for_the_right_files_and_says_what_to_do_when_it_fails(
     assert "cannot be fetched by name" in lfpm("data", "get", "street_chars")[2]
 
 
-# --- pretraining and the defender -----------------------------------------------------------------
+# --- pretraining and the defender ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -518,7 +518,7 @@ def test_zero_shot_check():
         R.check_zero_shot("dtd", 40.0)
 
 
-# --- the preset -----------------------------------------------------------------------------------
+# --- the preset ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["main", "sequence2", "sequence3"])

@@ -1,4 +1,6 @@
-"""The shipped lab: what is read equals what was recorded, the rest is computed, and a broken folder is refused."""
+"""The shipped lab.
+
+What is read equals what was recorded, the rest is computed, and a broken folder is refused."""
 
 import json
 import shutil
@@ -143,7 +145,9 @@ def test_a_recorded_path_asked_where_it_bends_is_the_full_grid(rec, name, monkey
 
 
 def test_record_then_open(tmp_path, rec, monkeypatch):
-    "A tiny lab is recorded, measured as written, and opens; the rounding changes no weight by more than fp16 of the step."
+    """A tiny lab is recorded, measured as written, and opens.
+
+    The rounding changes no weight by more than fp16 of the step."""
     few = dict(
         n_train=64,
         n_test=24,

@@ -35,7 +35,7 @@ def source(cell):
     return "".join(cell["source"])
 
 
-# --- output policy: readable on GitHub, small in git ----------------------------------------------
+# --- output policy: readable on GitHub, small in git --------------------------------------------
 
 
 def output_problems(nb: dict, nbytes: int) -> list[str]:
@@ -79,7 +79,7 @@ def test_output_policy_catches_each_kind():
     assert "widgets" in output_problems(dict(metadata={"widgets": {}}, cells=[]), 100)[0]
 
 
-# --- run notebooks: one parameters cell that papermill, the CLI and a reader all understand -------
+# --- run notebooks: one parameters cell that papermill, the CLI and a reader all understand -----
 
 
 def parameter_problems(text: str) -> list[str]:
@@ -140,7 +140,7 @@ def test_parameter_rules():
         assert why in parameter_problems(text)[0], text
 
 
-# --- modules: generated in the story's order, light to import -------------------------------------
+# --- modules: generated in the story's order, light to import -----------------------------------
 
 
 def default_exp(path):
@@ -210,7 +210,7 @@ def test_a_module_gives_no_name_twice(path):
     assert not {n for n in names if names.count(n) > 1}
 
 
-# --- text is UTF-8 whatever the locale ------------------------------------------------------------
+# --- text is UTF-8 whatever the locale ----------------------------------------------------------
 
 
 def leaves_it_to_the_locale(call: ast.Call) -> bool:
@@ -285,7 +285,7 @@ def test_what_leaves_it_to_the_locale():
         assert not leaves_it_to_the_locale(ast.parse(text).body[0].value), text
 
 
-# --- README and tracked text ----------------------------------------------------------------------
+# --- README and tracked text --------------------------------------------------------------------
 
 
 def readme():
@@ -334,7 +334,7 @@ def test_contributing_example_works():
         merges.pop("median", None)
 
 
-# --- shipped results ------------------------------------------------------------------------------
+# --- shipped results ----------------------------------------------------------------------------
 
 SHIPPED = sorted(f.parent for f in (ROOT / "data" / "results").glob("*/*/status.json"))
 
@@ -377,7 +377,8 @@ def test_aliases_of_shipped_results_are_sound():
 
 # Written so that they do not match themselves.
 LEAKS = {
-    "a package index": r"(?:\bpypi|pythonhosted|npmjs)\.(?:org|com|io)\b|https?://[^\s\"')]+/simple\b|-{2}(?:extra-)?index-url",
+    "a package index": r"(?:\bpypi|pythonhosted|npmjs)\.(?:org|com|io)\b"
+    r"|https?://[^\s\"')]+/simple\b|-{2}(?:extra-)?index-url",
     "a path of one machine": r"(?<![\w.~}\])])/(?:tmp|work|root|home|Users)/[\w.]",
 }
 

@@ -52,7 +52,7 @@ from test_browser import CHROMIUM, browser, page, shot  # noqa: F401  fixtures
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# --- a world in which every claim holds -----------------------------------------------------------
+# --- a world in which every claim holds ---------------------------------------------------------
 
 
 def rows(values: dict, **also) -> pd.DataFrame:
@@ -233,7 +233,7 @@ def test_papers_own_tables():
     ].item() == pytest.approx(1.89)
 
 
-# --- printed tables -------------------------------------------------------------------------------
+# --- printed tables -----------------------------------------------------------------------------
 
 
 def test_printed_numbers():
@@ -311,7 +311,7 @@ def test_paper_table():
         paper_table(1, "PAM")
 
 
-# --- results on disk ------------------------------------------------------------------------------
+# --- results on disk ----------------------------------------------------------------------------
 
 
 def made_up(
@@ -453,7 +453,7 @@ def test_own_runs_come_before_shipped_ones(tmp_path):
     assert {k: r.config for k, r in found.items()} == {"main": "own00000", "lobam": "shipped0"}
 
 
-# --- tables and figures ---------------------------------------------------------------------------
+# --- tables and figures -------------------------------------------------------------------------
 
 
 def test_ours_beside_theirs(tmp_path):
@@ -592,7 +592,7 @@ def test_charts_refuse_nothing_and_keep_order():
     ), "first category on top in both"
 
 
-# --- the page -------------------------------------------------------------------------------------
+# --- the page -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -696,7 +696,7 @@ def test_command(dirs, monkeypatch, capsys):
     assert e.value.code == 2 and "preset nosuch" in capsys.readouterr().err
 
 
-# --- what was measured ----------------------------------------------------------------------------
+# --- what was measured --------------------------------------------------------------------------
 
 
 def test_known_findings(tmp_path):
@@ -733,7 +733,7 @@ def test_known_findings(tmp_path):
     )
 
 
-# --- in a browser ---------------------------------------------------------------------------------
+# --- in a browser -------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(

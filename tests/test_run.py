@@ -168,7 +168,9 @@ def test_again_nothing_is_started(out, monkeypatch):
 
 @pytest.mark.slow
 def test_three_ways_lead_to_one_configuration(out, home, tmp_path):
-    "`lfpm run`, `papermill` and `pm.execute_notebook`: the same hash and, stage for stage, the same numbers."
+    """`lfpm run`, `papermill` and `pm.execute_notebook`.
+
+    The same hash and, stage for stage, the same numbers."""
     import papermill as pm
 
     own = json.loads((out / "params.json").read_text(encoding="utf-8"))["config"]
@@ -208,7 +210,7 @@ def test_three_ways_lead_to_one_configuration(out, home, tmp_path):
         pd.testing.assert_frame_equal(found, numbers, check_exact=True)
 
 
-# --- flipped bits -----------------------------------------------------------------------------------------------------------
+# --- flipped bits -------------------------------------------------------------------------------
 
 
 def flip(path: Path, bit: int) -> None:
@@ -220,7 +222,9 @@ def flip(path: Path, bit: int) -> None:
 
 
 def test_every_flipped_bit_of_a_run_is_noticed(out, home):
-    "200 seeded flips, each alone: anywhere in a stage's file or in the table, half of them among the first 4,096 bytes."
+    """200 seeded flips, each alone.
+
+    Anywhere in a stage's file or in the table, half of them among the first 4,096 bytes."""
     table, draw = out / "metrics.parquet", random.Random(0)
     stages = sorted((home / "cache").rglob("*.safetensors"))
     assert len(stages) > 10 and not any(map(damage, stages)) and isinstance(look(out), Finished)
@@ -250,7 +254,7 @@ def test_a_flipped_table_is_never_shown(out, home):
     assert load_runs("main", "tiny")[1]["folders"] == [out]
 
 
-# --- interrupted (slow) ----------------------------------------------------------------------------------------------------
+# --- interrupted (slow) -------------------------------------------------------------------------
 
 
 def start(root: Path) -> subprocess.Popen:

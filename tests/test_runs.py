@@ -186,7 +186,7 @@ def test_bad_settings_are_refused_with_a_hint(name, preset, given, message):
         settings_of(name, preset, given)
 
 
-# --- bad input through the command: one clear line, nothing started, nothing left behind ----------
+# --- bad input through the command: one clear line, nothing started, nothing left behind --------
 
 
 @pytest.fixture
@@ -337,7 +337,7 @@ def test_a_full_disk(refused, monkeypatch):
     assert "No space left on device" in refused()
 
 
-# --- run folders ----------------------------------------------------------------------------------
+# --- run folders --------------------------------------------------------------------------------
 
 
 def test_table_never_mixes_presets_or_configurations(runs):
@@ -506,7 +506,7 @@ def test_other_pictures_of_ones_own_are_another_configuration(tmp_path):
     assert config_hash("main", s) != one
 
 
-# --- two names of the same numbers ----------------------------------------------------------------
+# --- two names of the same numbers --------------------------------------------------------------
 
 A, B, C = "aaaaaaaa", "bbbbbbbb", "cccccccc"
 ALIAS = dict(

@@ -109,7 +109,7 @@ def test_the_notebook_shows_the_register():
             ), "run nbs/choices.ipynb again"
 
 
-# --- methods --------------------------------------------------------------------------------------
+# --- methods ------------------------------------------------------------------------------------
 
 
 def test_no_shipped_experiment_says_all():

@@ -31,7 +31,7 @@ from lfpm_nb.settings import (
 from lfpm_nb.sweep import read_sweep
 
 
-# --- a class and the cell that papermill fills ----------------------------------------------------
+# --- a class and the cell that papermill fills --------------------------------------------------
 
 
 def cell_of(name: str) -> str:
@@ -103,7 +103,7 @@ def test_letters_are_aliases():
         settings_of("main", given=dict(A=True, partition=False))
 
 
-# --- four doors -----------------------------------------------------------------------------------
+# --- four doors ---------------------------------------------------------------------------------
 
 
 def by_shell(k, text, preset="tiny"):
@@ -356,7 +356,7 @@ def content(P):
     return json.dumps(asdict(P), sort_keys=True)
 
 
-# --- sweeps ---------------------------------------------------------------------------------------
+# --- sweeps -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_a_seed_never_names_a_folder_outside(tmp_path, monkeypatch):
     assert planned("main", "tiny", seed="5").out.parent == (tmp_path / "runs" / "main").resolve()
 
 
-# --- methods of one's own -------------------------------------------------------------------------
+# --- methods of one's own -----------------------------------------------------------------------
 
 PLUGIN = """
 from lfpm_nb.merge import merges

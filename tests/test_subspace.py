@@ -32,7 +32,7 @@ def basis(d: int, r: int, seed: int):
     )[0]
 
 
-# --- projections -------------------------------------------------------------------------------------------------------
+# --- projections --------------------------------------------------------------------------------
 
 
 @given(st.integers(2, 12), st.integers(0, 99), st.data())
@@ -59,7 +59,7 @@ def test_without_a_basis_both_projections_are_the_identity():
     assert torch.equal(p_adv(None, h), h) and torch.equal(p_clean(None, h), h)
 
 
-# --- the split ---------------------------------------------------------------------------------------------------------
+# --- the split ----------------------------------------------------------------------------------
 
 
 def toy(n: int = 600, d: int = 8, classes: int = 3):
@@ -118,7 +118,7 @@ def test_split_is_seeded_and_blind_to_the_length_of_features():
     )
 
 
-# --- the prompt --------------------------------------------------------------------------------------------------------
+# --- the prompt ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("partition", [True, False])
@@ -212,7 +212,7 @@ def test_mining_lowers_its_own_loss(pico, shadow, fp32, U):
     assert loss(p) < loss(first) and torch.equal(p, again)
 
 
-# --- shadow data -------------------------------------------------------------------------------------------------------
+# --- shadow data --------------------------------------------------------------------------------
 
 
 def test_shadow_parts_are_disjoint_and_complete(shadow, pico):

@@ -27,7 +27,7 @@ from lfpm_nb.sweep import Point, finished, interleave, overview, read_sweep, swe
 
 ROOT = Path(S.__file__).parents[1]
 
-# --- the file -------------------------------------------------------------------------------------
+# --- the file -----------------------------------------------------------------------------------
 
 
 def sweep_file(folder, text):
@@ -139,7 +139,7 @@ def test_threads_and_environment_are_as_before_afterwards():
     )
 
 
-# --- the sweep, with runs that do nothing, on Dask threads of this process ------------------------
+# --- the sweep, with runs that do nothing, on Dask threads of this process ----------------------
 
 
 @pytest.fixture
@@ -305,7 +305,7 @@ def test_dry_run_lists_and_does_nothing(dirs, lfpm):
     )
 
 
-# --- real processes, really killed (slow) ---------------------------------------------------------
+# --- real processes, really killed (slow) -------------------------------------------------------
 
 TOY = [
     'seed: int = 0  # seed\nx: float = 1.0  # factor\nout_dir: str = ""  # folder',
@@ -526,7 +526,7 @@ def test_a_scheduler_and_two_workers_started_separately(toy, tmp_path):
             os.killpg(p.pid, signal.SIGKILL)
 
 
-# --- every experiment -----------------------------------------------------------------------------
+# --- every experiment ---------------------------------------------------------------------------
 
 OWN = {
     "backbone",

@@ -1,4 +1,6 @@
-"""Text towers and activations of merges: what is merged, what is the base's, and what is said about it."""
+"""Text towers and activations of merges.
+
+What is merged, what is the base's, and what is said about it."""
 
 import pytest
 import torch
@@ -142,7 +144,8 @@ def test_path_refuses_the_wrong_activation(tmp_path, monkeypatch):
     files = [tmp_path / f"{n}.safetensors" for n in "ab"]
     with pytest.raises(
         ValueError,
-        match="walk is the wrong activation for these weights: 0.0 % are named rightly with walk, 100.0 % with walk-quickgelu",
+        match="walk is the wrong activation for these weights: 0.0 % are named rightly with walk, "
+        "100.0 % with walk-quickgelu",
     ):
         open_walk(*files, "walk", None, "t")
     assert open_walk(*files, "walk-quickgelu", None, "t") and open_walk(

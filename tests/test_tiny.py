@@ -1,5 +1,8 @@
-"""Preset tiny of every experiment, cell by cell in this process. The main notebook's runs take the untrained `pico` for the backbone, a fraction of the shipped
-one's work; the recorded lab's (ctl, curvature, efficiency) need the shipped one. All share their stages, as runs do."""
+"""Preset tiny of every experiment, cell by cell in this process.
+
+The main notebook's runs take the untrained `pico` for the backbone, a fraction of the shipped
+one's work; the recorded lab's (ctl, curvature, efficiency) need the shipped one. All share their
+stages, as runs do."""
 
 import json
 import math
@@ -23,7 +26,10 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def run(root, monkeypatch):
-    "run(name) -> (the plan, its rows): every code cell of the experiment's notebook, its parameters set where papermill would set them."
+    """run(name) -> (the plan, its rows).
+
+    Every code cell of the experiment's notebook, its parameters set where papermill would set
+    them."""
     clip = new_pico("lfpm-lab")
     clip.card["sha256"] = "0" * 64
     for k in ("RUNS", "CACHE"):

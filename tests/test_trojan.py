@@ -41,7 +41,7 @@ def images(clip, n=3):
     return clip.normalise(small_task("textures").train_x[:n])
 
 
-# --- attention ------------------------------------------------------------------------------------
+# --- attention ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backbone", ["pico", "lab"])
@@ -112,7 +112,7 @@ def test_shares_of_attention_add_up(tokens, seed):
     )
 
 
-# --- patches --------------------------------------------------------------------------------------
+# --- patches ------------------------------------------------------------------------------------
 
 
 @given(st.sets(st.integers(0, 15), min_size=1, max_size=16))
@@ -197,7 +197,7 @@ def test_later_goals_give_way_to_the_first(pico, target, monkeypatch):
     )
 
 
-# --- the trojan -----------------------------------------------------------------------------------
+# --- the trojan ---------------------------------------------------------------------------------
 
 
 def test_the_loss_is_half_honest_half_not(pico, target, fp32):

@@ -183,7 +183,7 @@ def test_linearity_under_a_picture(pico, theta, shadow, picture):
     assert row["coefficient"] == pytest.approx(1, abs=1e-4)
 
 
-# --- where it can be asked for -------------------------------------------------------------------
+# --- where it can be asked for ------------------------------------------------------------------
 
 
 def test_purify_and_the_experiment_mean_the_same_picture():

@@ -1,4 +1,7 @@
-"""Writes baselines_sam.json: weights after each SAM and ASAM step of the package pytorch_optimizer on a small problem without random numbers.
+"""Writes baselines_sam.json.
+
+Weights after each SAM and ASAM step of the package pytorch_optimizer on a small problem without
+random numbers.
 Needs torch and pytorch_optimizer, in an environment of their own: python baselines_sam.py"""
 
 import json

@@ -1,4 +1,6 @@
-"""Our merges on the toy of `merge_recipe.py` against recorded values, and mutants: the same modules with one line changed, which must not pass."""
+"""Our merges on the toy of `merge_recipe.py` against recorded values, and mutants.
+
+The same modules with one line changed, which must not pass."""
 
 import contextlib
 import functools
@@ -33,7 +35,9 @@ def expected(library: str, name: str) -> dict:
 
 
 def error(ours: dict, library: str, name: str) -> float:
-    "Largest absolute difference over the recorded tensors; at least three, with a vector and a conv kernel among them."
+    """Largest absolute difference over the recorded tensors.
+
+    At least three, with a vector and a conv kernel among them."""
     want = expected(library, name)
     assert {1, 2, 4} <= {v.dim() for v in want.values()} and want.keys() <= ours.keys()
     return max((ours[k].double() - v.double()).abs().max().item() for k, v in want.items())
@@ -81,7 +85,9 @@ def recorded_draws(*modules):
 
 
 def mutant(module, line: str, changed: str):
-    "A copy of a library module in which `line`, found exactly once, reads `changed`; the registry stays as it was."
+    """A copy of a library module in which `line`, found exactly once, reads `changed`.
+
+    The registry stays as it was."""
     source = Path(module.__file__).read_text(encoding="utf-8")
     assert source.count(line) == 1, (
         f"{line!r} occurs {source.count(line)} times in {module.__name__}"

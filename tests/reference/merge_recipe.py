@@ -1,5 +1,8 @@
-"""The toy that the merging parity tests and `merge_record.py` share: weights, images, heads and random draws from numpy's frozen RandomState.
-Needs only numpy and torch, so that it also runs where the reference libraries are installed and this kit is not."""
+"""The toy that the merging parity tests and `merge_record.py` share.
+
+Weights, images, heads and random draws from numpy's frozen RandomState.
+Needs only numpy and torch, so that it also runs where the reference libraries are installed and
+this kit is not."""
 
 import zlib
 
@@ -20,7 +23,9 @@ def uniform(shape, *key) -> torch.Tensor:
 
 
 class Tower(torch.nn.Module):
-    "A conv kernel, two linear layers, vectors and a scalar: images (N, 3, 8, 8) to features (N, 8)."
+    """A conv kernel, two linear layers, vectors and a scalar.
+
+    Images (N, 3, 8, 8) to features (N, 8)."""
 
     image_size = 8
 

@@ -1,10 +1,13 @@
-"""Records what public libraries make of the toy in `merge_recipe.py`: one .npz for each library that can be imported, beside this file.
+"""Records what public libraries make of the toy in `merge_recipe.py`.
+
+One .npz for each library that can be imported, beside this file.
 
     pip install torch torchvision fusion-bench peft        # in an environment of its own
     pip install torch peft mergekit                        # in another one
     python merge_record.py [folder of a clone of github.com/declare-lab/della]
 
-Random draws are replaced: every mask comes from `merge_recipe.uniform`, called with a key that names its place. The tests read only the files."""
+Random draws are replaced: every mask comes from `merge_recipe.uniform`, called with a key that
+names its place. The tests read only the files."""
 
 import contextlib
 import importlib.metadata
@@ -46,7 +49,7 @@ class Draws:
         return R.uniform(shape, *next(self.keys))
 
 
-# --- fusion_bench --------------------------------------------------------------------------------------------------------
+# --- fusion_bench -------------------------------------------------------------------------------
 
 
 def pool():
@@ -130,7 +133,9 @@ def weighted(out):
 
 
 class Feed:
-    "Batches and logits in place of the CLIP ones: a task's i-th batch is pixels(PER, 'batch', task, i)."
+    """Batches and logits in place of the CLIP ones.
+
+    A task's i-th batch is pixels(PER, 'batch', task, i)."""
 
     def start(self):
         self.count, self.saved = {}, []
@@ -220,7 +225,7 @@ def concrete(out):
             keep(out, name, algorithm.run(pool()).state_dict())
 
 
-# --- peft ----------------------------------------------------------------------------------------------------------------
+# --- peft ---------------------------------------------------------------------------------------
 
 
 def peft(out):
@@ -251,12 +256,15 @@ def peft(out):
         )
 
 
-# --- mergekit, and the DELLA authors' own ranking -------------------------------------------------------------------------
+# --- mergekit, and the DELLA authors' own ranking -----------------------------------------------
 
 
 def mergekit(out, della):
-    """mergekit's DELLA: its keep probabilities, and its election and fusion. Its pruning scales a tensor back to its L1 norm where the paper divides by the
-    keep probabilities, so the merge is recorded with the pruning of the authors' fork (della/mergekit/mergekit/sparsify.py) in its place."""
+    """mergekit's DELLA: its keep probabilities, and its election and fusion.
+
+    Its pruning scales a tensor back to its L1 norm where the paper divides by the keep
+    probabilities, so the merge is recorded with the pruning of the authors' fork
+    (della/mergekit/mergekit/sparsify.py) in its place."""
     from mergekit import sparsify
     from mergekit.merge_methods import generalized_task_arithmetic as gta
     from mergekit.merge_methods.base import TensorGroup
