@@ -28,9 +28,9 @@ from .settings import Attacker, MainParams, variant
 
 # %% ../nbs/18_experiment.ipynb #b30c27eb
 class Lab:
-    "The main run's parts, computed on demand and cached by content. `rows` collects the tidy"
+    """The main run's parts, computed on demand and cached by content.
 
-    "results, `records` what each defence chose and why."
+    `rows` collects the tidy results, `records` what each defence chose and why."""
 
     def __init__(self, P: MainParams, stages: Stages | None = None):
         self.P, self.stages, self.settings, self.rows, self.records = (
@@ -283,8 +283,9 @@ def suite(self) -> Suite:
 
 @method(Lab)
 def measured(self, row: str, models: dict, **summary) -> list[dict]:
-    "Rows of `{task: state dict}`, or of one state dict for all tasks, under the name `row`, and"
-    "what else is to be said; kept in `self.rows`."
+    """Rows of `{task: state dict}`, or of one state dict for all tasks, under the name `row`.
+
+    And what else is to be said; kept in `self.rows`."""
     each = models if set(models) <= set(self.tasks) else {n: models for n in self.tasks}
 
     def compute():
@@ -306,8 +307,9 @@ def measured(self, row: str, models: dict, **summary) -> list[dict]:
 # %% ../nbs/18_experiment.ipynb #1c195c61
 @method(Lab)
 def summarise(self, row: str, values: dict, n: int = 1, lam: float = float("nan")) -> None:
-    "One row a value that describes a whole method: seconds, peak memory, λ, path integrals; None"
-    "is left out."
+    """One row a value that describes a whole method: seconds, peak memory, λ, path integrals.
+
+    A value that is None is left out."""
     self.rows += [
         dict(
             method=row,
@@ -327,8 +329,9 @@ def summarise(self, row: str, values: dict, n: int = 1, lam: float = float("nan"
 # %% ../nbs/18_experiment.ipynb #8458a6b7
 @method(Lab)
 def walked(self, row: str, theta: dict, d: Defended) -> list[dict]:
-    "Rows along the path from a merged model to a defence's λ = 1 model, and its summaries, under"
-    "the name `row`."
+    """Rows along the path from a merged model to a defence's λ = 1 model, and its summaries.
+
+    Under the name `row`."""
     few, n = self.suite.first(self.P.path_n), self.P.lam_n
     key = (code_hash("path"), self._pre, theta, d.end, few, n)
     rows = self.stages(
@@ -356,8 +359,9 @@ def walked(self, row: str, theta: dict, d: Defended) -> list[dict]:
 def defend_and_measure(
     self, merge_name: str, defence: str, theta_mm: dict, poisoned: bool
 ) -> Defended:
-    "Purify, measure and walk the path; the row is `LFPM`, on a further merge `SA + LFPM`, on a"
-    "clean merge `LFPM (clean)`."
+    """Purify, measure and walk the path.
+
+    The row is `LFPM`, on a further merge `SA + LFPM`, on a clean merge `LFPM (clean)`."""
     row = (defence if merge_name == self.P.merges[0] else f"{merge_name} + {defence}") + (
         "" if poisoned else " (clean)"
     )

@@ -22,8 +22,9 @@ from .path import lerp
 
 # %% ../nbs/19_recorded.ipynb #f2241d62
 def save_vector(path, theta: dict, base: dict, **also) -> None:
-    "Write theta - base in fp16 (integer buffers are the base's and stay out); `also`: further"
-    "tensors, kept as they are."
+    """Write theta - base in fp16 (integer buffers are the base's and stay out).
+
+    `also`: further tensors, kept as they are."""
     check_same(base, theta, "the base and the model")
     tau = {f"tau.{k}": (v - base[k]).half() for k, v in theta.items() if v.is_floating_point()}
     save_state(path, tau | also, poisoned="poisoned" in Path(path).stem)
@@ -139,8 +140,9 @@ def mined(self, theta: dict) -> tuple[dict, dict]:
 
 @method(Recorded)
 def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
-    "(purified state dict, record): recorded for the card's defences on the two merges, computed"
-    "for anything else."
+    """(purified state dict, record).
+
+    Recorded for the card's defences on the two merges, computed for anything else."""
     key = f"{name}-{self.kind(theta)}"
     if key not in self.card["defences"]:
         return Lab.defended(self, name, theta)
@@ -197,8 +199,9 @@ def _measure(rec: Recorded) -> pd.DataFrame:
 
 # %% ../nbs/19_recorded.ipynb #8a0d0c09
 def record(lab: Lab, folder, stages: Stages | None = None) -> Path:
-    "Write `lab` with the defences of its settings to `folder` (replaced as a whole), measured as"
-    "written."
+    """Write `lab` with the defences of its settings to `folder`, measured as written.
+
+    The folder is replaced as a whole."""
     folder = Path(folder)
     tmp = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(tmp, ignore_errors=True)

@@ -34,8 +34,9 @@ DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 
 
 def styles(names) -> dict:
-    "{method: (colour, dash, marker)}: fixed for the methods everybody looks for, and no two"
-    "others alike."
+    """{method: (colour, dash, marker)}.
+
+    Fixed for the methods everybody looks for, and no two others alike."""
     others = [n for n in names if n not in STYLE]
     colours = ("#cc79a7", "#56b4e9", "#e69f00", "#882255", "#44aa99", "#999933", "#661100")
     return STYLE | {
@@ -45,8 +46,9 @@ def styles(names) -> dict:
 
 
 def path_lines(df: pd.DataFrame) -> tuple[dict, dict]:
-    "{(method, metric): DataFrame(lam, value, n)} of the averages along each path, and"
-    "{name: value} of the flat lines (clean merge, floors)."
+    """({(method, metric): DataFrame(lam, value, n)}, {name: value}): paths, and what is flat.
+
+    The averages along each path; of the flat lines (clean merge, floors) one value each."""
     avg = df[df.task == "average"]
     lines = {
         k: g.sort_values("lam")
@@ -73,8 +75,10 @@ def path_lines(df: pd.DataFrame) -> tuple[dict, dict]:
 
 # %% ../nbs/18a_results.ipynb #8b1ea5ce
 def draw_path(df: pd.DataFrame):
-    "The matplotlib figure: left CA, right ASR_T against lam, one line a method, the floors as"
-    "thin lines, chosen λ as a big marker."
+    """The matplotlib figure.
+
+    Left CA, right ASR_T against lam, one line a method, the floors as thin lines, chosen λ as a
+    big marker."""
     from matplotlib.figure import Figure
 
     lines, flat = path_lines(df)
@@ -152,8 +156,10 @@ def plot_path(df: pd.DataFrame):
 
 # %% ../nbs/18a_results.ipynb #6540154f
 def draw_merges(df: pd.DataFrame, merges: list[str]):
-    "The matplotlib figure: for every merge CA and ASR_T of the clean merge, the poisoned one, and"
-    "what each defence left."
+    """The matplotlib figure.
+
+    For every merge CA and ASR_T of the clean merge, the poisoned one, and what each defence
+    left."""
     from matplotlib.figure import Figure
 
     avg = df[(df.task == "average") & (df.kind == "model")].set_index(["method", "metric"])
@@ -220,8 +226,9 @@ def save(self, folder, config: str = "") -> Path:
 
 
 def picture(folder) -> Path | None:
-    "A run's picture: of its merges where it compares several, else of its paths; None: it has"
-    "neither."
+    """A run's picture: of its merges where it compares several, else of its paths.
+
+    None: it has neither."""
     drawn = (Path(folder) / n for n in ("merges.png", "path.png"))
     return next((p for p in drawn if p.exists()), None)
 
@@ -243,8 +250,9 @@ COLUMNS = {
 
 
 def table(df: pd.DataFrame) -> pd.DataFrame:
-    "One row a method: mean and std over seeds of COLUMNS (`X`, `X_std`), n_seeds; rates in"
-    "percent, memory in MB, NaN where it does not apply."
+    """One row a method: mean and std over seeds of COLUMNS (`X`, `X_std`), n_seeds.
+
+    Rates in percent, memory in MB, NaN where it does not apply."""
     one = df[
         (df.task == "average") & (df.kind.isin(["model", "summary"])) & df.metric.isin(COLUMNS)
     ]
@@ -311,8 +319,9 @@ VERSUS = {
 
 # %% ../nbs/18a_results.ipynb #8e17f7f4
 def to_markdown(t: pd.DataFrame, columns: dict = COLUMNS) -> str:
-    "The table as Markdown: mean ± std over seeds of `columns` {name: heading}; a column without a"
-    "single value is left out."
+    """The table as Markdown: mean ± std over seeds of `columns` {name: heading}.
+
+    A column without a single value is left out."""
     cols = [c for c in columns if t[c].notna().any()]
 
     def cell(r, c):
