@@ -33,9 +33,11 @@ class Runs:
     folder: Path
     name: str
     preset: str = "lab"
+    config: str = "*"  # the digits that end a folder's name, where there are several
 
     def __post_init__(self):
-        files = sorted((self.folder / self.name).glob(f"{self.preset}-s*/metrics.parquet"))
+        runs = f"{self.preset}-s*-{self.config}/metrics.parquet"
+        files = sorted((self.folder / self.name).glob(runs))
         self.df = pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
 
     def all(self, method: str, metric: str = "ASR_T") -> pd.Series:
@@ -90,8 +92,8 @@ def reader(folder: Path = ROOT / "data" / "results"):
     "`get(name, preset)` -> Runs, each read once."
 
     @functools.cache
-    def get(name, preset="lab"):
-        return Runs(folder, name, preset)
+    def get(name, preset="lab", config="*"):
+        return Runs(folder, name, preset, config)
 
     return get
 

@@ -535,7 +535,7 @@ def test_settings_are_the_main_runs(stranger):
         "prompt_steps",
     } <= shared
     assert (
-        set(presets(experiments()["purify"])) == {"lab", "tiny", "paper"}
+        set(presets(experiments()["purify"])) == {"lab", "picture", "tiny", "paper"}
         and settings_of("purify", "paper").shadow_n == 10_000
     )
 

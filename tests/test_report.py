@@ -705,6 +705,7 @@ def test_known_findings(tmp_path):
         p = json.loads((f / "params.json").read_text(encoding="utf-8"))["params"]
         if (
             p.get("attack") != "badmerging"
+            or p.get("prompt_kind", "tokens") != "tokens"
             or "," in p["adversary"]
             or not {"LFPM"} <= set(p["defences"])
             or p["A"]
