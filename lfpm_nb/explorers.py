@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINES', 'COLOURS', 'KINDS', 'MergeCore', 'key', 'exact', 'profiles', 'move', 'static', 'MergeExplorer', 'CTLCore',
-           'CTLExplorer', 'SubspaceCore', 'lines', 'SubspaceExplorer']
+           'CTLExplorer', 'SubspaceCore', 'basis', 'lines', 'SubspaceExplorer']
 
 # %% ../nbs/20a_explorers.ipynb #40961285
 import html, threading
@@ -25,34 +25,32 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 
 # %% ../nbs/20a_explorers.ipynb #8c9fb6ba
 class MergeCore:
-    """theta_pre + sum_t c_t tau_t of a lab's contributors, poisoned or clean, mixed in place; CA per task and ASR(T) on the first `n` test images each,
-    for the grid on the first `coarse`."""
+    """theta_pre + sum_t c_t tau_t of a lab's contributors, poisoned or clean, mixed in place.
+
+    CA per task and ASR(T) on the first `n` test images each, for the grid on the first
+    `coarse`."""
 
     def __init__(self, lab: Lab, n: int = 100, coarse: int = 32):
-        self.lab, self.names, self.lock, self.cache, self.grids = (
-            lab,
-            list(lab.P.tasks),
-            threading.Lock(),
-            {},
-            {},
-        )
+        self.lab, self.names = lab, list(lab.P.tasks)
+        self.lock, self.cache, self.grids = threading.Lock(), {}, {}
         base = lab.clip.state()
         self.visual = lab.clip.with_state(base)
-        self.base = {
-            k: v.to(next(self.visual.parameters()).device)
-            for k, v in base.items()
-            if v.is_floating_point()
-        }
-        tau = lambda m: {k: m[k].to(v.device) - v for k, v in self.base.items()}
-        self.tau = {p: [tau(m) for m in lab.models(p).values()] for p in (True, False)}
+        where = next(self.visual.parameters()).device
+        self.base = {k: v.to(where) for k, v in base.items() if v.is_floating_point()}
+        self.tau = {p: [self._tau(m) for m in lab.models(p).values()] for p in (True, False)}
         self.out, self.n, self.coarse = self.visual.state_dict(), few(n), min(n, coarse)
+
+    def _tau(self, model: dict) -> dict:
+        "A contributor's task vector, on the device."
+        return {k: model[k].to(v.device) - v for k, v in self.base.items()}
 
     @torch.no_grad()
     def mix(self, coefficients: list[float], poisoned: bool) -> torch.nn.Module:
         "The tower with these coefficients, in the contributors' order."
         if len(coefficients) != len(self.names):
             raise ValueError(
-                f"{len(coefficients)} coefficients for {len(self.names)} contributors ({', '.join(self.names)})"
+                f"{len(coefficients)} coefficients for {len(self.names)} contributors "
+                f"({', '.join(self.names)})"
             )
         for k, b in self.base.items():
             self.out[k].copy_(b)
@@ -63,44 +61,43 @@ class MergeCore:
 # %% ../nbs/20a_explorers.ipynb #b6fbb742
 @method(MergeCore)
 def _predict(self, visual, task, x):
+    "Predicted classes (n,) of images of a task, on the CPU."
     return logits(features(self.lab.clip, visual, x), self.lab.heads[task.name]).argmax(1).cpu()
 
 
 @method(MergeCore)
 def _asr(self, visual, n: int) -> float:
-    "Mean over attacked tasks of the share of non-target images that become the target under the trigger."
+    "Mean over attacked tasks of the percentage of non-target images that the trigger turns."
     each = []
     for name, goal in self.lab.suite.goals.items():
         t = self.lab.tasks[name]
         other = (t.test_y != goal.target_class).nonzero()[:n, 0]
-        each.append(
-            100
-            * (self._predict(visual, t, goal.trigger(t.test_x[other])) == goal.target_class)
-            .double()
-            .mean()
-            .item()
-        )
+        hit = self._predict(visual, t, goal.trigger(t.test_x[other])) == goal.target_class
+        each.append(100 * hit.double().mean().item())
     return sum(each) / len(each)
 
 
 @method(MergeCore)
 def _look(self, coefficients: list[float], poisoned: bool, n: int) -> dict:
+    "{task: CA %, ..., 'ASR(T)': %} on n images each, measured now."
     with self.lock:
-        visual, tasks = self.mix(coefficients, poisoned), (self.lab.tasks[k] for k in self.names)
-        right = lambda t: (
-            100 * (self._predict(visual, t, t.test_x[:n]) == t.test_y[:n]).double().mean().item()
-        )
-        return {t.name: right(t) for t in tasks} | {"ASR(T)": self._asr(visual, n)}
+        visual, found = self.mix(coefficients, poisoned), {}
+        for name in self.names:
+            t = self.lab.tasks[name]
+            right = self._predict(visual, t, t.test_x[:n]) == t.test_y[:n]
+            found[t.name] = 100 * right.double().mean().item()
+        return found | {"ASR(T)": self._asr(visual, n)}
 
 # %% ../nbs/20a_explorers.ipynb #2f6a3a0a
 @method(MergeCore)
 def key(self, coefficients: list[float], poisoned: bool = True) -> tuple:
+    "What `exact` keeps its answer under: coefficients to four digits, and whose."
     return tuple(round(c, 4) for c in coefficients), poisoned
 
 
 @method(MergeCore)
 def exact(self, coefficients: list[float], poisoned: bool = True) -> dict:
-    "{task: CA %, ..., 'ASR(T)': %} of the model with these coefficients, cached under their `key`."
+    "{task: CA %, ..., 'ASR(T)': %} of the model with these coefficients, cached under `key`."
     key = self.key(coefficients, poisoned)
     if key not in self.cache:
         self.cache[key] = self._look(coefficients, poisoned, self.n)
@@ -108,58 +105,60 @@ def exact(self, coefficients: list[float], poisoned: bool = True) -> dict:
 
 
 @method(MergeCore)
+def _grid(self, poisoned: bool) -> dict:
+    "`profiles`, measured now."
+    scale = self.lab.P.scale
+    at, alone = sorted({0.0, scale, 0.6, 1.0}), {}
+    for i, name in enumerate(self.names):
+        given = [scale] * len(self.names)
+        alone[name] = []
+        for c in at:
+            given[i] = c
+            alone[name].append(self._look(given, poisoned, self.coarse))
+    return dict(at=at, alone=alone)
+
+
+@method(MergeCore)
 def profiles(self, poisoned: bool) -> dict:
-    "{'at': coefficients, 'alone': {contributor: figures at each of them, the others at the lab's}}; measured once, then kept on disk."
+    """{'at': coefficients, 'alone': {contributor: figures at each of them}}, the coarse grid.
+
+    The others stay at the lab's coefficient. Measured once, then kept on disk."""
     if poisoned not in self.grids:
-        scale, at = self.lab.P.scale, sorted({0.0, self.lab.P.scale, 0.6, 1.0})
-        alone = lambda i: [
-            self._look(
-                [c if j == i else scale for j in range(len(self.names))], poisoned, self.coarse
-            )
-            for c in at
-        ]
-        key = (
-            code_hash("explorers"),
-            self.base,
-            self.tau[poisoned],
-            self.lab.suite.first(self.coarse),
-            self.coarse,
-        )
-        self.grids[poisoned] = self.lab.stages(
-            "merge-grid",
-            key,
-            lambda: ({}, dict(at=at, alone={n: alone(i) for i, n in enumerate(self.names)})),
-        )[1]
+        images = self.lab.suite.first(self.coarse)
+        key = (code_hash("explorers"), self.base, self.tau[poisoned], images, self.coarse)
+        kept = self.lab.stages("merge-grid", key, lambda: ({}, self._grid(poisoned)))
+        self.grids[poisoned] = kept[1]
     return self.grids[poisoned]
 
 # %% ../nbs/20a_explorers.ipynb #b7bd62b6
 @method(MergeCore)
 def move(self, coefficients: list[float], poisoned: bool = True) -> dict:
-    "The same figures at once: the lab's own, plus what each coefficient does alone, between 0 and 100 %."
+    """The same figures at once, between 0 and 100 %, interpolated.
+
+    The lab's own, plus what each coefficient does alone."""
     g, scale = self.profiles(poisoned), self.lab.P.scale
 
-    def guess(k):
-        line = lambda n, c: float(np.interp(c, g["at"], [f[k] for f in g["alone"][n]]))
-        here = line(self.names[0], scale)
-        return float(
-            np.clip(here + sum(line(n, c) - here for n, c in zip(self.names, coefficients)), 0, 100)
-        )
+    def line(figure, name, c):
+        return float(np.interp(c, g["at"], [found[figure] for found in g["alone"][name]]))
 
-    return {k: guess(k) for k in (*self.names, "ASR(T)")}
+    def guess(figure):
+        here = line(figure, self.names[0], scale)
+        effects = (line(figure, n, c) - here for n, c in zip(self.names, coefficients))
+        return float(np.clip(here + sum(effects), 0, 100))
+
+    return {figure: guess(figure) for figure in (*self.names, "ASR(T)")}
 
 # %% ../nbs/20a_explorers.ipynb #a4320113
 @method(MergeCore)
 def static(self) -> bytes:
     "Bars of the poisoned and the clean merge at the lab's own coefficient."
     c = [self.lab.P.scale] * len(self.names)
-    both = {"poisoned": self.exact(c, True), "clean": self.exact(c, False)}
+    poisoned, clean = self.exact(c, True), self.exact(c, False)
 
     def draw(fig):
         ax, x = fig.subplots(), np.arange(len(self.names) + 1)
-        for k, ((name, v), hatch) in enumerate(zip(both.items(), ("//", ""))):
-            ax.bar(
-                x + 0.4 * k - 0.2, list(v.values()), 0.38, label=f"{name} contributor", hatch=hatch
-            )
+        ax.bar(x - 0.2, list(poisoned.values()), 0.38, label="poisoned contributor", hatch="//")
+        ax.bar(x + 0.2, list(clean.values()), 0.38, label="clean contributor", hatch="")
         ax.set_xticks(x, [*self.names, "ASR(T)"])
         ax.set(ylabel=f"% (n = {self.n} a bar)", ylim=(0, 102), title=f"every coefficient {c[0]}")
         fig.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -168,123 +167,99 @@ def static(self) -> bytes:
 
 # %% ../nbs/20a_explorers.ipynb #42b94393
 class MergeExplorer(Resting):
-    "Sliders for every contributor's coefficient, bars of CA and ASR(T); a switch puts the adversary's clean twin in his place."
+    """Sliders for every contributor's coefficient, bars of CA and ASR(T).
+
+    A switch puts the adversary's clean twin in his place."""
 
     def __init__(self, lab, n: int = 100, rest: float = 0.15):
         super().__init__(lab if isinstance(lab, MergeCore) else MergeCore(lab, n), rest)
 
     def _build(self):
         import ipywidgets as w
-        import plotly.graph_objects as go
 
         c, scale = self.core, self.core.lab.P.scale
-        self.sliders = [
-            w.FloatSlider(
-                scale,
-                min=0,
-                max=1,
-                step=0.05,
-                description=n,
-                readout=False,
-                layout=w.Layout(width="250px"),
-            )
-            for n in c.names
-        ]
+        look = dict(min=0, max=1, step=0.05, readout=False, layout=w.Layout(width="250px"))
+        self.sliders = [w.FloatSlider(scale, description=n, **look) for n in c.names]
         self.boxes = [number(x) for x in self.sliders]
-        self.buttons = self.stops_at(
-            [
-                ("all 0: pretrained", lambda: 0.0),
-                (f"all {scale:g}: the lab's", lambda: scale),
-                ("all 1", lambda: 1.0),
-            ],
-            self._all,
-        )
-        self.poisoned = w.ToggleButtons(
-            options=[("poisoned contributor", True), ("clean contributor", False)],
-            style=dict(button_width="170px"),
-        )
+        stops = [
+            ("all 0: pretrained", lambda: 0.0),
+            (f"all {scale:g}: the lab's", lambda: scale),
+            ("all 1", lambda: 1.0),
+        ]
+        self.buttons = self.stops_at(stops, self._all)
+        kinds = [("poisoned contributor", True), ("clean contributor", False)]
+        self.poisoned = w.ToggleButtons(options=kinds, style=dict(button_width="170px"))
         c.profiles(True)  # the grid is there before the first drag
-        first = c.exact(
-            [scale] * len(c.names)
-        )  # what is drawn before a page is there to see it would be lost, so the figure is born with its numbers
-        fig = go.Figure(
-            go.Bar(
-                x=list(first),
-                y=list(first.values()),
-                marker=dict(
-                    color=[COLOURS[0]] * len(c.names) + [COLOURS[1]],
-                    pattern_shape=[""] * len(c.names) + ["/"],
-                ),
-                texttemplate="%{y:.0f} %",
-                textposition="outside",
-                textangle=0,
-                cliponaxis=False,
-            )
-        )
-        self.wide(
-            fig.update_layout(
-                height=320,
-                margin=dict(l=40, r=10, t=20, b=30),
-                template="plotly_white",
-                yaxis=dict(range=[0, 108], title="% of images"),
-            )
-        )
+        self.wide(self._figure())
         self.state = w.HTML()
         for x in (*self.sliders, self.poisoned):
             x.observe(self._moved, "value")
-        self.parts = [
-            self.poisoned,
-            *self.buttons,
-            *self.sliders,
-            *self.boxes,
-            self.fig,
-            self.state,
-        ]
+        top = [self.poisoned, *self.buttons]
+        self.parts = [*top, *self.sliders, *self.boxes, self.fig, self.state]
         wrap = w.Layout(flex_flow="row wrap")
-        self.view = w.VBox(
-            [
-                w.HBox([self.poisoned, *self.buttons], layout=wrap),
-                w.HBox([w.HBox(x) for x in zip(self.sliders, self.boxes)], layout=wrap),
-                self.fig,
-                self.state,
-            ]
-        )
+        pairs = [w.HBox(x) for x in zip(self.sliders, self.boxes)]
+        rows = [w.HBox(top, layout=wrap), w.HBox(pairs, layout=wrap)]
+        self.view = w.VBox([*rows, self.fig, self.state])
         self._moved(None)
+
+# %% ../nbs/20a_explorers.ipynb #20aa0003
+@method(MergeExplorer)
+def _figure(self):
+    """Bars of the lab's own merge.
+
+    What is drawn before a page is there to see it would be lost, so the figure is born with its
+    numbers."""
+    import plotly.graph_objects as go
+
+    c = self.core
+    n = len(c.names)
+    found = c.exact([c.lab.P.scale] * n)
+    look = dict(color=[COLOURS[0]] * n + [COLOURS[1]], pattern_shape=[""] * n + ["/"])
+    text = dict(texttemplate="%{y:.0f} %", textposition="outside", textangle=0)
+    bars = go.Bar(x=list(found), y=list(found.values()), marker=look, cliponaxis=False, **text)
+    return go.Figure(bars).update_layout(
+        height=320,
+        margin=dict(l=40, r=10, t=20, b=30),
+        template="plotly_white",
+        yaxis=dict(range=[0, 108], title="% of images"),
+    )
 
 # %% ../nbs/20a_explorers.ipynb #686e8fe5
 @method(MergeExplorer)
 def _all(self, value: float) -> None:
+    "Every slider to one value."
     for x in self.sliders:
         x.value = value
 
 
 @method(MergeExplorer)
 def _draw(self, found: dict, kind: str) -> None:
+    "Bars, and their summary in words."
     self.fig.data[0].y = list(found.values())
-    self.state.value = f"{kind}: mean CA {np.mean(list(found.values())[:-1]):.1f} %, ASR(T) {found['ASR(T)']:.1f} %"
+    ca = np.mean(list(found.values())[:-1])
+    self.state.value = f"{kind}: mean CA {ca:.1f} %, ASR(T) {found['ASR(T)']:.1f} %"
 
 
 @method(MergeExplorer)
 def _moved(self, _) -> None:
     def f():
-        given, c = ([x.value for x in self.sliders], self.poisoned.value), self.core
+        c, given = self.core, ([x.value for x in self.sliders], self.poisoned.value)
+        exact = f"exact, n = {c.n} a bar"
         self.settle()
         if c.key(*given) in c.cache:
-            return self._draw(c.exact(*given), f"exact, n = {c.n} a bar")
-        self._draw(
-            c.move(*given),
-            f"interpolated, the effects of single coefficients added up, n = {c.coarse} a bar",
-        )
-        self.later(
-            lambda: c.exact(*given), lambda found: self._draw(found, f"exact, n = {c.n} a bar")
-        )
+            return self._draw(c.exact(*given), exact)
+        added = f"interpolated, the effects of single coefficients added up, n = {c.coarse} a bar"
+        self._draw(c.move(*given), added)
+        self.later(lambda: c.exact(*given), lambda found: self._draw(found, exact))
 
     self.guard(f)
 
 # %% ../nbs/20a_explorers.ipynb #2acc148a
 class CTLCore:
-    """Coefficient and cosine of every block between two state dicts on uint8 images x, on a grid of `points` and exactly at any lam; `prompt` (k, width)
-    or None; `rule`: the λ that a rule chose, or None."""
+    """Coefficient and cosine of every block between two state dicts, on uint8 images x.
+
+    On a grid of `points` and exactly at any lam. `prompt` (k, width) or None; `rule`: the λ
+    that a rule chose, or None."""
 
     def __init__(
         self,
@@ -299,107 +274,95 @@ class CTLCore:
         same_origin(a, b, "the two models")
         if points < 2:
             raise ValueError(f"a grid of {points} λ; expected at least 2, the two ends")
-        self.given, self.lock, self.cache, self.n, self.rule = (
-            (clip, a, b, x),
-            threading.Lock(),
-            {},
-            few(len(x)),
-            rule,
-        )
+        self.given, self.n, self.rule = (clip, a, b, x), few(len(x)), rule
+        self.lock, self.cache = threading.Lock(), {}
         self.prompt, self.rows = prompt, ctl_curve(*self.given, grid(points), prompt)
         self.blocks = list(dict.fromkeys(r["block"] for r in self.rows))
 
     def line(self, block: str, key: str) -> tuple[list, list]:
+        "(λ, values) of one block along the grid; `key`: coefficient or cosine."
         of = [(r["lam"], r[key]) for r in self.rows if r["block"] == block]
         return [l for l, _ in of], [v for _, v in of]
 
     def move(self, lam: float) -> dict:
         "{block: (coefficient, cosine)} between grid points."
-        return {
-            b: tuple(float(np.interp(lam, *self.line(b, k))) for k in ("coefficient", "cosine"))
-            for b in self.blocks
-        }
+        found = {}
+        for b in self.blocks:
+            pair = (self.line(b, k) for k in ("coefficient", "cosine"))
+            found[b] = tuple(float(np.interp(lam, *line)) for line in pair)
+        return found
 
     def exact(self, lam: float) -> dict:
+        "{block: (coefficient, cosine)} at exactly lam, cached."
         with self.lock:
             if lam not in self.cache:
-                self.cache[lam] = {
-                    r["block"]: (r["coefficient"], r["cosine"])
-                    for r in ctl_curve(*self.given, [lam], self.prompt)
-                }
+                rows = ctl_curve(*self.given, [lam], self.prompt)
+                self.cache[lam] = {r["block"]: (r["coefficient"], r["cosine"]) for r in rows}
             return self.cache[lam]
 
 # %% ../nbs/20a_explorers.ipynb #f90c5642
 @method(CTLCore)
 def static(self) -> bytes:
+    "Both numbers of every block along λ, PNG bytes."
+    styles = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))
+    below = dict(loc="outside lower center", ncols=6, frameon=False)
+
     def draw(fig):
         for ax, k in zip(fig.subplots(1, 2, sharex=True), ("coefficient", "cosine")):
-            for b, ls in zip(self.blocks, ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))):
+            for b, ls in zip(self.blocks, styles):
                 ax.plot(*self.line(b, k), ls=ls, label=b)
             ax.axhline(1, color="0.6", lw=1)
             ax.set(title=f"{k} (n = {self.n})", xlabel="λ")
-        fig.legend(
-            *ax.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False
-        )
+        fig.legend(*ax.get_legend_handles_labels(), **below)
 
     return drawn(draw, 8, 3.6)
 
 
 class CTLExplorer(Resting):
-    "Coefficient and cosine along λ for each block, markers at λ; from the merge to a recorded defence's end, or any two models through a `CTLCore`."
+    """Coefficient and cosine along λ for each block, markers at λ.
+
+    From the merge to a recorded defence's end, or any two models through a `CTLCore`."""
 
     def __init__(self, lab, method: str = "LFPM", n: int = 96, rest: float = 0.15):
         if isinstance(lab, CTLCore):
             return super().__init__(lab, rest)
         theta = lab.both["poisoned"]
-        x, d = (
-            next(lab.tasks[t] for t in lab.suite.goals).test_x[: few(n)],
-            lab.defended(method, theta)[1],
-        )
+        x = next(lab.tasks[t] for t in lab.suite.goals).test_x[: few(n)]
+        d = lab.defended(method, theta)[1]
         super().__init__(CTLCore(lab.clip, theta, d.end, x, rule=d.lam), rest)
 
 # %% ../nbs/20a_explorers.ipynb #46b86850
 @method(CTLExplorer)
-def _build(self) -> None:
-    import ipywidgets as w
+def _figure(self):
+    "Two panels, a curve a block; the last two traces are the markers at λ."
     from plotly.subplots import make_subplots
 
-    c, fig = (
-        self.core,
-        make_subplots(1, 2, subplot_titles=["coefficient", "cosine"], horizontal_spacing=0.12),
-    )
-    for i, b in enumerate(c.blocks):
-        for col, k in enumerate(("coefficient", "cosine"), 1):
-            fig.add_scatter(
-                x=c.line(b, k)[0],
-                y=c.line(b, k)[1],
-                name=b,
-                legendgroup=b,
-                showlegend=col == 1,
-                mode="lines",
-                line=dict(dash=LINES[i % 6], color=COLOURS[i % 6]),
-                row=1,
-                col=col,
-            )
+    blocks, names = self.core.blocks, ["coefficient", "cosine"]
+    fig = make_subplots(1, 2, subplot_titles=names, horizontal_spacing=0.12)
+    for i, b in enumerate(blocks):
+        look = dict(dash=LINES[i % 6], color=COLOURS[i % 6])
+        for col, k in enumerate(names, 1):
+            x, y = self.core.line(b, k)
+            same = dict(name=b, legendgroup=b, showlegend=col == 1, mode="lines", line=look)
+            fig.add_scatter(x=x, y=y, row=1, col=col, **same)
+    mark = dict(mode="markers", showlegend=False, marker=dict(color="black", size=8))
     for col in (1, 2):
-        fig.add_scatter(
-            x=[0] * len(c.blocks),
-            y=[1] * len(c.blocks),
-            mode="markers",
-            showlegend=False,
-            marker=dict(color="black", size=8),
-            row=1,
-            col=col,
-        )
-    fig.update_xaxes(title="λ: 0 one model, 1 the other").update_layout(
+        fig.add_scatter(x=[0] * len(blocks), y=[1] * len(blocks), row=1, col=col, **mark)
+    return fig.update_xaxes(title="λ: 0 one model, 1 the other").update_layout(
         height=380,
         margin=dict(l=50, r=10, t=30, b=40),
         template="plotly_white",
         legend=dict(orientation="h", y=-0.22),
     )
-    self.wide(fig)
+
+
+@method(CTLExplorer)
+def _build(self) -> None:
+    import ipywidgets as w
+
+    self.wide(self._figure())
     self.words, self.state = w.HTML(), w.HTML()
-    rule = [("the rule's λ", lambda: self.core.rule)] if c.rule is not None else []
+    rule = [("the rule's λ", lambda: self.core.rule)] if self.core.rule is not None else []
     row = self.slider_row(stops=[("0: start", lambda: 0.0), *rule, ("1: end", lambda: 1.0)])
     self.slider.observe(self._moved, "value")
     self.parts += [self.words, self.fig, self.state]
@@ -409,14 +372,16 @@ def _build(self) -> None:
 # %% ../nbs/20a_explorers.ipynb #b5a81aef
 @method(CTLExplorer)
 def _draw(self, lam: float, found: dict, kind: str) -> None:
+    "Markers, and in words the block that is worst."
     with self.fig.batch_update():
-        for k in (0, 1):
-            self.fig.data[-2 + k].x, self.fig.data[-2 + k].y = (
-                [lam] * len(found),
-                [v[k] for v in found.values()],
-            )
+        for k, mark in enumerate(self.fig.data[-2:]):
+            mark.x, mark.y = [lam] * len(found), [v[k] for v in found.values()]
     worst = max(found, key=lambda b: abs(found[b][0] - 1))
-    self.words.value = f"<b>λ = {lam:.3f}</b>, {kind}: worst coefficient {found[worst][0]:.3f} ({html.escape(worst)}), lowest cosine {min(v[1] for v in found.values()):.3f}"
+    lowest = min(v[1] for v in found.values())
+    self.words.value = (
+        f"<b>λ = {lam:.3f}</b>, {kind}: worst coefficient {found[worst][0]:.3f} "
+        f"({html.escape(worst)}), lowest cosine {lowest:.3f}"
+    )
     self.state.value = f"{kind} at λ = {lam:.3f}, n = {self.core.n}"
 
 
@@ -434,44 +399,40 @@ def _moved(self, _) -> None:
 
 # %% ../nbs/20a_explorers.ipynb #62d6a9c2
 class SubspaceCore:
-    "Energy of feature changes in P_adv, and accuracies of both parts, for the merge of a lab: on a grid of `ranks` and exactly at any up to the last; `n` target-task images."
+    """Energy of feature changes in P_adv, and accuracies of both parts, for the merge of a lab.
+
+    On a grid of `ranks` and exactly at any up to the last; `n` target-task images."""
 
     def __init__(self, lab, n: int = 96, ranks=(1, 2, 4, 8, 16, 32, 64), epochs: int = 2):
         if len(ranks) < 2:
             raise ValueError(f"a grid of {len(ranks)} ranks; expected at least 2")
         self.ranks, self.n, self.cache, self.lock = ranks, few(n), {}, threading.Lock()
         theta, clip = lab.both["poisoned"], lab.clip
-        visual, goal = clip.with_state(theta), next(iter(lab.suite.goals.items()))
-        t = lab.tasks[goal[0]]
+        visual = clip.with_state(theta)
+        name, goal = next(iter(lab.suite.goals.items()))
+        t = lab.tasks[name]
         x, prompt = t.test_x[:n], lab.mined(theta)[0]["p"][0]
-        self.y, self.W, unit = (
-            t.test_y[:n],
-            lab.heads[t.name].cpu(),
-            lambda h: F.normalize(h.cpu(), dim=-1),
-        )
-        seen = lambda x, p=None: features(
-            clip, visual, x, p, dtype=torch.float32
-        )  # learning U would enlarge bfloat16's rounding
-        self.h = {
-            k: unit(seen(v, p))
-            for k, v, p in (
-                ("plain", x, None),
-                ("with trigger", goal[1].trigger(x), None),
-                ("prompted", x, prompt),
-            )
+        self.y, self.W = t.test_y[:n], lab.heads[name].cpu()
+
+        def seen(x, p=None):
+            # learning U would enlarge bfloat16's rounding
+            return features(clip, visual, x, p, dtype=torch.float32)
+
+        found = {
+            "plain": seen(x),
+            "with trigger": seen(goal.trigger(x)),
+            "prompted": seen(x, prompt),
         }
-        shadow_h = seen(lab.shadow.train[0])
-        self.basis = lambda r: learn_subspace(
-            shadow_h.cpu(),
-            lab.shadow.train[1],
-            lab.shadow.W.cpu(),
-            r,
-            epochs=epochs,
-            seed=lab.P.seed,
-        )[0]
+        self.h = {k: F.normalize(h.cpu(), dim=-1) for k, h in found.items()}
+        shadow = lab.shadow
+        self.given = (seen(shadow.train[0]).cpu(), shadow.train[1], shadow.W.cpu())
+        self.how = dict(epochs=epochs, seed=lab.P.seed)
 
     def exact(self, r: int) -> dict:
-        "{'change in P_adv': {...}, 'accuracy of P_clean': {...}, 'accuracy of P_adv': {...}}, percent, for the three kinds of pictures."
+        """What `_look` finds at exactly r, cached: {part: {kind of pictures: percent}}.
+
+        Parts: change in P_adv, accuracy of P_clean, accuracy of P_adv. ValueError outside the
+        grid's ranks."""
         if not self.ranks[0] <= r <= self.ranks[-1]:
             raise ValueError(f"r is {r}; expected {self.ranks[0]} to {self.ranks[-1]}")
         with self.lock:
@@ -481,14 +442,24 @@ class SubspaceCore:
 
 # %% ../nbs/20a_explorers.ipynb #63deeca9
 @method(SubspaceCore)
+def basis(self, r: int) -> torch.Tensor:
+    "U (d, r), learned on the shadow features of the merge."
+    return learn_subspace(*self.given, r, **self.how)[0]
+
+
+@method(SubspaceCore)
 def _look(self, U) -> dict:
-    right = lambda z: 100 * (logits(z, self.W).argmax(1) == self.y).double().mean().item()
-    moved = {k: v - self.h["plain"] for k, v in self.h.items() if k != "plain"}
+    "{part: {kind of pictures: percent}} for a basis U (d, r)."
+
+    def right(z):
+        return 100 * (logits(z, self.W).argmax(1) == self.y).double().mean().item()
+
+    held = {}
+    for k in ("with trigger", "prompted"):
+        change = self.h[k] - self.h["plain"]
+        held[k] = 100 * (p_adv(U, change).square().sum() / change.square().sum()).item()
     return {
-        "change in P_adv": {
-            k: 100 * (p_adv(U, v).square().sum() / v.square().sum()).item()
-            for k, v in moved.items()
-        },
+        "change in P_adv": held,
         "accuracy of P_clean": {k: right(p_clean(U, v)) for k, v in self.h.items()},
         "accuracy of P_adv": {k: right(p_adv(U, v)) for k, v in self.h.items()},
     }
@@ -496,7 +467,9 @@ def _look(self, U) -> dict:
 
 @method(SubspaceCore, once=True)
 def lines(self) -> dict:
-    "{part: {kind: its percentages at the grid's ranks}}: a drag reads it, and measures nothing."
+    """{part: {kind: its percentages at the grid's ranks}}.
+
+    A drag reads it, and measures nothing."""
     at = [self.exact(r) for r in self.ranks]
     return {part: {k: [a[part][k] for a in at] for k in kinds} for part, kinds in at[0].items()}
 
@@ -504,42 +477,40 @@ def lines(self) -> dict:
 @method(SubspaceCore)
 def move(self, r: int) -> dict:
     "Like `exact`, between the grid's ranks (linear in log r)."
-    return {
-        part: {k: float(np.interp(np.log(r), np.log(self.ranks), v)) for k, v in kinds.items()}
-        for part, kinds in self.lines.items()
-    }
+    x, ranks, found = np.log(r), np.log(self.ranks), {}
+    for part, kinds in self.lines.items():
+        found[part] = {k: float(np.interp(x, ranks, v)) for k, v in kinds.items()}
+    return found
 
 # %% ../nbs/20a_explorers.ipynb #506cfd2e
-@method(SubspaceCore)
-def static(self) -> bytes:
-    def draw(fig):
-        for ax, (part, kinds) in zip(fig.subplots(1, 3), self.lines.items()):
-            for k, v in kinds.items():
-                ax.plot(
-                    self.ranks,
-                    v,
-                    {"plain": "o-", "with trigger": "x--", "prompted": "s:"}[k],
-                    color=KINDS[k][0],
-                    label=k,
-                )
-            ax.set_xscale("log", base=2)
-            ax.set(title=f"{part}, % (n = {self.n})", xlabel="rank r", ylim=(-2, 102))
-        fig.legend(
-            *ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
-        )
-
-    return drawn(draw, 10, 3.6)
-
-
 KINDS = {
     "plain": (COLOURS[0], "solid", "circle"),
     "with trigger": (COLOURS[1], "dash", "x"),
     "prompted": (COLOURS[2], "dot", "square"),
 }
 
+
+@method(SubspaceCore)
+def static(self) -> bytes:
+    "Three panels over the ranks, PNG bytes."
+    looks = {"plain": "o-", "with trigger": "x--", "prompted": "s:"}
+    below = dict(loc="outside lower center", ncols=3, frameon=False)
+
+    def draw(fig):
+        for ax, (part, kinds) in zip(fig.subplots(1, 3), self.lines.items()):
+            for k, v in kinds.items():
+                ax.plot(self.ranks, v, looks[k], color=KINDS[k][0], label=k)
+            ax.set_xscale("log", base=2)
+            ax.set(title=f"{part}, % (n = {self.n})", xlabel="rank r", ylim=(-2, 102))
+        fig.legend(*ax.get_legend_handles_labels(), **below)
+
+    return drawn(draw, 10, 3.6)
+
 # %% ../nbs/20a_explorers.ipynb #d3f19474
 class SubspaceExplorer(Resting):
-    "A slider for the rank r; what P_adv holds of a change, and what P_clean and P_adv still classify, with markers at r."
+    """A slider for the rank r, with markers at r.
+
+    What P_adv holds of a change, and what P_clean and P_adv still classify."""
 
     def __init__(self, lab, n: int = 96, rest: float = 0.15):
         super().__init__(lab if isinstance(lab, SubspaceCore) else SubspaceCore(lab, n), rest)
@@ -547,31 +518,24 @@ class SubspaceExplorer(Resting):
     def _build(self):
         import ipywidgets as w
 
-        c, (first, *_, last) = self.core, self.core.ranks
-        self.slider = w.IntSlider(
-            4,
-            min=first,
-            max=last,
-            description="rank r",
-            readout=False,
-            layout=w.Layout(width="38%"),
-        )
+        first, *_, last = self.core.ranks
+        look = dict(description="rank r", readout=False, layout=w.Layout(width="38%"))
+        self.slider = w.IntSlider(4, min=first, max=last, **look)
         self.box = number(self.slider, "BoundedIntText")
-        self.buttons = self.stops_at(
-            [
-                (f"{first}: the fewest", lambda: first),
-                ("8", lambda: 8),
-                (f"{last}: the most", lambda: last),
-            ],
-            lambda r: setattr(self.slider, "value", r),
-        )
+        stops = [
+            (f"{first}: the fewest", lambda: first),
+            ("8", lambda: 8),
+            (f"{last}: the most", lambda: last),
+        ]
+        self.buttons = self.stops_at(stops, lambda r: setattr(self.slider, "value", r))
         self.wide(self._figure())
         self.words, self.state = w.HTML(), w.HTML()
         self.slider.observe(self._moved, "value")
-        self.parts = [self.slider, self.box, *self.buttons, self.words, self.fig, self.state]
-        self.view = w.VBox(
-            [w.HBox(self.parts[:-3], layout=w.Layout(flex_flow="row wrap")), *self.parts[-3:]]
-        )
+        controls = [self.slider, self.box, *self.buttons]
+        shown = [self.words, self.fig, self.state]
+        self.parts = [*controls, *shown]
+        row = w.HBox(controls, layout=w.Layout(flex_flow="row wrap"))
+        self.view = w.VBox([row, *shown])
         self._moved(None)
 
 # %% ../nbs/20a_explorers.ipynb #ec6512ce
@@ -584,30 +548,15 @@ def _figure(self):
     fig = make_subplots(1, 3, subplot_titles=[f"{p}, %" for p in lines])
     for col, (part, kinds) in enumerate(lines.items(), 1):
         for k, v in kinds.items():
-            fig.add_scatter(
-                x=ranks,
-                y=v,
-                name=k,
-                legendgroup=k,
-                showlegend=col == 2,
-                mode="lines+markers",
-                row=1,
-                col=col,
-                line=dict(color=KINDS[k][0], dash=KINDS[k][1]),
-                marker=dict(symbol=KINDS[k][2], size=7),
-            )
+            colour, dash, symbol = KINDS[k]
+            look = dict(line=dict(color=colour, dash=dash), marker=dict(symbol=symbol, size=7))
+            same = dict(name=k, legendgroup=k, showlegend=col == 2, mode="lines+markers", **look)
+            fig.add_scatter(x=ranks, y=v, row=1, col=col, **same)
     r = self.slider.value
     mark = dict(size=13, color="black", symbol="diamond", line=dict(color="white", width=1.5))
+    same = dict(mode="markers", marker=mark, showlegend=False)
     for col, now in enumerate(self.core.exact(r).values(), 1):
-        fig.add_scatter(
-            x=[r] * len(now),
-            y=list(now.values()),
-            mode="markers",
-            marker=mark,
-            showlegend=False,
-            row=1,
-            col=col,
-        )
+        fig.add_scatter(x=[r] * len(now), y=list(now.values()), row=1, col=col, **same)
     fig.update_xaxes(type="log", tickvals=ranks, title="rank r")
     fig.update_yaxes(range=[-2, 102])
     fig.update_annotations(font_size=14)
@@ -621,12 +570,14 @@ def _figure(self):
 # %% ../nbs/20a_explorers.ipynb #099cde5f
 @method(SubspaceExplorer)
 def _draw(self, r: int, found: dict, kind: str) -> None:
+    "Markers, and in words what the rank holds and keeps."
     with self.fig.batch_update():
         for mark, kinds in zip(self.fig.data[-3:], found.values()):
             mark.x, mark.y = [r] * len(kinds), list(kinds.values())
     moved, clean = found["change in P_adv"], found["accuracy of P_clean"]
     self.words.value = (
-        f"<b>r = {r}</b>, {kind}: P_adv holds {moved['with trigger']:.1f} % of the trigger's change, {moved['prompted']:.1f} % of the prompt's; "
+        f"<b>r = {r}</b>, {kind}: P_adv holds {moved['with trigger']:.1f} % of the trigger's "
+        f"change, {moved['prompted']:.1f} % of the prompt's; "
         f"P_clean alone classifies {clean['plain']:.1f} % of plain pictures"
     )
     self.state.value = f"{kind} at r = {r}, n = {self.core.n}"

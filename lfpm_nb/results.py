@@ -34,31 +34,30 @@ DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 
 
 def styles(names) -> dict:
-    """{method: (colour, dash, marker)}.
+    """{method: (colour, dash, marker)} of STYLE and of `names`.
 
     Fixed for the methods everybody looks for, and no two others alike."""
     others = [n for n in names if n not in STYLE]
     colours = ("#cc79a7", "#56b4e9", "#e69f00", "#882255", "#44aa99", "#999933", "#661100")
-    return STYLE | {
-        n: (colours[k % 7], list(DASHES)[k % 4], list(MARKS)[(k + 3) % 8])
-        for k, n in enumerate(others)
-    }
+    dashes, marks, look = list(DASHES), list(MARKS), dict(STYLE)
+    for k, n in enumerate(others):
+        look[n] = (colours[k % 7], dashes[k % 4], marks[(k + 3) % 8])
+    return look
 
 
 def path_lines(df: pd.DataFrame) -> tuple[dict, dict]:
-    """({(method, metric): DataFrame(lam, value, n)}, {name: value}): paths, and what is flat.
+    """({(method, metric): DataFrame(lam, value, n)} along paths, {name: value} of flat lines).
 
-    The averages along each path; of the flat lines (clean merge, floors) one value each."""
+    Averages over tasks; flat are the clean merge and the floors. ValueError without a clean
+    merge."""
     avg = df[df.task == "average"]
-    lines = {
-        k: g.sort_values("lam")
-        for k, g in avg[(avg.kind == "path") & avg.metric.isin(["CA", "ASR_T"])].groupby(
-            ["method", "metric"], sort=False
-        )
-    }
-    at = lambda m, metric: (
-        avg[(avg.kind == "model") & (avg.method == m) & (avg.metric == metric)].value
-    )
+    path, model = avg[avg.kind == "path"], avg[avg.kind == "model"]
+    by = path[path.metric.isin(["CA", "ASR_T"])].groupby(["method", "metric"], sort=False)
+    lines = {k: g.sort_values("lam") for k, g in by}
+
+    def at(m, metric):
+        return model[(model.method == m) & (model.metric == metric)].value
+
     merges = [m for m in avg.method.unique() if m.endswith("(clean)") and "individual" not in m]
     if not merges:
         raise ValueError(
@@ -75,10 +74,9 @@ def path_lines(df: pd.DataFrame) -> tuple[dict, dict]:
 
 # %% ../nbs/18a_results.ipynb #8b1ea5ce
 def draw_path(df: pd.DataFrame):
-    """The matplotlib figure.
+    """The matplotlib figure: left CA, right ASR_T against lam, one line a method.
 
-    Left CA, right ASR_T against lam, one line a method, the floors as thin lines, chosen λ as a
-    big marker."""
+    The floors are thin lines, a chosen λ is a big marker."""
     from matplotlib.figure import Figure
 
     lines, flat = path_lines(df)
@@ -89,17 +87,15 @@ def draw_path(df: pd.DataFrame):
     for (m, metric), g in lines.items():
         colour, dash, mark = look[m]
         axs[metric].plot(g.lam, g.value, color=colour, ls=DASHES[dash], marker=mark, ms=3, label=m)
-        axs[metric].plot(
-            chosen[m], np.interp(chosen[m], g.lam, g.value), mark, color=colour, ms=9, mfc="none"
-        )
+        there = np.interp(chosen[m], g.lam, g.value)
+        axs[metric].plot(chosen[m], there, mark, color=colour, ms=9, mfc="none")
     for (name, v), grey in zip(flat.items(), ("0.2", "0.5", "0.7")):
         axs["ASR_T"].axhline(v, color=grey, lw=1, label=name)
     for metric, title in (("CA", "clean accuracy, %"), ("ASR_T", "attack success ASR(T), %")):
         n = {int(g.n.iloc[0]) for (m, k), g in lines.items() if k == metric}
-        axs[metric].set(
-            xlabel="λ  (0 merged – 1 the defence's own end)",
-            title=f"{title} (n = {', '.join(map(str, sorted(n)))})",
-        )
+        n = ", ".join(map(str, sorted(n)))
+        xlabel = "λ  (0 merged – 1 the defence's own end)"
+        axs[metric].set(xlabel=xlabel, title=f"{title} (n = {n})")
         axs[metric].grid(alpha=0.3)
     axs["ASR_T"].set_ylim(-2, 102)
     axs["ASR_T"].legend(fontsize=7.5 if len(lines) < 16 else 6)
@@ -112,12 +108,8 @@ def plot_path(df: pd.DataFrame):
 
     lines, flat = path_lines(df)
     look = styles(dict.fromkeys(m for m, _ in lines))
-    fig = make_subplots(
-        1,
-        2,
-        subplot_titles=["clean accuracy, %", "attack success ASR(T), %"],
-        horizontal_spacing=0.08,
-    )
+    titles = ["clean accuracy, %", "attack success ASR(T), %"]
+    fig = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.08)
     for (m, metric), g in lines.items():
         colour, dash, mark = look[m]
         fig.add_scatter(
@@ -135,16 +127,9 @@ def plot_path(df: pd.DataFrame):
             col=1 + (metric == "ASR_T"),
         )
     for (name, v), dash in zip(flat.items(), ("solid", "dash", "dot")):
-        fig.add_scatter(
-            x=[0, 1],
-            y=[v, v],
-            name=name,
-            mode="lines",
-            line=dict(color="gray", width=1, dash=dash),
-            hovertemplate=f"{name}: %{{y:.1f}} %",
-            row=1,
-            col=2,
-        )
+        thin = dict(mode="lines", line=dict(color="gray", width=1, dash=dash))
+        hover = f"{name}: %{{y:.1f}} %"
+        fig.add_scatter(x=[0, 1], y=[v, v], name=name, hovertemplate=hover, row=1, col=2, **thin)
     fig.update_xaxes(title="λ: 0 merged, 1 the defence's own end")
     fig.update_yaxes(range=[-2, 102], row=1, col=2)
     return fig.update_layout(
@@ -156,30 +141,24 @@ def plot_path(df: pd.DataFrame):
 
 # %% ../nbs/18a_results.ipynb #6540154f
 def draw_merges(df: pd.DataFrame, merges: list[str]):
-    """The matplotlib figure.
+    """The matplotlib figure: CA and ASR_T of every merge.
 
-    For every merge CA and ASR_T of the clean merge, the poisoned one, and what each defence
-    left."""
+    Of the clean merge, the poisoned one, and what each defence left."""
     from matplotlib.figure import Figure
 
     avg = df[(df.task == "average") & (df.kind == "model")].set_index(["method", "metric"])
-    defences = [
-        m.split(" + ")[1]
-        for m in avg.index.get_level_values(0).unique()
-        if m.startswith(f"{merges[-1]} + ")
-    ]
-    rows = lambda m: [f"{m} (clean)", m, *(d if m == merges[0] else f"{m} + {d}" for d in defences)]
-    looks = [
-        ("clean", "#009e73", "^"),
-        ("poisoned", "#d55e00", "s"),
-        *((d, f"C{k}", "o") for k, d in enumerate(defences)),
-    ]
+    methods, last = avg.index.get_level_values(0).unique(), f"{merges[-1]} + "
+    defences = [m.split(" + ")[1] for m in methods if m.startswith(last)]
+
+    def rows(m):
+        left = defences if m == merges[0] else [f"{m} + {d}" for d in defences]
+        return [f"{m} (clean)", m, *left]
+
+    looks = [("clean", "#009e73", "^"), ("poisoned", "#d55e00", "s")]
+    looks += [(d, f"C{k}", "o") for k, d in enumerate(defences)]
     fig = Figure(figsize=(9, 1.4 + 0.3 * len(merges)), layout="constrained")
-    for ax, metric, title in zip(
-        fig.subplots(1, 2, sharey=True),
-        ("CA", "ASR_T"),
-        ("clean accuracy, %", "attack success ASR(T), %"),
-    ):
+    panels = (("CA", "clean accuracy, %"), ("ASR_T", "attack success ASR(T), %"))
+    for ax, (metric, title) in zip(fig.subplots(1, 2, sharey=True), panels):
         for k, (name, colour, mark) in enumerate(looks):
             at = avg.loc[[(rows(m)[k], metric) for m in merges]]
             ax.plot(at.value, range(len(merges)), mark, color=colour, label=name)
@@ -194,26 +173,24 @@ def draw_merges(df: pd.DataFrame, merges: list[str]):
 # %% ../nbs/18a_results.ipynb #2ff7624b
 @method(Lab)
 def save(self, folder, config: str = "") -> Path:
-    """Write metrics.parquet and params.json to `folder`, and the figures.
+    """Write metrics.parquet and params.json to `folder`, and the pictures; the folder.
 
     path.html and path.png where there are paths, merges.png where there are several merges.
     `config` is the configuration's hash, where the run has one."""
     folder, df = Path(folder), self.frame()
     with writing(folder / "metrics.parquet") as tmp:
         df.to_parquet(tmp, index=False)
-    write_json(
-        folder / "params.json",
-        dict(
-            params=self.settings,
-            config=config,
-            versions=versions(),
-            time=time.strftime("%F %T"),
-            cpu=cpu_name(),
-            backbone=self.clip.card["sha256"],
-            defences=self.records,
-            stages=[dict(name=n, seconds=s, reused=r) for n, s, r in self.stages.log],
-        ),
+    about = dict(
+        params=self.settings,
+        config=config,
+        versions=versions(),
+        time=time.strftime("%F %T"),
+        cpu=cpu_name(),
+        backbone=self.clip.card["sha256"],
+        defences=self.records,
+        stages=[dict(name=n, seconds=s, reused=r) for n, s, r in self.stages.log],
     )
+    write_json(folder / "params.json", about)
     if (df.kind == "path").any():
         with writing(folder / "path.png") as tmp:
             draw_path(df).savefig(tmp, format="png", dpi=130)
@@ -253,59 +230,49 @@ def table(df: pd.DataFrame) -> pd.DataFrame:
     """One row a method: mean and std over seeds of COLUMNS (`X`, `X_std`), n_seeds.
 
     Rates in percent, memory in MB, NaN where it does not apply."""
-    one = df[
-        (df.task == "average") & (df.kind.isin(["model", "summary"])) & df.metric.isin(COLUMNS)
-    ]
-    wide = one.pivot_table(
-        index=["method", "seed"], columns="metric", values="value", sort=False
-    ).reindex(columns=list(COLUMNS))
+    avg = df[(df.task == "average") & df.kind.isin(["model", "summary"])]
+    one = avg[avg.metric.isin(COLUMNS)]
+    wide = one.pivot_table("value", ["method", "seed"], "metric", sort=False)
+    wide = wide.reindex(columns=list(COLUMNS))
     g = wide.groupby("method", sort=False)
     out = g.mean().join(g.std(ddof=1).add_suffix("_std")).assign(n_seeds=g.size())
     return out.reset_index()
 
 # %% ../nbs/18a_results.ipynb #3f7e131b
 def _versus(g: pd.DataFrame, ref: pd.Series, ca: float, asr: float) -> dict:
+    "One path's answers to both questions, against the reference's point of the same seed."
     near, safe = g[(g.CA - ref.CA).abs() <= ca], g[g.ASR_T <= ref.ASR_T + asr]
-    return dict(
-        ASR_same_CA=near.ASR_T.min(),
-        CA_same_ASR=safe.CA.max(),
-        dASR=near.ASR_T.min() - ref.ASR_T,
-        dCA=safe.CA.max() - ref.CA,
-    )
+    least, most = near.ASR_T.min(), safe.CA.max()
+    return dict(ASR_same_CA=least, CA_same_ASR=most, dASR=least - ref.ASR_T, dCA=most - ref.CA)
 
 
 def versus(
     df: pd.DataFrame, reference: str = "LFPM", ca: float = 2.0, asr: float = 1.0
 ) -> pd.DataFrame:
-    """Paths against `reference` at its λ, paired by seed.
+    """Paths against `reference` at its λ, paired by seed: mean and `_std` over seeds.
 
-    `ASR_same_CA` (lowest ASR(T) % within `ca` points of its CA), `CA_same_ASR` (highest CA %
-    where ASR(T) is at most `asr` points above its), both minus the reference's (`dASR`,
-    `dCA`) as mean and `_std`, and in how many seeds they exist."""
-    wide = df[(df.kind == "path") & (df.task == "average")].pivot_table(
-        index=["method", "seed", "lam"], columns="metric", values="value", sort=False
-    )
-    lam = (
-        df[(df.kind == "summary") & (df.metric == "lam") & (df.method == reference)]
-        .set_index("seed")
-        .value
-    )
-    at = lambda seed: min(
-        wide.loc[(reference, seed)].iterrows(), key=lambda x: abs(x[0] - lam[seed])
-    )[1]
-    every = {
-        (m, s): _versus(g, at(s), ca, asr)
-        for (m, s), g in wide.groupby(level=["method", "seed"], sort=False)
-        if s in lam
-    }
+    `ASR_same_CA` (lowest ASR(T) % within `ca` points of its CA), `CA_same_ASR` (highest CA % where
+    ASR(T) is at most `asr` points above its), both minus the reference's (`dASR`, `dCA`), and in
+    how many seeds they exist."""
+    path = df[(df.kind == "path") & (df.task == "average")]
+    wide = path.pivot_table("value", ["method", "seed", "lam"], "metric", sort=False)
+    own = df[(df.kind == "summary") & (df.metric == "lam") & (df.method == reference)]
+    lam = own.set_index("seed").value
+
+    def at(seed):
+        "The reference's point that is nearest to its λ."
+        points = wide.loc[(reference, seed)].iterrows()
+        return min(points, key=lambda x: abs(x[0] - lam[seed]))[1]
+
+    every = {}
+    for (m, s), g in wide.groupby(level=["method", "seed"], sort=False):
+        if s in lam:
+            every[m, s] = _versus(g, at(s), ca, asr)
     each = pd.DataFrame(every).T.rename_axis(["method", "seed"])
     by = each.groupby("method", sort=False)
-    return (
-        by.mean()
-        .join(by.std(ddof=1).add_suffix("_std"))
-        .assign(n_seeds=by.size(), n_ASR=by.dASR.count(), n_CA=by.dCA.count())
-        .reset_index()
-    )
+    out = by.mean().join(by.std(ddof=1).add_suffix("_std"))
+    out = out.assign(n_seeds=by.size(), n_ASR=by.dASR.count(), n_CA=by.dCA.count())
+    return out.reset_index()
 
 # %% ../nbs/18a_results.ipynb #0bdc3cb0
 VERSUS = {
@@ -318,6 +285,9 @@ VERSUS = {
 }
 
 # %% ../nbs/18a_results.ipynb #8e17f7f4
+_DIGITS = dict(lam=2, strength=2, seconds=0, cpu_seconds=0, peak_mb=0, n_ASR=0, n_CA=0)
+
+
 def to_markdown(t: pd.DataFrame, columns: dict = COLUMNS) -> str:
     """The table as Markdown: mean ± std over seeds of `columns` {name: heading}.
 
@@ -327,10 +297,8 @@ def to_markdown(t: pd.DataFrame, columns: dict = COLUMNS) -> str:
     def cell(r, c):
         if pd.isna(r[c]):
             return "–"
-        d = {"lam": 2, "strength": 2}.get(
-            c, 0 if c in ("seconds", "cpu_seconds", "peak_mb", "n_ASR", "n_CA") else 1
-        )
-        return f"{r[c]:.{d}f}" + ("" if pd.isna(r.get(f"{c}_std")) else f" ± {r[f'{c}_std']:.{d}f}")
+        d, std = _DIGITS.get(c, 1), r.get(f"{c}_std")
+        return f"{r[c]:.{d}f}" + ("" if pd.isna(std) else f" ± {std:.{d}f}")
 
     names = ["method", *(columns[c] for c in cols), "seeds"]
     rows = [[r["method"], *(cell(r, c) for c in cols), str(r["n_seeds"])] for _, r in t.iterrows()]
