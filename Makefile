@@ -58,6 +58,7 @@ check: install  ## are notebooks and modules in step and clean, and outputs with
 	changed=$$(comm -3 <(echo "$$before" | sort) <(files | sort) | awk '{print $$2}' | sort -u); \
 	[ -z "$$changed" ] || { printf 'These were out of step or not clean. They are in order now: review and commit them.\n%s\n' "$$changed" >&2; exit 1; }
 	$(BIN)/ruff format --check -q . || { echo "make format puts the lines in order" >&2; exit 1; }
+	$(BIN)/ruff check -q .
 	$(BIN)/python -m pytest -q tests/test_repo.py
 
 format: install  ## put the lines of notebooks and tests in order
