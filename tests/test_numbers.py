@@ -269,6 +269,30 @@ def pictures(get) -> list[str]:
             f"fine-tuning left {f0(get('main')('fine-tuning'))} % on tokens, here it leaves"
             f" {f0(r('fine-tuning'))} and is more accurate than LFPM"
         ),
+        *real_windows(get),
+    ]
+
+
+def real_windows(get) -> list[str]:
+    "The same on real pictures: one strict picture, then a strict and a lenient one."
+    one, two = (get("pictures", "small-real", c) for c in ("4e54a410", "60012d76"))
+
+    def at(r, m, seed):
+        return f"{f1(r.all(m)[seed])} % ({f1(r.all(m, 'CA')[seed])})"
+
+    def left(r, seed, mark=""):
+        return f"leaves {mark}{at(r, 'LFPM', seed)}{mark} of {at(r, 'TA', seed)}"
+
+    def clean(seed):
+        before, after = (two.all(m, "CA")[seed] for m in ("TA (clean)", "LFPM (clean)"))
+        return f"the clean merge goes from {f1(before)} to {f1(after)}"
+
+    tuned = {s: f"fine-tuning {at(one, 'fine-tuning', s)}" for s in (6, 7)}
+    return [
+        f"n = {one.n():,} a seed, clean accuracy in brackets",
+        f"{left(one, 6)}, {tuned[6]}",
+        f"{left(one, 7, '**')}, {tuned[7]}",
+        *(f"seed {s} {left(two, s)}, {clean(s)}" for s in two.all("TA").index),
     ]
 
 
