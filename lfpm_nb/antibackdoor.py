@@ -17,7 +17,7 @@ from .clip import Clip, Windowed, encode, features, logits, numbered
 from .lora import dense, trainable
 from .tune import RECOMPUTE, batches, optimiser, train
 from .subspace import Shadow, learn_subspace, mine_prompt, p_adv, p_clean, plain_features
-from .subspace import KINDS, shift
+from .subspace import PROMPT_KINDS, shift
 
 # %% ../nbs/13_antibackdoor.ipynb #d1626877
 def path_points(a: float, b: float, n: int) -> list[float]:
@@ -93,7 +93,7 @@ class Strengths:
             raise ValueError(f"interval is {self.interval}; expected 0 <= a <= b <= 1")
         if self.start not in ("merged", "pretrained"):
             raise ValueError(f"start is {self.start!r}; expected 'merged' or 'pretrained'")
-        self.prompt_kind = choose(self.prompt_kind, KINDS, "prompt_kind")
+        self.prompt_kind = choose(self.prompt_kind, PROMPT_KINDS, "prompt_kind")
         self.recompute = choose(self.recompute, RECOMPUTE, "value of recompute")
 
 # %% ../nbs/13_antibackdoor.ipynb #04805f37

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from .core import device
-from .clip import Clip, encode, whole
+from .clip import Clip, encode, numbered, whole
 from .path import Path
 
 # %% ../nbs/15_ctl.ipynb #dedc184f
@@ -146,11 +146,11 @@ def ctl_curve(
         raise ValueError("x holds no images; expected uint8 (N, 3, H, W) with N >= 1")
     path, found = Path(clip, a, b), {}
     dev = next(path.visual.parameters()).device
-    for part in x.split(batch):
-        xs = clip.normalise(part.to(dev))
-        ends = tuple(layers(path.at(s), xs, prompt) for s in (0.0, 1.0))
+    for part, i in zip(x.split(batch), torch.arange(len(x)).split(batch)):
+        xs, p = clip.normalise(part.to(dev)), numbered(prompt, i)
+        ends = tuple(layers(path.at(s), xs, p) for s in (0.0, 1.0))
         for lam in lams:
-            for k, (h, mix) in _between(path, xs, lam, prompt, ends).items():
+            for k, (h, mix) in _between(path, xs, lam, p, ends).items():
                 found.setdefault((lam, k), []).append(sums(h, mix, ends[1][k] - ends[0][k]))
     return [dict(lam=lam, block=k, **linearity(torch.cat(s, 1))) for (lam, k), s in found.items()]
 

@@ -192,6 +192,14 @@ def test_module_imports(path):
     )
 
 
+@pytest.mark.parametrize("path", MODULES, ids=rel)
+def test_a_module_imports_its_neighbours_relatively(path):
+    "nbdev leaves an import absolute that has a line break inside (findings/)."
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = [n.module for n in tree.body if isinstance(n, ast.ImportFrom) and not n.level]
+    assert not [m for m in found if m.split(".")[0] == "lfpm_nb"]
+
+
 def top_names(tree: ast.Module):
     "Names that a module gives at its top: functions but for added methods, classes, constants."
     for n in tree.body:
