@@ -1,9 +1,11 @@
-"""The path explorer's budgets: a drag's handler, one exact evaluation, and what 200 drags leave behind.
+"""The path explorer's budgets: a drag, one exact evaluation, and what 200 drags leave behind.
 
     python benchmarks/explore.py [--n 256] [--rounds 20]
 
-The recorded lab, its own model, `n` pictures plain and with the trigger (2n images an evaluation), torch's default number of threads. Times are
-medians; the exact evaluation is also given as a ratio to its bare forward pass in the same run. On a GPU the same code keeps pictures and models there."""
+The recorded lab, its own model, `n` pictures plain and with the trigger (2n images an
+evaluation), torch's default number of threads. Times are medians; the exact evaluation is also
+given as a ratio to its bare forward pass in the same run. On a GPU the same code keeps pictures
+and models there."""
 
 import argparse
 import statistics
@@ -52,11 +54,11 @@ def main():
     explorer.timer.join()
     time.sleep(0.2)
     print(
-        f"handler  median {statistics.median(handler):6.1f} ms, worst of 200 {max(handler):6.1f} ms (limit {LIMITS['handler']})"
+        f"handler  median {statistics.median(handler):6.1f} ms, "
+        f"worst of 200 {max(handler):6.1f} ms (limit {LIMITS['handler']})"
     )
-    print(
-        f"200 drags: {len(_instances) - before} widgets and {threading.active_count() - threads} threads more than before"
-    )
+    widgets, running = len(_instances) - before, threading.active_count() - threads
+    print(f"200 drags: {widgets} widgets and {running} threads more than before")
 
     lams = [(i + 0.37) / args.rounds for i in range(args.rounds)]
     features(core.clip, core.path.visual, core.x)  # warms up
@@ -64,12 +66,13 @@ def main():
     for lam in lams:
         exact.append(clock(lambda: core.exact(min(lam, 1.0))))
         bare.append(clock(lambda: features(core.clip, core.path.visual, core.x)))
+    ratio = statistics.median(a / b for a, b in zip(exact, bare))
     print(
-        f"exact    median {statistics.median(exact):6.1f} ms (limit {LIMITS['exact']}), {statistics.median(a / b for a, b in zip(exact, bare)):.2f} x its forward pass"
+        f"exact    median {statistics.median(exact):6.1f} ms (limit {LIMITS['exact']}), "
+        f"{ratio:.2f} x its forward pass"
     )
-    print(
-        f"again    median {statistics.median(clock(lambda: core.exact(min(lam, 1.0))) for lam in lams):6.3f} ms (cached)"
-    )
+    again = [clock(lambda: core.exact(min(lam, 1.0))) for lam in lams]
+    print(f"again    median {statistics.median(again):6.3f} ms (cached)")
     explorer.close()
 
 

@@ -4,18 +4,25 @@
 
 Prints one aligned table:
 
-- generator: images/s of every LabWorld family (task and pretrain style) and of scenes, on one thread, fonts and tiles drawn beforehand;
-- peak: the fastest square bfloat16 and float32 matrix product found on this machine with these threads;
-- fine-tuning: images/s of `tune.fit`'s step (clean loss, backward, gradient norm, AdamW; in `core.precision`), and its share of that precision's peak. The step's
-  FLOPs are counted by torch's FlopCounterMode, with attention as plain matrix products so that none is missed; element-wise work counts nothing;
+- generator: images/s of every LabWorld family (task and pretrain style) and of scenes, on one
+  thread, fonts and tiles drawn beforehand;
+- peak: the fastest square bfloat16 and float32 matrix product found on this machine with these
+  threads;
+- fine-tuning: images/s of `tune.fit`'s step (clean loss, backward, gradient norm, AdamW; in
+  `core.precision`), and its share of that precision's peak. The step's FLOPs are counted by
+  torch's FlopCounterMode, with attention as plain matrix products so that none is missed;
+  element-wise work counts nothing;
 - evaluation: images/s of `clip.features` (in `core.precision`, no gradients);
-- stages: seconds of each stage of a main run, from the newest finished one under $LFPM_RUNS or `--run`; stages that ran several times are added up.
-  Without any run, the tiny preset is run in a throw-away folder;
-- Stage II against SAM: one LFPM step (`antibackdoor.step_loss`, backward, accumulation, update) and one SAM step (Foret et al. 2021: ascent pass,
-  descent pass) on theta_anti alone, with the same batches and the same clean and prompted terms. The time ratio is the median over pairs that
-  alternate in order. The peak-memory ratio compares tensor memory: on CUDA `torch.cuda.max_memory_allocated`; on the CPU the highest sum of
-  allocations minus releases that torch's profiler sees during a step, plus what the weights, gradients and optimiser held before it (the
-  memory of a process would mostly show its libraries).
+- stages: seconds of each stage of a main run, from the newest finished one under $LFPM_RUNS or
+  `--run`; stages that ran several times are added up. Without any run, the tiny preset is run in
+  a throw-away folder;
+- Stage II against SAM: one LFPM step (`antibackdoor.step_loss`, backward, accumulation, update)
+  and one SAM step (Foret et al. 2021: ascent pass, descent pass) on theta_anti alone, with the
+  same batches and the same clean and prompted terms. The time ratio is the median over pairs that
+  alternate in order. The peak-memory ratio compares tensor memory: on CUDA
+  `torch.cuda.max_memory_allocated`; on the CPU the highest sum of allocations minus releases that
+  torch's profiler sees during a step, plus what the weights, gradients and optimiser held before
+  it (the memory of a process would mostly show its libraries).
 
 `--quick` repeats less and draws fewer images: about a minute instead of a few, with more noise.
 """
@@ -71,7 +78,7 @@ def seconds(f, repeat: int) -> float:
     return statistics.median(took)
 
 
-# --- generator, peak, fine-tuning, evaluation ------------------------------------------------------------------------------
+# --- generator, peak, fine-tuning, evaluation -----------------------------------------------------
 
 
 def generator_rows(n: int, repeat: int):
@@ -138,7 +145,7 @@ def train_and_eval_rows(clip, P: MainParams, n: int, repeat: int):
     yield "evaluation", len(task.test_x) / took, "images/s", "batch 512, no gradients"
 
 
-# --- stages of a main run --------------------------------------------------------------------------------------------------
+# --- stages of a main run -------------------------------------------------------------------------
 
 
 def newest_run() -> Path | None:
@@ -179,7 +186,7 @@ def stage_rows(folder: Path):
     )
 
 
-# --- Stage II against SAM --------------------------------------------------------------------------------------------------
+# --- Stage II against SAM -------------------------------------------------------------------------
 
 
 class Stage2:
@@ -298,7 +305,7 @@ def stage2_rows(clip, P: MainParams, pairs: int):
     yield "Stage II: peak memory, LFPM / SAM", peak["lfpm"] / peak["sam"], "x", ""
 
 
-# --- all of it -------------------------------------------------------------------------------------------------------------
+# --- all of it ------------------------------------------------------------------------------------
 
 
 def rows(args):

@@ -1,17 +1,25 @@
-"""What Stage II costs beside SAM and beside plain fine-tuning, and what a path costs beside its forward passes: ratios, on whatever device there is.
+"""What Stage II costs beside SAM and plain fine-tuning, and a path beside forward passes.
 
-    python benchmarks/gpu.py [--model lfpm-lab] [--batch 64] [--rounds 9] [--threads N] [--parts stage2 path]
+Ratios, on whatever device there is.
 
-Weights, images and heads are random: time and memory do not depend on them. `--model` is a shipped backbone or a name that open_clip knows
-(`ViT-B-32-quickgelu`, `ViT-L-14-quickgelu`). One table: each goal beside what was measured, device, n (images), rounds; medians over rounds in which all kinds
-of step take turns. The exit code is 1 when a goal is missed.
+    python benchmarks/gpu.py [--model lfpm-lab] [--batch 64] [--rounds 9] [--threads N]
+        [--parts stage2 path]
 
-- LFPM / SAM: one Stage-II step (`antibackdoor.step_loss`, backward, accumulation, update) against one SAM step, same batch, same clean and prompted terms; and the
-  same with `recompute` "towers" and "blocks" (`tune.Lean`). FLOPs: what the time ratio would be if only matrix products took time.
-  Memory as in foundation.py: CUDA's allocator, or torch's profiler on a CPU, with weights, gradients and optimiser;
-- share of matmul throughput: FLOPs a second of a Stage-II step over those of a fine-tuning step on the same images, each counted by FlopCounterMode; on a GPU also
-  Stage II's share of the fastest bf16 product found;
-- path: 21 models between two towers, each mixed (`path.Path`) and asked for the features and predictions of n images, over 21 times the features alone.
+Weights, images and heads are random: time and memory do not depend on them. `--model` is a
+shipped backbone or a name that open_clip knows (`ViT-B-32-quickgelu`, `ViT-L-14-quickgelu`). One
+table: each goal beside what was measured, device, n (images), rounds; medians over rounds in
+which all kinds of step take turns. The exit code is 1 when a goal is missed.
+
+- LFPM / SAM: one Stage-II step (`antibackdoor.step_loss`, backward, accumulation, update) against
+  one SAM step, same batch, same clean and prompted terms; and the same with `recompute` "towers"
+  and "blocks" (`tune.Lean`). FLOPs: what the time ratio would be if only matrix products took
+  time. Memory as in foundation.py: CUDA's allocator, or torch's profiler on a CPU, with weights,
+  gradients and optimiser;
+- share of matmul throughput: FLOPs a second of a Stage-II step over those of a fine-tuning step
+  on the same images, each counted by FlopCounterMode; on a GPU also Stage II's share of the
+  fastest bf16 product found;
+- path: 21 models between two towers, each mixed (`path.Path`) and asked for the features and
+  predictions of n images, over 21 times the features alone.
 """
 
 import argparse
@@ -88,7 +96,9 @@ class Steps(Stage2):
 
 
 def in_turns(kinds: dict, rounds: int) -> dict:
-    "{kind: [seconds]}; every round takes each kind once, forwards and backwards in turn, after one round to warm up."
+    """{kind: [seconds]}; every round takes each kind once, forwards and backwards in turn.
+
+    One round before them warms up."""
     took = {k: [] for k in kinds}
     for r in range(rounds + 1):
         for k in list(kinds)[:: 1 if r % 2 else -1]:
@@ -191,10 +201,8 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     print(", ".join(f"{k} {v}" for k, v in versions().items()), flush=True)
     clip, met = random_clip(args.model), []
-    print(
-        f"{args.model}, {args.rounds} rounds, medians\n{'':42} {'goal':>8} {'measured':>9} {'n':>5}",
-        flush=True,
-    )
+    print(f"{args.model}, {args.rounds} rounds, medians")
+    print(f"{'':42} {'goal':>8} {'measured':>9} {'n':>5}", flush=True)
     makers = dict(
         stage2=lambda: stage2_rows(clip, args.batch, args.rounds),
         path=lambda: path_rows(clip, args.images, max(3, args.rounds // 3)),

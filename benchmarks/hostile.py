@@ -1,11 +1,16 @@
-"""Files of every spelling, and files that are broken or hostile, given to the commands: right, refused in one line, or wrong.
+"""Files of every spelling, and files that are broken or hostile, given to the commands.
+
+What comes of each: right, refused in one line, or wrong.
 
     python benchmarks/hostile.py [weights …] [--only TEXT] [--keep FOLDER]
 
-Everything is built here, from the shipped backbone and a seed. A part is a function that yields cases; a case is a name, a file or folder, and what
-must come of it. Each case is given to commands, each in a process of its own with 20 seconds and 2 GB beside what Python holds already. *Right*: the exit code is 0
-and every number written is the one that clean files give. *Refused*: another exit code, one line beside notes, nothing written. All else is wrong: a traceback, a kill, a hang, other
-numbers. Pickles that would make a file if they were run look for that file afterwards. Exit code 1 if one case is wrong."""
+Everything is built here, from the shipped backbone and a seed. A part is a function that yields
+cases; a case is a name, a file or folder, and what must come of it. Each case is given to
+commands, each in a process of its own with 20 seconds and 2 GB beside what Python holds already.
+*Right*: the exit code is 0 and every number written is the one that clean files give. *Refused*:
+another exit code, one line beside notes, nothing written. All else is wrong: a traceback, a kill,
+a hang, other numbers. Pickles that would make a file if they were run look for that file
+afterwards. Exit code 1 if one case is wrong."""
 
 import argparse
 import json
@@ -48,7 +53,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, tor
 
 @dataclass
 class Case:
-    "`path`: what is given. `ends`: right, refused, or either. `marker`: a file that must not appear."
+    """What is given, and what must come of it.
+
+    `ends`: right, refused, or either. `marker`: a file that must not appear."""
 
     kind: str
     name: str
@@ -58,7 +65,7 @@ class Case:
     truth: str = "a"  # whose weights it holds
 
 
-# --- running --------------------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 def run(args: list, seconds: int = SECONDS) -> tuple[int, str]:
@@ -131,7 +138,7 @@ def same(a: Path, b: Path) -> bool:
     return x.keys() == y.keys() and all(torch.equal(v.float(), y[k].float()) for k, v in x.items())
 
 
-# --- weights -----------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 class Weights:
@@ -168,7 +175,11 @@ class Weights:
         "A pickled encoder whose classes are gone when it is read."
         home = types.ModuleType("gone")
         exec(
-            "import torch\nclass Encoder(torch.nn.Module): pass\nclass Preprocess: pass\nclass Touch:\n    def __reduce__(self): return open, (self.path, 'w')",
+            "import torch\n"
+            "class Encoder(torch.nn.Module): pass\n"
+            "class Preprocess: pass\n"
+            "class Touch:\n"
+            "    def __reduce__(self): return open, (self.path, 'w')",
             home.__dict__,
         )
         for c in (home.Encoder, home.Preprocess, home.Touch):
@@ -216,7 +227,9 @@ class Weights:
         return at
 
     def adapter(self, name: str, named=lambda k: k, **config) -> Path:
-        "A peft folder that changes one attention and one MLP by nothing but zeros in B: folded, the base."
+        """A peft folder that changes one attention and one MLP by nothing but zeros in B.
+
+        Folded it is the base."""
         at, width = self.folder(name), 192
         part = named("transformer.resblocks.0")
         state = {
@@ -389,7 +402,7 @@ class Weights:
                 where = int(torch.randint(head, (1,), generator=g))
                 flipped = bytearray(data)
                 flipped[where] ^= 1 << i % 8
-                # the older kind has no checksum; nobody can see that a stride or a number is another
+                # the older kind has no checksum: another stride or number goes unseen
                 if kind != "older" or where < 200:
                     yield raw(f"{kind}, bit {i % 8} of byte {where}", bytes(flipped), suffix)
             for i in range(6):
@@ -731,7 +744,8 @@ def programs(work: Path) -> dict[str, bytes]:
         + b"("
         + pickle.dumps(touch, 2)[2:-1]
         + b"X\1\0\0\0wtR.",
-        "builds on a function": b"\x80\2ctorch._utils\n_rebuild_tensor_v2\nN}X\x08\0\0\0__code__K\1s\x86b.",
+        "builds on a function": b"\x80\2ctorch._utils\n_rebuild_tensor_v2\n"
+        b"N}X\x08\0\0\0__code__K\1s\x86b.",
         "builds on a class": b"\x80\2ccollections\nOrderedDict\nN}X\x08\0\0\0__init__K\1s\x86b.",
         "inst": b"(X\1\0\0\0xiio\nopen\n.",
         "obj": b"(cio\nopen\nX\1\0\0\0xo.",
@@ -779,19 +793,16 @@ def report(part: str, only: str, work: Path) -> int:
             key = (case.kind, v if v in ("right", "refused") else "WRONG")
             counts[key] = counts.get(key, 0) + 1
             if key[1] == "WRONG":
-                wrong.append(
-                    f"{name}, {case.kind}, {case.name} ({case.path.name}): {v}\n    {said.strip().splitlines()[-1][:200] if said.strip() else ''}"
-                )
-            if key[1] == "WRONG":
+                last = said.strip().splitlines()[-1][:200] if said.strip() else ""
+                what = f"{name}, {case.kind}, {case.name} ({case.path.name}): {v}"
+                wrong.append(f"{what}\n    {last}")
                 print(wrong[-1], flush=True)
-    print(
-        f"\n{part}: {sum(counts.values())} combinations of a file and a command, {time.time() - t0:.0f} s"
-    )
+    n, took = sum(counts.values()), time.time() - t0
+    print(f"\n{part}: {n} combinations of a file and a command, {took:.0f} s")
     print("| kind | right | refused in one line | wrong |\n|---|---|---|---|")
     for kind in dict.fromkeys(k for k, _ in counts):
-        print(
-            f"| {kind} | {' | '.join(str(counts.get((kind, v), 0)) for v in ('right', 'refused', 'WRONG'))} |"
-        )
+        cells = (str(counts.get((kind, v), 0)) for v in ("right", "refused", "WRONG"))
+        print(f"| {kind} | {' | '.join(cells)} |")
     return len(wrong)
 
 

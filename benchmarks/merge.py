@@ -1,13 +1,18 @@
-"""Merging six ViT-B/32 visual towers: seconds and peak memory of our Task Arithmetic and TIES against fusion_bench's.
+"""Merging six ViT-B/32 towers: our Task Arithmetic and TIES against fusion_bench's.
+
+Seconds and peak memory, of the visual towers.
 
     python benchmarks/merge.py [TA TIES] [--pairs 5] [--threads 1] [--models 6]
 
-Synthetic float32 weights of the real shapes (open_clip's fresh ViT-B-32 visual tower, and six copies with noise), all in one process; ours and
-theirs alternate in order, times are medians over `--pairs`, the ratio is the median of the pairs' ratios. Peak is resident memory above what was
-held before the call, from the kernel's high-water mark (Linux). Theirs are run through their own classes, on a model pool that hands out its
-models without copying them, and their base is restored outside the timing. `merge()` also checks the inputs (keys, shapes, NaN), theirs do not;
-both times are printed. fusion_bench's TIES holds several flat copies of all models (more than 17 GiB for six), so fewer --models give
-an idea where memory is short. Without fusion_bench only ours: `pip install fusion-bench`, in an environment of its own, adds the comparison."""
+Synthetic float32 weights of the real shapes (open_clip's fresh ViT-B-32 visual tower, and six
+copies with noise), all in one process; ours and theirs alternate in order, times are medians over
+`--pairs`, the ratio is the median of the pairs' ratios. Peak is resident memory above what was
+held before the call, from the kernel's high-water mark (Linux). Theirs are run through their own
+classes, on a model pool that hands out its models without copying them, and their base is
+restored outside the timing. `merge()` also checks the inputs (keys, shapes, NaN), theirs do not;
+both times are printed. fusion_bench's TIES holds several flat copies of all models (more than 17
+GiB for six), so fewer --models give an idea where memory is short. Without fusion_bench only
+ours: `pip install fusion-bench`, in an environment of its own, adds the comparison."""
 
 import argparse
 import contextlib
@@ -63,7 +68,9 @@ def resident() -> int:
 
 
 def run(call) -> tuple[float, float, object]:
-    "(seconds, peak bytes above what is held now, result); peak is NaN where the kernel keeps no high-water mark that can be reset."
+    """(seconds, peak bytes above what is held now, result) of a call.
+
+    Peak is NaN where the kernel keeps no high-water mark that can be reset."""
     try:
         with open("/proc/self/clear_refs", "w", encoding="utf-8") as f:
             f.write("5")
@@ -110,7 +117,8 @@ def compare(name: str, base, models, theirs, pairs: int) -> None:
             base.load_state_dict(start)
     for who in calls:
         print(
-            f"{name:5} {who:13} {statistics.median(took[who]):7.3f} s   peak {max(peak[who]) / 2**30:5.2f} GiB above the inputs"
+            f"{name:5} {who:13} {statistics.median(took[who]):7.3f} s   "
+            f"peak {max(peak[who]) / 2**30:5.2f} GiB above the inputs"
         )
     if theirs:
         ratios = {
@@ -122,7 +130,8 @@ def compare(name: str, base, models, theirs, pairs: int) -> None:
             for k in start
         )
         print(
-            f"{name:5} fusion_bench / ours = {ratios['ours']:.1f} (goal {GOALS[name]}), / merge() with its checks = {ratios['merge()']:.1f}; largest difference {error:.1e}"
+            f"{name:5} fusion_bench / ours = {ratios['ours']:.1f} (goal {GOALS[name]}), "
+            f"/ merge() with its checks = {ratios['merge()']:.1f}; largest difference {error:.1e}"
         )
 
 
@@ -139,7 +148,8 @@ def main():
     base, models = towers(args.models)
     n = sum(v.numel() for v in base.state_dict().values())
     print(
-        f"{args.models} towers of {n / 1e6:.1f} M weights, torch {torch.__version__}, {args.threads} thread(s), {args.pairs} rounds",
+        f"{args.models} towers of {n / 1e6:.1f} M weights, torch {torch.__version__}, "
+        f"{args.threads} thread(s), {args.pairs} rounds",
         flush=True,
     )
     check = statistics.median(
@@ -150,7 +160,8 @@ def main():
     theirs = their_runs(base, models) if importlib.util.find_spec("fusion_bench") else None
     if theirs is None:
         print(
-            "fusion_bench is not here: pip install fusion-bench, and run this again for the comparison"
+            "fusion_bench is not here: pip install fusion-bench, "
+            "and run this again for the comparison"
         )
     for name in args.methods:
         compare(name, base, models, theirs, args.pairs)

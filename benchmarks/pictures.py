@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/pictures.py
 
-Builds every input itself, in a folder that it removes. Each kind is read in a process of its own with
-20 seconds and 2 GB; a traceback, a hang and a number that is not the right one are wrong. Exit code 1
-if anything is. `tests/test_pictures.py` holds each kind to what stands here."""
+Builds every input itself, in a folder that it removes. Each kind is read in a process of its own
+with 20 seconds and 2 GB; a traceback, a hang and a number that is not the right one are wrong.
+Exit code 1 if anything is. `tests/test_pictures.py` holds each kind to what stands here."""
 
 import os
 
@@ -32,7 +32,9 @@ KINDS = {}  # {name: f(folder) -> (a call, its right value or None)}
 
 
 def kind(name: str, refused: str = ""):
-    "Decorator: `f(folder)` builds an input and returns (call, right value); or with `refused`, words of the refusal, the call alone."
+    """Decorator: `f(folder)` builds an input and returns (call, right value).
+
+    With `refused`, words of the refusal, it returns the call alone."""
 
     def add(f):
         KINDS[name] = (f, refused)
@@ -400,7 +402,9 @@ NAMES, WORDS = ["cat/1.png", "dog/2.png", "3.png"], ["red", "blue", "green"]
 
 
 def table(name: str, text, want=None, refused: str = "", names=NAMES, words=WORDS):
-    "A kind: the table `text` for pictures called `names`; its value is each picture's class or word. `{}` stands for their folder."
+    """A kind: the table `text` for pictures called `names`; `{}` stands for their folder.
+
+    Its value is each picture's class or word."""
 
     @kind(f"labels: {name}", refused)
     def build(root):

@@ -248,7 +248,9 @@ def leaves(x, at: tuple = ()) -> dict:
 
 
 def of_cards(old: Path, new: Path) -> Difference:
-    "Two cards of purify compared, in the fields that both have: a new parameter is no other number."
+    """Two cards of purify compared, in the fields that both have.
+
+    A new parameter is no other number."""
     a, b = (leaves(json.loads(p.read_text(encoding="utf-8"))) for p in (old, new))
     out = of_numbers({k: v for k, v in a.items() if k in b}, {k: v for k, v in b.items() if k in a})
     fields = {".".join(part for part in k if isinstance(part, str)) for k in a.keys() ^ b.keys()}
@@ -346,8 +348,9 @@ def in_sweep(side: Side) -> list[str]:
 
 
 def do(jobs: list[Job], old: Side, new: Side, work: Path, rounds: int) -> list[dict]:
-    """{job, found: its Difference over all rounds, took: CPU seconds (old, new) of each} for every job.
-    Every round starts with empty folders."""
+    """{job, found: its Difference over all rounds, took: CPU seconds of each} for every job.
+
+    `took` holds pairs (old, new). Every round starts with empty folders."""
     rows = [dict(job=j, found=Difference(), took=[]) for j in jobs]
     for r in range(rounds):
         for side in (old, new):
@@ -377,7 +380,7 @@ def say(row: dict) -> None:
 
 
 def say_sum(rows: list[dict]) -> None:
-    "Print the CPU seconds of all these jobs together, old and new, and their ratio over the rounds."
+    "Print the CPU seconds of all these jobs together, old and new, and their ratio."
     if not rows:
         return
     rounds = list(zip(*(row["took"] for row in rows)))
@@ -488,8 +491,8 @@ def main() -> int:
         rows = do(jobs, old, new, work, args.rounds)
         total = sum((row["found"] for row in rows), Difference())
         print(
-            f"\ncompared: {total.numbers:,} numbers, {total.weights:,} weights; different: {total.different:,}; "
-            f"largest difference: {total.largest:g}"
+            f"\ncompared: {total.numbers:,} numbers, {total.weights:,} weights; "
+            f"different: {total.different:,}; largest difference: {total.largest:g}"
         )
         say_sum([row for row in rows if "lab" in row["job"].args])
         if total.different:

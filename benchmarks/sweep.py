@@ -1,9 +1,13 @@
-"""What a sweep gains from workers: the same grid on one one-thread worker, on two, and on one worker with two threads.
+"""What a sweep gains from workers.
+
+The same grid on one one-thread worker, on two, and on one worker with two threads.
 
     python benchmarks/sweep.py [--seeds 4]
 
-A small main run a seed, nothing shared between seeds, caches and results in a throw-away folder. Wall seconds of the whole command and ratios in
-the same process conditions; the overhead of a run is its wall time less the stages it computed (imports, kernel, papermill, figures). Wants two idle cores."""
+A small main run a seed, nothing shared between seeds, caches and results in a throw-away folder.
+Wall seconds of the whole command and ratios in the same process conditions; the overhead of a run
+is its wall time less the stages it computed (imports, kernel, papermill, figures). Wants two idle
+cores."""
 
 import argparse
 import json
@@ -56,7 +60,9 @@ def timed(root: Path, file: Path, workers: int, threads: int) -> tuple[float, fl
 
 
 def driver(n: int = 200) -> tuple[float, float]:
-    "(seconds to plan a run, seconds from handing out n empty tasks to two workers until all answers are in, each): what the driver does one by one."
+    """What the driver does one by one: (seconds to plan a run, seconds to hand one out).
+
+    The second is from handing out n empty tasks to two workers until all answers are in, each."""
     with using(1, {}):
         Point("main", "tiny", 0).plan()  # files are read once
         t0 = time.time()
@@ -88,16 +94,19 @@ def main():
         ):
             wall[name], over = timed(Path(d, name), file, workers, threads)
             print(
-                f"{name:24s} {wall[name]:7.1f} s for {args.seeds} runs, {over:5.1f} s overhead a run",
+                f"{name:24s} {wall[name]:7.1f} s for {args.seeds} runs, "
+                f"{over:5.1f} s overhead a run",
                 flush=True,
             )
     one, two, threads = wall.values()
     print(
-        f"two workers: {one / two:.2f} x one (goal {LIMITS['two']}), {threads / two:.2f} x one with two threads (goal {LIMITS['threads']})"
+        f"two workers: {one / two:.2f} x one (goal {LIMITS['two']}), "
+        f"{threads / two:.2f} x one with two threads (goal {LIMITS['threads']})"
     )
     plan, dispatch = driver()
     print(
-        f"driver, a run: {1000 * plan:.0f} ms to plan, {1000 * dispatch:.1f} ms to hand out and take back"
+        f"driver, a run: {1000 * plan:.0f} ms to plan, "
+        f"{1000 * dispatch:.1f} ms to hand out and take back"
     )
 
 

@@ -1,12 +1,17 @@
-"""Do two threads pay off, on an idle machine and beside other work? Wall seconds of a fresh tiny main run.
+"""Do two threads pay off, on an idle machine and beside other work?
+
+Wall seconds of a fresh tiny main run.
 
     python benchmarks/threads.py [--pairs 5] [--parts beside idle] [--spin N]
 
-- beside: two threads against one, while N processes (default: one for each core) do nothing but spin;
-- idle: two threads whose waiting is passive (what `lfpm_nb` sets) against two that spin for a while first (libgomp's own way), and against one thread.
+- beside: two threads against one, while N processes (default: one for each core) do nothing but
+  spin;
+- idle: two threads whose waiting is passive (what `lfpm_nb` sets) against two that spin for a
+  while first (libgomp's own way), and against one thread.
 
-Pairs alternate in order, caches and results are thrown away, medians are over pairs. What else the machine does counts too: the load is printed before and after.
-`idle` says something only of a machine that is. The exit code is 1 when two threads beside other work miss their goal."""
+Pairs alternate in order, caches and results are thrown away, medians are over pairs. What else
+the machine does counts too: the load is printed before and after. `idle` says something only of a
+machine that is. The exit code is 1 when two threads beside other work miss their goal."""
 
 import argparse
 import contextlib
@@ -95,13 +100,15 @@ def main() -> int:
         with spinning(args.spin):
             two, one, beside = in_pairs((2, {}), (1, {}), args.pairs)
         print(
-            f"beside {args.spin} spinning processes: two threads {two:.1f} s, one {one:.1f} s, ratio {beside:.2f} (goal {GOAL})",
+            f"beside {args.spin} spinning processes: two threads {two:.1f} s, "
+            f"one {one:.1f} s, ratio {beside:.2f} (goal {GOAL})",
             flush=True,
         )
     if "idle" in args.parts:
         two, spun, cost = in_pairs((2, {}), (2, SPIN), args.pairs)
         print(
-            f"nothing beside: two threads, passive {two:.1f} s, spinning {spun:.1f} s, ratio {cost:.2f}",
+            f"nothing beside: two threads, passive {two:.1f} s, "
+            f"spinning {spun:.1f} s, ratio {cost:.2f}",
             flush=True,
         )
         two, one, gain = in_pairs((2, {}), (1, {}), args.pairs)
