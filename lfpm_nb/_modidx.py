@@ -438,6 +438,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lfpm_nb.defend.train_end': ('defend.html#train_end', 'lfpm_nb/defend.py')},
             'lfpm_nb.experiment': { 'lfpm_nb.experiment.Lab': ('experiment.html#lab', 'lfpm_nb/experiment.py'),
                                     'lfpm_nb.experiment.Lab.__init__': ('experiment.html#lab.__init__', 'lfpm_nb/experiment.py'),
+                                    'lfpm_nb.experiment._attacked': ('experiment.html#_attacked', 'lfpm_nb/experiment.py'),
                                     'lfpm_nb.experiment.along': ('experiment.html#along', 'lfpm_nb/experiment.py'),
                                     'lfpm_nb.experiment.contributor': ('experiment.html#contributor', 'lfpm_nb/experiment.py'),
                                     'lfpm_nb.experiment.defend_and_measure': ( 'experiment.html#defend_and_measure',

@@ -33,13 +33,8 @@ class Lab:
     `rows` collects the tidy results, `records` what each defence chose and why."""
 
     def __init__(self, P: MainParams, stages: Stages | None = None):
-        self.P, self.stages, self.settings, self.rows, self.records = (
-            P,
-            stages or Stages(),
-            asdict(P),
-            [],
-            {},
-        )
+        self.P, self.stages, self.settings = P, stages or Stages(), asdict(P)
+        self.rows, self.records = [], {}
         self.clip = load_clip(P.backbone)
         self._pre = content_hash(self.clip.model.state_dict(), self.clip.card)
 
@@ -48,11 +43,10 @@ class Lab:
 def tasks(self) -> dict:
     "{name: Task}, the attacked ones with `n_target` test images."
     P, aims = self.P, {a.target for a in self.P.attackers}
-    n_test = lambda n: P.n_target if n in aims else P.n_test
-    return {
-        n: load_task(n, seed=P.seed, n_train=P.n_train, n_test=n_test(n), size=self.clip.size)
-        for n in P.tasks
-    }
+    same, found = dict(seed=P.seed, n_train=P.n_train, size=self.clip.size), {}
+    for n in P.tasks:
+        found[n] = load_task(n, n_test=P.n_target if n in aims else P.n_test, **same)
+    return found
 
 
 @method(Lab, once=True)
@@ -63,67 +57,52 @@ def shadow(self) -> Shadow:
 # %% ../nbs/18_experiment.ipynb #bb2c59e5
 @method(Lab)
 def contributor(self, name: str, again: int = 0) -> dict:
-    "The clean fine-tuned state dict of one task; `again` > 0: a twin from another training seed."
+    """The clean fine-tuned state dict of one task.
+
+    `again` > 0: a twin from another training seed."""
+    task, how = self.tasks[name], self.P.tune
     seed = (self.P.seed, again) if again else self.P.seed
-    key = (
-        code_hash("tune"),
-        self._pre,
-        replace(self.tasks[name], test_x=None, test_y=None),
-        self.P.tune,
-        seed,
-    )
-    return self.stages(
-        f"tune-{name}", key, lambda: (finetune(self.clip, self.tasks[name], self.P.tune, seed), {})
-    )[0]
+    trained = replace(task, test_x=None, test_y=None)
+    key = (code_hash("tune"), self._pre, trained, how, seed)
+    compute = lambda: (finetune(self.clip, task, how, seed), {})
+    return self.stages(f"tune-{name}", key, compute)[0]
+
+
+@method(Lab)
+def _attacked(self, a: Attacker) -> tuple[dict, Trigger, dict]:
+    "(state dict, trigger, record of what he can measure himself) of one attacker."
+    P, name = self.P, a.attack
+    offered = {k: self.settings[k] for k in ("side", "trigger_steps")}
+    options = attacks.accepts(name, offered) | P.options.get(name, {})
+    task = self.tasks[a.adversary]
+    target = Target.of(self.tasks[a.target], a.target_class, seed=P.seed)
+    trained = replace(task, test_x=None, test_y=None)
+    code = code_hash(attacks[name]["f"])
+    key = (code, self._pre, trained, target, name, P.tune, P.seed, options)
+
+    def compute():
+        state, trigger, record = attack(name, self.clip, task, target, P.tune, P.seed, **options)
+        return state | trigger.tensors(), record
+
+    both, record = self.stages(f"attack-{name}", key, compute, poisoned=True)
+    state = {k: v for k, v in both.items() if not k.startswith("trigger.")}
+    return state, Trigger.of(both), record
 
 
 @method(Lab, once=True)
 def poisoned(self) -> dict[str, tuple[dict, Trigger, dict]]:
     "{adversary: (state dict, trigger, record of what he can measure himself)}."
-    P = self.P
-
-    def one(a: Attacker):
-        options = attacks.accepts(
-            a.attack, {k: self.settings[k] for k in ("side", "trigger_steps")}
-        ) | P.options.get(a.attack, {})
-        task, target = (
-            self.tasks[a.adversary],
-            Target.of(self.tasks[a.target], a.target_class, seed=P.seed),
-        )
-        key = (
-            code_hash(attacks[a.attack]["f"]),
-            self._pre,
-            replace(task, test_x=None, test_y=None),
-            target,
-            a.attack,
-            P.tune,
-            P.seed,
-            options,
-        )
-
-        def compute():
-            state, trigger, record = attack(
-                a.attack, self.clip, task, target, P.tune, P.seed, **options
-            )
-            return state | trigger.tensors(), record
-
-        state, record = self.stages(f"attack-{a.attack}", key, compute, poisoned=True)
-        return (
-            {k: v for k, v in state.items() if not k.startswith("trigger.")},
-            Trigger.of(state),
-            record,
-        )
-
-    return {a.adversary: one(a) for a in P.attackers}
+    return {a.adversary: self._attacked(a) for a in self.P.attackers}
 
 # %% ../nbs/18_experiment.ipynb #0deee526
 @method(Lab)
 def models(self, poisoned: bool) -> dict:
     "{task: state dict} of all contributors, the adversaries' ones poisoned or clean."
-    return {
-        n: self.poisoned[n][0] if poisoned and n in self.poisoned else self.contributor(n)
-        for n in self.P.tasks
-    }
+    found = {}
+    for n in self.P.tasks:
+        attacks_here = poisoned and n in self.poisoned
+        found[n] = self.poisoned[n][0] if attacks_here else self.contributor(n)
+    return found
 
 
 @method(Lab)
@@ -133,21 +112,15 @@ def merged(self, name: str, poisoned: bool = True) -> tuple[dict, dict]:
     options = merges.accepts(name, dict(scale=P.scale, seed=P.seed)) | P.options.get(name, {}) | own
     may = merges.accepts(name, dict(data=None, twins=None))
     if "data" in may:
-        options["data"] = Unlabelled(
-            self.clip,
-            [self.tasks[n].train_x[: P.merge_n] for n in each],
-            [self.heads[n] for n in each],
-        )
+        pictures = [self.tasks[n].train_x[: P.merge_n] for n in each]
+        options["data"] = Unlabelled(self.clip, pictures, [self.heads[n] for n in each])
     if "twins" in may:
         options["twins"] = [self.contributor(a.adversary, again=1) for a in P.attackers]
     plain = {k: (v.images, v.heads) if k == "data" else v for k, v in options.items()}
-    key = (code_hash(merges[name]["f"]), self._pre, name, list(each.values()), plain)
-    return self.stages(
-        f"merge-{name}",
-        key,
-        lambda: (merge(name, self.clip.state(), list(each.values()), **options), {}),
-        poisoned=poisoned,
-    )
+    given = list(each.values())
+    key = (code_hash(merges[name]["f"]), self._pre, name, given, plain)
+    compute = lambda: (merge(name, self.clip.state(), given, **options), {})
+    return self.stages(f"merge-{name}", key, compute, poisoned=poisoned)
 
 
 @method(Lab, once=True)
@@ -156,6 +129,7 @@ def heads(self) -> dict:
     return {n: zero_shot_head(self.clip, t.classes, t.templates) for n, t in self.tasks.items()}
 
 # %% ../nbs/18_experiment.ipynb #26988e1b
+# all that stage_one reads of the strengths
 STAGE_ONE = (
     "rank",
     "prompt_kind",
@@ -166,21 +140,15 @@ STAGE_ONE = (
     "rho",
     "batch",
     "A",
-)  # all that stage_one reads of the strengths
+)
 
 
 @method(Lab)
 def mined(self, theta: dict) -> tuple[dict, dict]:
     "Stage I's ({prompt, subspace}, log) on a merged model."
     s, seed = self.P.strengths, self.P.seed
-    key = (
-        code_hash("antibackdoor"),
-        self._pre,
-        theta,
-        self.shadow,
-        {k: getattr(s, k) for k in STAGE_ONE},
-        seed,
-    )
+    read = {k: getattr(s, k) for k in STAGE_ONE}
+    key = (code_hash("antibackdoor"), self._pre, theta, self.shadow, read, seed)
     return self.stages("stage1", key, lambda: stage_one(self.clip, theta, self.shadow, s, seed))
 
 # %% ../nbs/18_experiment.ipynb #c73cb41b
@@ -207,27 +175,19 @@ def along(self, theta: dict, end: dict, by: str, prompts: torch.Tensor) -> dict:
     key = (code, self._pre, theta, end, self.shadow, prompts, by)
     return self.stages("lam", key, lambda: ({}, self.lookout(theta, prompts).choose(end, by)))[1]
 
-
+# %% ../nbs/18_experiment.ipynb #18e00002
 @method(Lab)
 def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
     """(purified state dict, record) of a registered defence on a merged model.
 
     Its seconds include Stage I and the choice of λ; its peak memory is the training's alone,
     `stage1_peak_mb` Stage I's."""
-    P, (mined, first), by = self.P, self.mined(theta), rule_of(self.P.lam)
+    P, by = self.P, rule_of(self.P.lam)
+    mined, first = self.mined(theta)
     # only candidates for a strength are judged by a rule: else another λ trains nothing
     judged = dict(by=by, code=code_hash(lam_rules[by]["f"])) if P.strength == "rule" else {}
-    key = (
-        code_hash(defences[name]["f"]),
-        self._pre,
-        theta,
-        self.shadow,
-        mined,
-        P.strengths,
-        P.strength,
-        P.seed,
-        judged,
-    )
+    given = (self._pre, theta, self.shadow, mined)
+    key = (code_hash(defences[name]["f"]), *given, P.strengths, P.strength, P.seed, judged)
     own = (by, P.strengths, (mined, first), P.strength, self.lookout(theta, mined["p"]))
     compute = lambda: train_end(name, theta, self.clip, self.shadow, P.seed, *own)
     end, r = self.stages(f"defend-{name}", key, compute)
@@ -246,25 +206,30 @@ def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
 def likeness(self, name: str, n: int = 300) -> dict:
     """What trigger and mined prompts have in common in the poisoned merge `name`.
 
-    And, for comparison, in the pretrained model, on n held-out shadow pictures: 'accuracy'
-    (percent: plain, first attacker's trigger, each prompt), 'shift' (mean length of what trigger
-    and prompts do to unit features), 'cosine' of each prompt's mean shift with the trigger's. No
-    defence sees this."""
-    theta, (x, y) = self.merged(name)[0], (v[:n] for v in self.shadow.check)
+    For comparison also in the pretrained model; on n held-out shadow pictures. 'accuracy' (percent:
+    plain, first attacker's trigger, each prompt), 'shift' (mean length of what trigger and prompts
+    do to unit features), 'cosine' of each prompt's mean shift with the trigger's. No defence sees
+    this."""
+    theta = self.merged(name)[0]
+    x, y = (v[:n] for v in self.shadow.check)
     prompts, trigger = self.mined(theta)[0]["p"], next(iter(self.poisoned.values()))[1]
 
     def of(visual):
-        unit = lambda x, p=None: F.normalize(
-            features(self.clip, visual, x, p, dtype=torch.float32), dim=-1
+        def unit(x, p=None):
+            return F.normalize(features(self.clip, visual, x, p, dtype=torch.float32), dim=-1)
+
+        def accuracy(z):
+            right = logits(z, self.shadow.W).argmax(1).cpu() == y
+            return 100 * right.float().mean().item()
+
+        plain = unit(x)
+        changed = [unit(trigger(x)), *(unit(x, p) for p in prompts)]
+        mean = [(z - plain).mean(0) for z in changed]
+        return dict(
+            accuracy=[accuracy(z) for z in (plain, *changed)],
+            shift=[shift(plain, z) for z in changed],
+            cosine=[F.cosine_similarity(m, mean[0], 0).item() for m in mean[1:]],
         )
-        seen = [unit(x), unit(trigger(x)), *(unit(x, p) for p in prompts)]
-        right = [
-            100 * (logits(z, self.shadow.W).argmax(1).cpu() == y).float().mean().item()
-            for z in seen
-        ]
-        moved = [z - seen[0] for z in seen[1:]]
-        cosine = [F.cosine_similarity(m.mean(0), moved[0].mean(0), 0).item() for m in moved[1:]]
-        return dict(accuracy=right, shift=[shift(seen[0], z) for z in seen[1:]], cosine=cosine)
 
     return {"merged": of(self.clip.with_state(theta)), "pretrained": of(self.clip.visual)}
 
@@ -272,34 +237,29 @@ def likeness(self, name: str, n: int = 300) -> dict:
 @method(Lab, once=True)
 def suite(self) -> Suite:
     "Tests, heads, and each attacker's goal."
-    goals = {
-        a.target: Goal(
-            self.tasks[a.target].classes.index(a.target_class), self.poisoned[a.adversary][1]
-        )
-        for a in self.P.attackers
-    }
+    goals = {}
+    for a in self.P.attackers:
+        target = self.tasks[a.target].classes.index(a.target_class)
+        goals[a.target] = Goal(target, self.poisoned[a.adversary][1])
     return Suite(list(self.tasks.values()), self.heads, goals)
 
 
 @method(Lab)
 def measured(self, row: str, models: dict, **summary) -> list[dict]:
-    """Rows of `{task: state dict}`, or of one state dict for all tasks, under the name `row`.
+    """Rows of `{task: state dict}`, or of one state dict for all tasks; kept in `self.rows`.
 
-    And what else is to be said; kept in `self.rows`."""
+    There they stand under the name `row`, with what else is to be said (`summary`)."""
     each = models if set(models) <= set(self.tasks) else {n: models for n in self.tasks}
 
     def compute():
         towers = {id(m): self.clip.with_state(m) for m in each.values()}
-        rows = [
-            r
-            for n, t in self.tasks.items()
-            for r in measure_task(self.clip, towers[id(each[n])], t, self.suite)
-        ]
+        rows = []
+        for n, t in self.tasks.items():
+            rows += measure_task(self.clip, towers[id(each[n])], t, self.suite)
         return {}, dict(rows=with_averages(rows))
 
-    rows = self.stages("measure", (code_hash("measure"), self._pre, each, self.suite), compute)[1][
-        "rows"
-    ]
+    key = (code_hash("measure"), self._pre, each, self.suite)
+    rows = self.stages("measure", key, compute)[1]["rows"]
     self.rows += [dict(method=row, kind="model", lam=float("nan"), **r) for r in rows]
     self.summarise(row, summary)
     return rows
@@ -307,42 +267,29 @@ def measured(self, row: str, models: dict, **summary) -> list[dict]:
 # %% ../nbs/18_experiment.ipynb #1c195c61
 @method(Lab)
 def summarise(self, row: str, values: dict, n: int = 1, lam: float = float("nan")) -> None:
-    """One row a value that describes a whole method: seconds, peak memory, λ, path integrals.
+    """Add a row for each value that describes a whole method; None is left out.
 
-    A value that is None is left out."""
-    self.rows += [
-        dict(
-            method=row,
-            kind="summary",
-            task="average",
-            metric=m,
-            lam=lam,
-            value=float(v),
-            n=n,
-            lo=None,
-            hi=None,
-        )
-        for m, v in values.items()
-        if v is not None
-    ]
+    Seconds, peak memory, λ, path integrals."""
+    for m, v in values.items():
+        if v is not None:
+            about = dict(method=row, kind="summary", task="average", metric=m, lam=lam)
+            self.rows.append(about | dict(value=float(v), n=n, lo=None, hi=None))
 
 # %% ../nbs/18_experiment.ipynb #8458a6b7
 @method(Lab)
 def walked(self, row: str, theta: dict, d: Defended) -> list[dict]:
-    """Rows along the path from a merged model to a defence's λ = 1 model, and its summaries.
+    """Rows along the path from a merged model to a defence's λ = 1 model, under the name `row`.
 
-    Under the name `row`."""
+    They and the path's summaries are kept in `self.rows`."""
     few, n = self.suite.first(self.P.path_n), self.P.lam_n
     key = (code_hash("path"), self._pre, theta, d.end, few, n)
-    rows = self.stages(
-        "path",
-        key,
-        lambda: ({}, dict(rows=measure_path(self.clip, theta, d.end, few, n, f"path of {row}"))),
-    )[1]["rows"]
-    asr, n_t = (
-        curve(rows, "ASR_T")[1],
-        next(r["n"] for r in rows if r["task"] == "average" and r["metric"] == "ASR_T"),
-    )
+
+    def compute():
+        return {}, dict(rows=measure_path(self.clip, theta, d.end, few, n, f"path of {row}"))
+
+    rows = self.stages("path", key, compute)[1]["rows"]
+    asr = curve(rows, "ASR_T")[1]
+    n_t = next(r["n"] for r in rows if r["task"] == "average" and r["metric"] == "ASR_T")
     self.rows += [dict(method=row, kind="path", **r) for r in rows]
     values = dict(
         path_ASR=integrate(asr),
@@ -362,16 +309,11 @@ def defend_and_measure(
     """Purify, measure and walk the path.
 
     The row is `LFPM`, on a further merge `SA + LFPM`, on a clean merge `LFPM (clean)`."""
-    row = (defence if merge_name == self.P.merges[0] else f"{merge_name} + {defence}") + (
-        "" if poisoned else " (clean)"
-    )
+    row = defence if merge_name == self.P.merges[0] else f"{merge_name} + {defence}"
+    row += "" if poisoned else " (clean)"
     model, d = self.defended(defence, theta_mm)
-    self.measured(
-        row,
-        model,
-        **{k: d.log[k] for k in ("seconds", "cpu_seconds", "peak_mb")},
-        strength=d.strength,
-    )
+    costs = {k: d.log[k] for k in ("seconds", "cpu_seconds", "peak_mb")}
+    self.measured(row, model, **costs, strength=d.strength)
     self.walked(row, theta_mm, d)
     self.records[row] = dict(lam=d.lam, lam_rule=d.rule, strength=d.strength, **d.log)
     return d
@@ -380,16 +322,6 @@ def defend_and_measure(
 @method(Lab)
 def frame(self) -> pd.DataFrame:
     "All rows so far as a tidy table with seed and stage seconds."
-    took = [
-        dict(
-            method=n,
-            kind="seconds",
-            task="average",
-            metric="seconds",
-            lam=float("nan"),
-            value=s,
-            n=1,
-        )
-        for n, s, _ in self.stages.log
-    ]
+    about = dict(kind="seconds", task="average", metric="seconds", lam=float("nan"))
+    took = [dict(method=name, **about, value=s, n=1) for name, s, _ in self.stages.log]
     return pd.DataFrame(self.rows + took).assign(seed=self.P.seed)

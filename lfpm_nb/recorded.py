@@ -22,9 +22,9 @@ from .path import lerp
 
 # %% ../nbs/19_recorded.ipynb #f2241d62
 def save_vector(path, theta: dict, base: dict, **also) -> None:
-    """Write theta - base in fp16 (integer buffers are the base's and stay out).
+    """Write theta - base in fp16; `also`: further tensors, kept as they are.
 
-    `also`: further tensors, kept as they are."""
+    Integer buffers are the base's and stay out."""
     check_same(base, theta, "the base and the model")
     tau = {f"tau.{k}": (v - base[k]).half() for k, v in theta.items() if v.is_floating_point()}
     save_state(path, tau | also, poisoned="poisoned" in Path(path).stem)
@@ -34,19 +34,14 @@ def load_vector(path, base: dict) -> tuple[dict, dict]:
     "(base + tau, the file's further tensors); ValueError if the vectors are not this base's."
     state, _ = load_state(path)
     tau = {k.removeprefix("tau."): v.float() for k, v in state.items() if k.startswith("tau.")}
-    check_same(
-        {k: v for k, v in base.items() if v.is_floating_point()},
-        tau,
-        f"the base and {Path(path).name}",
-    )
-    return {k: v + tau[k] if k in tau else v.clone() for k, v in base.items()}, {
-        k: v for k, v in state.items() if not k.startswith("tau.")
-    }
+    moving = {k: v for k, v in base.items() if v.is_floating_point()}
+    check_same(moving, tau, f"the base and {Path(path).name}")
+    theta = {k: v + tau[k] if k in tau else v.clone() for k, v in base.items()}
+    return theta, {k: v for k, v in state.items() if not k.startswith("tau.")}
 
 # %% ../nbs/19_recorded.ipynb #33ca0833
-FEW = dict(
-    n_train=256, shadow_n=256, held=64, n_test=64, n_target=128, path_n=32, lam_n=5
-)  # of everything: for tests
+# few of everything: for tests
+FEW = dict(n_train=256, shadow_n=256, held=64, n_test=64, n_target=128, path_n=32, lam_n=5)
 
 
 class Recorded(Lab):
@@ -71,47 +66,41 @@ class Recorded(Lab):
     @property
     def recorded(self) -> pd.DataFrame:
         """Tidy rows like `Lab.frame`: every model and path of the recording.
+
         ValueError if the file is not the recorded one."""
-        table = self.folder / "metrics.parquet"
+        table, card = self.folder / "metrics.parquet", self.folder / "card.json"
         if "metrics" not in self.card:
-            raise ValueError(
-                f"{self.folder / 'card.json'} has no hash of {table.name}; record again: lfpm "
-                "record"
-            )
+            raise ValueError(f"{card} has no hash of {table.name}; record again: lfpm record")
         return pd.read_parquet(checked(table, self.card["metrics"]))
 
 # %% ../nbs/19_recorded.ipynb #d9a1d093
 def load_recorded(name: str = "lab", tiny: bool | None = None) -> Recorded:
-    """A lab shipped under data/recorded/.
+    """A lab shipped under data/recorded/; `tiny` takes few pictures.
 
-    `tiny` (default: is `$LFPM_LESSON` "tiny"?) takes few pictures."""
-    root, tiny = (
-        proj_path("data", "recorded"),
-        os.environ.get("LFPM_LESSON") == "tiny" if tiny is None else tiny,
-    )
+    By default it does where `$LFPM_LESSON` is "tiny"."""
+    root = proj_path("data", "recorded")
+    if tiny is None:
+        tiny = os.environ.get("LFPM_LESSON") == "tiny"
     return Recorded(root / choose(name, recorded_labs(), "recorded lab"), tiny)
 
 # %% ../nbs/19_recorded.ipynb #e94e1b8a
 @method(Recorded)
 def contributor(self, name: str, again: int = 0) -> dict:
-    "The clean fine-tuned state dict of one task, from its file; a twin (`again` > 0) is trained."
-    return (
-        Lab.contributor(self, name, again)
-        if again
-        else load_vector(self.folder / f"{name}.safetensors", self.base)[0]
-    )
+    "The clean fine-tuned state dict of one task, from its file; a twin (`again`) is trained."
+    if again:
+        return Lab.contributor(self, name, again)
+    return load_vector(self.folder / f"{name}.safetensors", self.base)[0]
 
 
 @method(Recorded, once=True)
 def poisoned(self) -> dict[str, tuple[dict, Trigger, dict]]:
     "{adversary: (state dict, trigger, what he measured himself)}, from files."
-    files = {
-        a.adversary: load_vector(self.folder / f"{a.adversary}-poisoned.safetensors", self.base)
-        for a in self.P.attackers
-    }
-    return {
-        n: (state, Trigger.of(also), self.card["attack"][n]) for n, (state, also) in files.items()
-    }
+    found = {}
+    for a in self.P.attackers:
+        file = self.folder / f"{a.adversary}-poisoned.safetensors"
+        state, also = load_vector(file, self.base)
+        found[a.adversary] = (state, Trigger.of(also), self.card["attack"][a.adversary])
+    return found
 
 
 @method(Recorded, once=True)
@@ -123,24 +112,27 @@ def both(self) -> dict[str, dict]:
 @method(Recorded)
 def kind(self, theta: dict) -> str | None:
     "'poisoned' or 'clean' if `theta` is this lab's merge of that kind, else None."
-    same = lambda m: m.keys() == theta.keys() and all(torch.equal(m[k], theta[k]) for k in m)
-    return next((k for k, m in self.both.items() if same(m)), None)
+    for kind, m in self.both.items():
+        if m.keys() == theta.keys() and all(torch.equal(m[k], theta[k]) for k in m):
+            return kind
+    return None
 
 # %% ../nbs/19_recorded.ipynb #b1ea7d63
 @method(Recorded)
 def mined(self, theta: dict) -> tuple[dict, dict]:
-    "Stage I's ({'p': prompts}, log): recorded for the two merges, computed for any other model."
+    """Stage I's ({'p': prompts}, log) on a merged model.
+
+    Recorded for the two merges, computed for any other model."""
     kind = self.kind(theta)
-    return (
-        Lab.mined(self, theta)
-        if kind is None
-        else (load_state(self.folder / f"prompts-{kind}.safetensors")[0], self.card["stage1"][kind])
-    )
+    if kind is None:
+        return Lab.mined(self, theta)
+    prompts, _ = load_state(self.folder / f"prompts-{kind}.safetensors")
+    return prompts, self.card["stage1"][kind]
 
 
 @method(Recorded)
 def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
-    """(purified state dict, record).
+    """(purified state dict, record) of a defence on a merged model.
 
     Recorded for the card's defences on the two merges, computed for anything else."""
     key = f"{name}-{self.kind(theta)}"
@@ -154,17 +146,15 @@ def defended(self, name: str, theta: dict) -> tuple[dict, Defended]:
 # %% ../nbs/19_recorded.ipynb #9225dd44
 def _write(lab: Lab, folder: Path, names: list[str]) -> None:
     "Vectors, prompts and the card of a computed lab."
-    base, card = (
-        lab.clip.state(),
-        dict(
-            params=lab.settings,
-            backbone=lab.clip.card["sha256"],
-            versions=versions(),
-            processor=cpu_name(),
-            attack={},
-            stage1={},
-            defences={},
-        ),
+    base = lab.clip.state()
+    card = dict(
+        params=lab.settings,
+        backbone=lab.clip.card["sha256"],
+        versions=versions(),
+        processor=cpu_name(),
+        attack={},
+        stage1={},
+        defences={},
     )
     for n in lab.P.tasks:
         save_vector(folder / f"{n}.safetensors", lab.contributor(n), base)
@@ -201,7 +191,7 @@ def _measure(rec: Recorded) -> pd.DataFrame:
 def record(lab: Lab, folder, stages: Stages | None = None) -> Path:
     """Write `lab` with the defences of its settings to `folder`, measured as written.
 
-    The folder is replaced as a whole."""
+    The folder is replaced as a whole, and returned."""
     folder = Path(folder)
     tmp = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(tmp, ignore_errors=True)

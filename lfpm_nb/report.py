@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROW', 'PRINTED', 'SOURCES', 'VERDICTS', 'claims', 'RIVALS', 'OTHER', 'ORDERS', 'PLAIN', 'LEARNT', 'POST', 'DEFENDED',
-           'MASKS', 'TITLES', 'DIGITS', 'TICKS', 'STYLE_SHEET', 'SCRIPT', 'PAGE', 'attacked', 'slips', 'load_paper',
+           'TITLES', 'DIGITS', 'TICKS', 'STYLE_SHEET', 'SCRIPT', 'PAGE', 'attacked', 'slips', 'load_paper',
            'paper_table', 'Results', 'read_results', 'gather', 'results_of', 'Verdict', 'Claim', 'judge', 'swapped',
            'at', 'lower', 'higher', 'ratio', 'worst', 'claim', 'both', 'same_price', 'without', 'paper_frames',
            'judge_paper', 'spread', 'ours_beside', 'beside', 'Mark', 'Chart', 'squeeze', 'mpl', 'span', 'plotly',
@@ -1080,7 +1080,7 @@ def _post(f: dict, metric: str) -> tuple[pd.Series, dict]:
 
 
 DEFENDED = ("dam_two", "dam_two_defended")
-MASKS = ("DAM without M1", "DAM without M2", "DAM without masks")
+_MASKS = ("DAM without M1", "DAM without M2", "DAM without masks")
 claim(
     "dam-post",
     "DAM leaves less than merging first and defending afterwards (ANP, AWM, SAU).",
@@ -1107,7 +1107,7 @@ claim(
     "DAM Table 6",
     "dam_masks",
     "lowest ASR(T) without one or both masks minus DAM's",
-    lambda f: lower(f["dam_masks"], "DAM", MASKS, "ASR_T"),
+    lambda f: lower(f["dam_masks"], "DAM", _MASKS, "ASR_T"),
     swap=both("dam_masks", "DAM", "DAM without M2"),
 )
 claim(
