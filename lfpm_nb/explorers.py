@@ -11,7 +11,7 @@ import html, threading
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .core import choose, code_hash, method
+from .core import code_hash, method
 from .clip import features, logits
 from .subspace import learn_subspace, p_adv, p_clean
 from .path import grid

@@ -14,7 +14,7 @@ import functools, json, math, re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
-from .core import check_same, choose, device, file_sha, save_state, write_json
+from .core import check_same, choose, device, save_state, write_json
 from .checkpoints import INTS, in_folder, load_weights, note
 from .clip import Clip, data_card, data_cards, load_clip, plain_models, untrained
 from .adapters import fold, is_adapter, misfit, read_config, sort_out

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
-from .core import Progress, Stages, check_same, choose, code_hash, content_hash, first
+from .core import Progress, Stages, check_same, choose, code_hash, content_hash
+from .core import file_sha, first
 from .core import generator, load_state, method, save_state, versions, write_json, writing
 from .core import printable
 from .tasks import SCENE_TEMPLATES, Folder, Task, _image, _listing, _pictures, _stack
@@ -35,7 +36,7 @@ from .settings import MainParams, PurifyParams, method_option
 from .experiment import Lab
 from .runs import check_writable, settings_of
 from .formats import BUFFERS, Tower, agreed, backbone, called, check_finite, config_for
-from .formats import file_sha, fitted, heads, key_errors, note, read_tower, said_by_sizes
+from .formats import fitted, heads, key_errors, note, read_tower, said_by_sizes
 from .formats import with_base, write_tower
 
 # %% ../nbs/21a_purify.ipynb #3ed3556c

@@ -8,7 +8,6 @@ __all__ = ['FEW', 'save_vector', 'load_vector', 'Recorded', 'load_recorded', 'co
 
 # %% ../nbs/19_recorded.ipynb #441f0d97
 import json, os, shutil
-from dataclasses import replace
 from pathlib import Path
 import pandas as pd
 import torch

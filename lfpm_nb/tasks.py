@@ -8,7 +8,7 @@ __all__ = ['HANDWRITTEN_TRAIN', 'HANDWRITTEN_TEMPLATES', 'TIFF_TAGS', 'OWN_TEMPL
            'shadow_set', 'pretrain_pool', 'prompt_corpus']
 
 # %% ../nbs/02_tasks.ipynb #8a082304
-import contextlib, functools, io, os, re, zipfile, zlib
+import contextlib, functools, io, os, re, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 

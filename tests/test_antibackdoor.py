@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import near, pixels
+from conftest import near
 from lfpm_nb import antibackdoor as B
 from lfpm_nb.antibackdoor import (
     Strengths,

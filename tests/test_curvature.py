@@ -17,7 +17,6 @@ from lfpm_nb.curvature import (
     ce,
     check_gradients,
     curvature,
-    gradient,
     hvp,
     loss_of,
     readings,

@@ -1,10 +1,7 @@
 """Parameters, presets, cached parts of the main run, run folders and the table over seeds."""
 
 import json
-import os
-import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd

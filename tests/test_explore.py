@@ -23,7 +23,6 @@ from lfpm_nb.explore import (
     PathCore,
     PathExplorer,
     between,
-    grid_of,
     open_run,
     page_of,
     read_grid,
@@ -587,7 +586,7 @@ def test_device_path_on_a_random_vit_b32():
 
     Images and both models on one device, weights mixed in place."""
     import open_clip
-    from lfpm_nb.clip import Clip, new_card
+    from lfpm_nb.clip import Clip
 
     pico = new_pico()
     model = open_clip.create_model("ViT-B-32", pretrained=None).eval().requires_grad_(False)

@@ -3,7 +3,6 @@ their checks; known mistakes get their own hints."""
 
 import importlib
 import json
-import os
 import re
 from pathlib import Path
 

@@ -287,7 +287,10 @@ def real_windows(get) -> list[str]:
         before, after = (two.all(m, "CA")[seed] for m in ("TA (clean)", "LFPM (clean)"))
         return f"the clean merge goes from {f1(before)} to {f1(after)}"
 
-    tuned = {s: f"fine-tuning {at(one, 'fine-tuning', s)}" for s in (6, 7)}
+    def twin(r, seed):
+        return f"clean merge {at(r, 'TA (clean)', seed)}"
+
+    tuned = {s: f"fine-tuning {at(one, 'fine-tuning', s)}, {twin(one, s)}" for s in (6, 7)}
     return [
         f"n = {one.n():,} a seed, clean accuracy in brackets",
         f"{left(one, 6)}, {tuned[6]}",

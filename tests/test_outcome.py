@@ -11,9 +11,8 @@ import pytest
 import torch
 from lfpm_nb import cli
 from lfpm_nb.core import Stages, load_state, save_state
-from lfpm_nb.defend import Defended
 from lfpm_nb.formats import layout
-from lfpm_nb.purify import BESIDE, KINDS, NothingToPurify, alone_in, check_out, purify
+from lfpm_nb.purify import BESIDE, KINDS, NothingToPurify, check_out, purify
 from conftest import near
 from test_purify import QUICK, paint
 

@@ -17,7 +17,7 @@ from lfpm_nb import realdata as R
 from lfpm_nb.clip import load_clip, untrained, weights_id
 from lfpm_nb.core import Stages, file_sha, save_state
 from lfpm_nb.experiment import Lab
-from lfpm_nb.runs import config_hash, experiments, presets, settings_of
+from lfpm_nb.runs import config_hash, experiments, settings_of
 from test_experiment import everything
 from test_realdata import hub
 

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from conftest import near, pixels, small_task
 from lfpm_nb.attack import Trigger
 from lfpm_nb.clip import encode
-from lfpm_nb.measure import CLOSE, Goal, Suite, measure
+from lfpm_nb.measure import Goal, Suite, measure
 from lfpm_nb import path as P
 from lfpm_nb.path import (
     Answers,

@@ -6,16 +6,14 @@ import json
 import shutil
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 import torch
 
 from conftest import near
 from lfpm_nb import path as P
 from lfpm_nb import recorded as R
-from lfpm_nb.core import Stages, proj_path, save_state
+from lfpm_nb.core import Stages, proj_path
 from lfpm_nb.experiment import Lab
-from lfpm_nb.settings import MainParams
 from lfpm_nb.runs import settings_of
 from lfpm_nb.recorded import Recorded, load_recorded, load_vector, record, save_vector
 

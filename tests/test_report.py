@@ -28,7 +28,6 @@ from lfpm_nb.report import (
     Results,
     beside,
     chart_merges,
-    chart_rivals,
     claims,
     figures,
     gather,

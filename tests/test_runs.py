@@ -4,14 +4,11 @@ import json
 import os
 import sys
 import threading
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
-import numpy as np
-import pandas as pd
 import papermill
 import pytest
 import torch

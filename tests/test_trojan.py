@@ -16,7 +16,6 @@ from lfpm_nb.trojan import (
     PLACES,
     attention_loss,
     attention_maps,
-    attention_weights,
     drawn,
     insert_trojan,
     most_important,

@@ -9,7 +9,6 @@ One .npz for each library that can be imported, beside this file.
 Random draws are replaced: every mask comes from `merge_recipe.uniform`, called with a key that
 names its place. The tests read only the files."""
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import sys
