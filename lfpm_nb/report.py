@@ -166,6 +166,7 @@ def gather(preset: str = "lab", roots: list | None = None) -> tuple[dict[str, Re
 SOURCES = {
     "main": ("LFPM", 1),
     "rivals": ("LFPM", 1),
+    "pictures": ("LFPM", 1),
     "lobam": ("LFPM", 2),
     "adaptive": ("LFPM", 3),
     "merging": ("LFPM", 6),
